@@ -1,0 +1,103 @@
+"""What can go wrong, each with the exit code the command line gives it.
+
+Every message says what was given, what is allowed and what to type next; the value itself travels on the
+exception, so that a caller need not parse the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+class SdfitError(Exception):
+    """A failure that sdfit understands. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+class InvalidWorkload(SdfitError, ValueError):
+    """A value that no img2img run can have."""
+
+    exit_code = 2
+
+
+class UnknownKeyword(SdfitError, TypeError):
+    """A keyword that sdfit does not know."""
+
+    exit_code = 2
+
+
+class UnknownModel(SdfitError, LookupError):
+    """No artifact of that name."""
+
+
+class UnknownVariant(SdfitError, LookupError):
+    """The artifact never saw this combination of dtype, attention and options."""
+
+
+class ArtifactError(SdfitError, ValueError):
+    """A file that is not an sdfit artifact, or no longer one."""
+
+
+class RecordsError(SdfitError, ValueError):
+    """Records that cannot be read or cannot be pooled."""
+
+
+class GridError(SdfitError, ValueError):
+    """A grid file that does not say what to run."""
+
+
+class FitError(SdfitError, ValueError):
+    """Records that do not determine the equation."""
+
+
+class DeviceError(SdfitError, RuntimeError):
+    """The card asked for is not there."""
+
+
+class DependencyError(SdfitError, ImportError):
+    """An optional part of sdfit is not installed."""
+
+
+class SimulatedModelWarning(UserWarning):
+    """The artifact in use rests on a simulation or on published numbers, not on a sweep of that card."""
+
+
+def listed(values: Iterable[object]) -> str:
+    """Join values for a message.
+
+    Examples
+    --------
+    >>> listed(["a100", "t4"])
+    'a100, t4'
+    >>> listed([])
+    'none'
+    """
+    return ", ".join(str(v) for v in values) or "none"
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """Name the known word that is closest to the given one, as the end of a sentence.
+
+    Examples
+    --------
+    >>> nearest("guidence_scale", ["guidance_scale", "dtype"])
+    "; did you mean 'guidance_scale'?"
+    >>> nearest("zzz", ["guidance_scale", "dtype"])
+    '; known: guidance_scale, dtype'
+    """
+    close = get_close_matches(given, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {listed(known)}"
+
+
+def needs(extra: str, package: str) -> DependencyError:
+    """Build the error for a missing optional package, naming the extra that brings it."""
+    return DependencyError(
+        f"this needs {package}, which is not installed; type: pip install 'sdfit[{extra}]'", extra=extra, package=package
+    )

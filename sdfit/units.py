@@ -1,0 +1,92 @@
+"""Bytes to text and back: the only place that knows what a GiB is."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from sdfit.errors import InvalidWorkload
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": GIB << 10,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "k": KIB,
+    "m": MIB,
+    "g": GIB,
+}
+_AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|h|)\s*", re.IGNORECASE)
+
+
+def format_bytes(amount_bytes: float) -> str:
+    """Show an amount of bytes in the largest binary unit that keeps it above one.
+
+    Parameters
+    ----------
+    amount_bytes : float
+        Any finite amount [bytes].
+
+    Examples
+    --------
+    >>> format_bytes(2_809_300_992)
+    '2.616 GiB'
+    >>> format_bytes(1536)
+    '1.5 KiB'
+    >>> format_bytes(512)
+    '512 B'
+    """
+    for size, name, digits in ((GIB, "GiB", 3), (MIB, "MiB", 1), (KIB, "KiB", 1)):
+        if abs(amount_bytes) >= size:
+            return f"{amount_bytes / size:,.{digits}f} {name}"
+    return f"{amount_bytes:.0f} B"
+
+
+def parse_bytes(text: str | float) -> int:
+    """Read an amount of memory: ``"15 GiB"``, ``"15GB"``, ``"800 MiB"``, or a number of bytes.
+
+    Raises
+    ------
+    InvalidWorkload
+        If it is not a positive, finite amount with a known unit.
+
+    Examples
+    --------
+    >>> parse_bytes("15 GiB")
+    16106127360
+    >>> parse_bytes("1.5e3 MB")
+    1500000000
+    """
+    if isinstance(text, str):
+        match = _AMOUNT.fullmatch(text)
+        scale = _UNITS.get(match[2].lower()) if match else None
+        value = float(match[1]) * scale if match and scale else math.nan
+    else:
+        value = float(text)
+    if not (math.isfinite(value) and value >= 1):
+        raise InvalidWorkload(f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9", given=text)
+    return int(value)
+
+
+def parse_duration(text: str) -> float:
+    """Read a time span in seconds: ``"90"``, ``"90s"``, ``"5m"``, ``"1.5h"``.
+
+    Examples
+    --------
+    >>> parse_duration("5m")
+    300.0
+    """
+    match = _DURATION.fullmatch(text)
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2].lower()] if match else 0.0
+    if not value > 0:
+        raise InvalidWorkload(f"'{text}' is not a time span; write for example 90s, 5m or 1h", given=text)
+    return value

@@ -1,0 +1,212 @@
+"""One img2img job, and the sizes that follow from it.
+
+A `Workload` is validated once, where it is born, and frozen. Everything that the memory depends on is a field;
+everything that it does not depend on (the number of steps, the strength, the seed, the values of the weights) is
+not. The discrete fields together are the *variant*: each variant has coefficients of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sdfit.errors import InvalidWorkload, UnknownKeyword, listed, nearest
+
+VAE_SCALE = 8
+"""Pixels per latent, each way: diffusers floors both sides of the image to a multiple of it."""
+CHUNK_TOKENS = 77
+"""What CLIP's tokenizer pads and cuts a prompt to."""
+MIN_SIDE, MAX_SIDE = 64, 16384
+MAX_BATCH_SIZE = 1024
+MAX_PROMPT_LENGTH = 7700
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "dtype": ("float16", "bfloat16", "float32"),
+    "attention": ("sdpa", "math", "eager", "sliced"),
+    "vae": ("kl", "tiny"),
+    "vae_slicing": (False, True),
+    "vae_tiling": (False, True),
+    "offload": ("none", "model"),
+    "safety_checker": (True, False),
+}
+"""The discrete fields and what each may be; the first is the default."""
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+VARIANT_FIELDS = tuple(CHOICES)
+VariantKey = tuple[str, str, str, bool, bool, str, bool]
+
+
+def whole_number(name: str, value: object, low: int, high: int) -> int:
+    """Check one integer field; numpy integers pass, floats and booleans do not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidWorkload(
+            f"{name} must be a whole number from {low} to {high}, not {value!r}", field=name, given=value
+        ) from None
+    if not low <= number <= high:
+        raise InvalidWorkload(f"{name} is {number}; it must be from {low} to {high}", field=name, given=number)
+    return number
+
+
+def real_number(name: str, value: object) -> float:
+    """Check one real field: finite and not negative."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise InvalidWorkload(f"{name} must be a finite number >= 0, not {value!r}", field=name, given=value)
+    return number
+
+
+def one_of(name: str, value: object) -> Any:
+    """Check one discrete field against `CHOICES`."""
+    allowed = CHOICES[name]
+    for choice in allowed:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {value!r}", field=name, given=value)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One Stable Diffusion v1.5 img2img call, as far as its memory is concerned.
+
+    Parameters
+    ----------
+    height, width : int
+        Sides of the input image [pixels], 64 to 16384. diffusers floors each to a multiple of 8.
+    prompt_length : int
+        Tokens of the prompt, the two special ones included. 1 to 77 cost the same (the tokenizer pads to 77); more
+        than 77 means that many rows of ``prompt_embeds``.
+    batch_size : int
+        Images per call.
+    guidance_scale : float
+        Above 1 classifier-free guidance is on, which doubles the UNet's batch; its value is otherwise irrelevant.
+    dtype : {'float16', 'bfloat16', 'float32'}
+    attention : {'sdpa', 'math', 'eager', 'sliced'}
+        ``sdpa``: `AttnProcessor2_0` with a fused kernel (the default since torch 2); ``math``: the same processor with
+        the fused kernels switched off; ``eager``: `AttnProcessor`; ``sliced``: `enable_attention_slicing`.
+    vae : {'kl', 'tiny'}
+        `AutoencoderKL`, or `AutoencoderTiny` (TAESD).
+    vae_slicing, vae_tiling : bool
+    offload : {'none', 'model'}
+        ``model``: `enable_model_cpu_offload`.
+    safety_checker : bool
+
+    Raises
+    ------
+    InvalidWorkload
+        If a value is of the wrong kind or outside its range; the message has the value and the range.
+
+    Examples
+    --------
+    >>> w = Workload(380, 396)
+    >>> w.effective_height, w.effective_width, w.unet_batch
+    (376, 392, 2)
+    >>> Workload(512, 0)
+    Traceback (most recent call last):
+    ...
+    sdfit.errors.InvalidWorkload: width is 0; it must be from 64 to 16384
+    """
+
+    height: int
+    width: int
+    prompt_length: int = CHUNK_TOKENS
+    batch_size: int = 1
+    guidance_scale: float = 7.5
+    dtype: str = "float16"
+    attention: str = "sdpa"
+    vae: str = "kl"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    offload: str = "none"
+    safety_checker: bool = True
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "height", whole_number("height", self.height, MIN_SIDE, MAX_SIDE))
+        put(self, "width", whole_number("width", self.width, MIN_SIDE, MAX_SIDE))
+        put(self, "prompt_length", whole_number("prompt_length", self.prompt_length, 1, MAX_PROMPT_LENGTH))
+        put(self, "batch_size", whole_number("batch_size", self.batch_size, 1, MAX_BATCH_SIZE))
+        put(self, "guidance_scale", real_number("guidance_scale", self.guidance_scale))
+        for name in VARIANT_FIELDS:
+            put(self, name, one_of(name, getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Workload:
+        """Build a Workload from keywords; an unknown one is a `TypeError` that names the nearest known one."""
+        check_keywords(values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, as plain values."""
+        return asdict(self)
+
+    @property
+    def effective_height(self) -> int:
+        """Rows of pixels that really run: floored to a multiple of 8."""
+        return self.height // VAE_SCALE * VAE_SCALE
+
+    @property
+    def effective_width(self) -> int:
+        """Columns of pixels that really run: floored to a multiple of 8."""
+        return self.width // VAE_SCALE * VAE_SCALE
+
+    @property
+    def pixels(self) -> int:
+        """A: effective pixels of one image."""
+        return self.effective_height * self.effective_width
+
+    @property
+    def tokens(self) -> int:
+        """L: tokens as the UNet sees them; a prompt of up to 77 is padded to 77."""
+        return max(self.prompt_length, CHUNK_TOKENS)
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
+        return self.guidance_scale > 1
+
+    @property
+    def unet_batch(self) -> int:
+        """n: samples per UNet call."""
+        return self.batch_size * (2 if self.guided else 1)
+
+    @property
+    def variant(self) -> VariantKey:
+        """The discrete fields, in the order of `VARIANT_FIELDS`."""
+        return (self.dtype, self.attention, self.vae, self.vae_slicing, self.vae_tiling, self.offload, self.safety_checker)
+
+
+WORKLOAD_FIELDS = tuple(f.name for f in fields(Workload))
+
+
+def check_keywords(given: Mapping[str, Any] | set[str], also: tuple[str, ...] = ()) -> None:
+    """Refuse a keyword that is no Workload field (nor one of ``also``), naming the nearest known one."""
+    for name in given:
+        if name not in WORKLOAD_FIELDS and name not in also:
+            raise UnknownKeyword(f"unknown keyword '{name}'{nearest(name, WORKLOAD_FIELDS + also)}", given=name)
+
+
+def variant_name(key: VariantKey) -> str:
+    """A variant in words: the dtype, the attention, and what is not at its default.
+
+    Examples
+    --------
+    >>> variant_name(Workload(512, 512, vae_tiling=True, safety_checker=False).variant)
+    'float16 sdpa vae_tiling=True safety_checker=False'
+    """
+    rest = [
+        f"{name}={value}"
+        for name, value in zip(VARIANT_FIELDS[2:], key[2:], strict=True)
+        if value != CHOICES[name][0]
+    ]
+    return " ".join([key[0], key[1], *rest])
