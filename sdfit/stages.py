@@ -23,6 +23,37 @@ STAGES = (
 """In the order in which they run."""
 
 
+COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
+"""What has weights."""
+
+RESIDENT_WHEN_OFFLOADED = {
+    "text_encoder": ("text_encoder", "safety_checker"),
+    "vae_encoder_blocks": ("text_encoder", "vae", "safety_checker"),
+    "vae_encoder_mid": ("text_encoder", "vae", "safety_checker"),
+    "unet": ("unet", "vae", "safety_checker"),
+    "vae_decoder_mid": ("vae", "safety_checker"),
+    "vae_decoder_blocks": ("vae", "safety_checker"),
+    "safety_checker": ("vae", "safety_checker"),
+}
+"""Which components `enable_model_cpu_offload` keeps on the card in each stage.
+
+Loading one frees the one before it in text_encoder -> unet -> vae, so the VAE that encoded stays while the UNet runs;
+the checker is never offloaded. Source: `model_cpu_offload_seq` and `_exclude_from_cpu_offload` of the pipeline,
+accelerate's `CpuOffload`.
+"""
+
+
+def resident(stage: str, offload: str) -> tuple[str, ...]:
+    """The components whose weights are on the card while a stage runs.
+
+    Examples
+    --------
+    >>> resident("unet", "model")
+    ('unet', 'vae', 'safety_checker')
+    """
+    return COMPONENTS if offload == "none" else RESIDENT_WHEN_OFFLOADED[stage]
+
+
 def boundaries(pipe: Any) -> list[tuple[Any, str, str]]:
     """List where stages begin: (module, ``before`` or ``after`` its forward, the stage that begins there)."""
     encoder, decoder = pipe.vae.encoder, pipe.vae.decoder

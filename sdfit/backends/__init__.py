@@ -1,1 +1,54 @@
-"""What runs a Workload and says how much memory it took: a card, a trace, or a made-up card."""
+"""What runs a Workload and says how much memory it took: a card, a trace, or a made-up card.
+
+A backend is made in the process that runs it, from plain options, so that a worker can be started anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from sdfit.errors import InvalidWorkload, listed
+from sdfit.workload import Workload
+
+BACKENDS = ("cuda", "trace", "fake")
+
+
+class Backend(Protocol):
+    """Runs workloads one after the other."""
+
+    spent: bool
+    """Whether this process can no longer be trusted and must be replaced by a fresh one."""
+
+    def environment(self) -> dict[str, Any]:
+        """The facts that every number of this backend depends on (see `sdfit.records.MATTERS`)."""
+        ...
+
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        """Run one workload; returns the fields of a `sdfit.records.Record` but index and workload."""
+        ...
+
+
+def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
+    """Make a backend in this process.
+
+    Raises
+    ------
+    InvalidWorkload
+        If there is no backend of that name.
+    DeviceError, DependencyError
+        If it needs a card, or packages, that are not there.
+    """
+    if name == "trace":
+        from sdfit.backends.trace_backend import TraceBackend
+
+        return TraceBackend(**options)
+    if name == "cuda":
+        from sdfit.backends.cuda import CudaBackend
+
+        return CudaBackend(**options)
+    if name == "fake":
+        from sdfit.backends.fake import FakeBackend
+
+        return FakeBackend(**options)
+    raise InvalidWorkload(f"backend is {name!r}; it must be one of {listed(BACKENDS)}", given=name)

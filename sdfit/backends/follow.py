@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -43,6 +43,7 @@ class Meter:
         self.stage = ""
         self.stage_peaks: dict[str, int] = {}
         self.events: list[tuple[int, int]] | None = [] if keep_events else None
+        self.listener: Listener | None = None
         self._peak_bytes = 0
         self._blocks = 0
 
@@ -82,16 +83,23 @@ class Meter:
         first = len(self.events) if self.events is not None else 0
         self.stage_peaks = {}
         self.enter(stage)
+        if self.listener is not None:
+            self.listener.begins()
         result = call()
         self.leave()
         inside, self.stage_peaks = self.stage_peaks, before
         for name, peak in inside.items():
             before[name] = max(peak, before.get(name, 0))
         events = self.events[first:] if self.events is not None else []
-        return result, Span({name: peak - live for name, peak in inside.items()}, events)
+        span = Span({name: peak - live for name, peak in inside.items()}, events)
+        if self.listener is not None:
+            self.listener.ends(span)
+        return result, span
 
     def repeat(self, span: Span) -> None:
         """Count a span once more on top of what is live now; nothing of it stays."""
+        if self.listener is not None:
+            self.listener.again(span)
         for stage, above in span.peaks_bytes.items():
             self.enter(stage)
             self._peak_bytes = max(self._peak_bytes, self.live_bytes + above)
@@ -114,6 +122,19 @@ class Span:
 
     peaks_bytes: dict[str, int]
     events: list[tuple[int, int]]
+
+
+class Listener(Protocol):
+    """Told of the spans that a `Meter` measures and counts again (see `sdfit.backends.observe`)."""
+
+    def begins(self) -> None:
+        """Hear that a span begins."""
+
+    def ends(self, span: Span) -> None:
+        """Hear that the span that began last is over."""
+
+    def again(self, span: Span) -> None:
+        """Hear that a span is counted once more, on top of what is live now."""
 
 
 Operation = Callable[[Any, tuple[Any, ...], Any], None]

@@ -18,28 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import PNDMScheduler
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sdfit.backends.follow import FollowStorages, FusedAttention, Meter, Operation, Span, rounded
+from sdfit.errors import InvalidWorkload, nearest
 from sdfit.pipeline import build_pipeline, call_arguments, variant_applied
-from sdfit.stages import watched
-from sdfit.workload import Workload
+from sdfit.stages import COMPONENTS, resident, watched
+from sdfit.workload import VAE_SCALE, Workload
+from sdfit.workspaces import unsplit_bytes
 
-COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
-# which components `enable_model_cpu_offload` keeps on the card in each stage: loading one frees the one before it in
-# text_encoder -> unet -> vae, so the VAE that encoded stays while the UNet runs; the checker is never offloaded.
-# Source: `model_cpu_offload_seq` and `_exclude_from_cpu_offload` of the pipeline, accelerate's `CpuOffload`.
-RESIDENT = {
-    "text_encoder": {"text_encoder", "safety_checker"},
-    "vae_encoder_blocks": {"text_encoder", "vae", "safety_checker"},
-    "vae_encoder_mid": {"text_encoder", "vae", "safety_checker"},
-    "unet": {"unet", "vae", "safety_checker"},
-    "vae_decoder_mid": {"vae", "safety_checker"},
-    "vae_decoder_blocks": {"vae", "safety_checker"},
-    "safety_checker": {"vae", "safety_checker"},
-}
+TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")
+"""What can be traced; the last three are there to compare with published measurements of them."""
 
 Workspace = Callable[[Workload, Any, tuple[Any, ...], Any], int]
 """``workspace(workload, func, args, out) -> bytes`` that a kernel holds while it runs."""
@@ -76,10 +67,17 @@ class ShapesOnly(VaeImageProcessor):
 class Traced:
     """What one traced run took. All amounts in bytes, rounded block by block as the allocator rounds them."""
 
-    weights_bytes: int
+    component_bytes: dict[str, int]
     stage_peaks: dict[str, int]
     stage_seconds: dict[str, float]
     events: list[tuple[int, int]] | None
+    standing_bytes: int = 0
+    """Of every stage's peak: what is there beside the weights all the time (cuBLAS, the allocator's remainders)."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """The weights of all components."""
+        return sum(self.component_bytes.values())
 
     @property
     def peak_bytes(self) -> int:
@@ -125,6 +123,7 @@ class Tracer:
         self,
         workload: Workload,
         *,
+        task: str = "img2img",
         keep_events: bool = False,
         observe: Callable[[Meter], Operation] | None = None,
         full: bool = False,
@@ -133,6 +132,9 @@ class Tracer:
 
         Parameters
         ----------
+        task : {'img2img', 'txt2img', 'vae_encode', 'vae_decode'}
+            ``txt2img``: `StableDiffusionPipeline` of the same components. The last two: only the VAE is there, and
+            one image tensor is encoded and sampled, or one latent tensor decoded.
         keep_events : bool
             Also return every birth and death of a block, for the allocator replay. The weights come first.
         observe : callable, optional
@@ -140,9 +142,12 @@ class Tracer:
         full : bool
             Run every denoising step, slice and tile, though repeats add nothing new (see `_repeats_skipped`).
         """
+        if task not in TASKS:
+            raise InvalidWorkload(f"there is no task '{task}'{nearest(task, TASKS)}", given=task)
         pipe = self.pipeline(workload)
         meter = Meter(keep_events=keep_events)
-        weights = {name: _tensors(getattr(pipe, name)) for name in COMPONENTS if getattr(pipe, name) is not None}
+        parts = COMPONENTS if task in ("img2img", "txt2img") else ("vae",)
+        weights = {name: _tensors(getattr(pipe, name)) for name in parts if getattr(pipe, name) is not None}
         sizes = {name: [rounded(t.untyped_storage().nbytes()) for t in tensors] for name, tensors in weights.items()}
         scratch = None
         if self.workspace is not None:
@@ -155,7 +160,10 @@ class Tracer:
         for name in weights:
             for tensor in weights[name]:  # they never die, so they are counted here and only known to the mode
                 follow.ignore(tensor)
-        residency = _Residency(meter, sizes, offload=workload.offload == "model")
+        residency = _Residency(meter, sizes, offload=workload.offload)
+        standing = getattr(self.workspace, "standing_bytes", 0)
+        # only a simulated card has an allocator; under offload its remainders come and go and are left out
+        unsplit = unsplit_bytes(sizes) if standing and workload.offload == "none" else 0
         seconds: dict[str, float] = {}
         since = ["", time.perf_counter()]
 
@@ -166,33 +174,62 @@ class Tracer:
             since[:] = [stage, now]
             if stage:
                 residency.move(stage)
+                if not meter.stage and standing:
+                    meter.born(rounded(standing))
+                    meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
                 meter.enter(stage)
 
         attention = FusedAttention("math" if workload.attention == "math" else "fused")
         repeats = nullcontext() if full else _repeats_skipped(pipe, meter)
         # frees must not depend on when Python happens to collect
         with _no_collection(), variant_applied(pipe, workload), watched(pipe, enter), repeats, attention, follow:
-            arguments = call_arguments(
-                workload,
-                num_inference_steps=self.num_inference_steps,
-                device="meta",
-                width=pipe.text_encoder.config.hidden_size,
-            )
-            pipe(**arguments)
+            _RUN[task](pipe, workload, self.num_inference_steps)
             enter("")
             meter.leave()
-        return Traced(sum(map(sum, sizes.values())), meter.stage_peaks, seconds, meter.events)
+        components = {name: sum(parts) for name, parts in sizes.items()}
+        return Traced(components, meter.stage_peaks, seconds, meter.events, standing + unsplit)
+
+
+def _img2img(pipe: Any, workload: Workload, steps: int) -> None:
+    width = pipe.text_encoder.config.hidden_size
+    pipe(**call_arguments(workload, num_inference_steps=steps, device="meta", width=width))
+
+
+def _txt2img(pipe: Any, workload: Workload, steps: int) -> None:
+    width = pipe.text_encoder.config.hidden_size
+    arguments = call_arguments(workload, num_inference_steps=steps, device="meta", width=width)
+    del arguments["image"], arguments["strength"]
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=pipe.safety_checker is not None)
+    other.image_processor = pipe.image_processor
+    other.set_progress_bar_config(disable=True)
+    other(**arguments, height=workload.effective_height, width=workload.effective_width)
+
+
+def _vae_encode(pipe: Any, workload: Workload, steps: int) -> None:
+    shape = (workload.batch_size, 3, workload.effective_height, workload.effective_width)
+    with torch.no_grad():
+        pipe.vae.encode(torch.empty(shape, dtype=pipe.vae.dtype, device="meta")).latent_dist.sample()
+
+
+def _vae_decode(pipe: Any, workload: Workload, steps: int) -> None:
+    sides = (workload.effective_height // VAE_SCALE, workload.effective_width // VAE_SCALE)
+    shape = (workload.batch_size, pipe.vae.config.latent_channels, *sides)
+    with torch.no_grad():
+        pipe.vae.decode(torch.empty(shape, dtype=pipe.vae.dtype, device="meta"), return_dict=False)
+
+
+_RUN = {"img2img": _img2img, "txt2img": _txt2img, "vae_encode": _vae_encode, "vae_decode": _vae_decode}
 
 
 class _Residency:
     """Births and deaths of whole components under `enable_model_cpu_offload`; without it all are there at once."""
 
-    def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: bool) -> None:
+    def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str) -> None:
         self.meter, self.sizes, self.offload = meter, sizes, offload
         self.blocks: dict[str, list[int]] = {}
 
     def move(self, stage: str) -> None:
-        wanted = RESIDENT[stage] & set(self.sizes) if self.offload else set(self.sizes)
+        wanted = set(self.sizes).intersection(resident(stage, self.offload))
         for name in sorted(set(self.blocks) - wanted):
             for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
                 self.meter.dies(block, size)

@@ -1,0 +1,146 @@
+"""A made-up card whose coefficients are known: the world in which sweep, fit and f() are tested.
+
+It takes no time, runs out of memory where its capacity says so, and can be told to crash. Its numbers are invented;
+they resemble a card, and no more.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import Any
+
+from sdfit.basis import Sizes, evaluate, stage_key, stages_of, terms_of
+from sdfit.records import fingerprint
+from sdfit.stages import resident
+from sdfit.workload import DTYPE_BYTES, Workload
+
+PARAMETERS = {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863, "safety_checker": 303_981_588}
+
+COEFFICIENTS: dict[str, dict[str, float]] = {
+    "text_encoder": {"1": 9_000_000, "n": 400_000, "n·L": 1536},
+    "vae_encoder_blocks": {"1": 9_000_000, "m·A": 1290.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
+    "vae_encoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
+    "unet": {"1": 12_000_000, "n·A": 260.0, "n": 300_000, "n·L": 1600, "n·L·A": 0.0},
+    "vae_decoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
+    "vae_decoder_blocks": {"1": 9_000_000, "m·A": 2433.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
+    "safety_checker": {"1": 9_000_000, "B": 3_000_000, "B·A": 24.0, "n·L": 1536},
+}
+"""Bytes per unit of each term, for 16 bits and fused attention; materialised attention adds the terms below."""
+SCORES = {"eager": ("n·A²", 0.0078125), "math": ("n·A²", 0.015625), "sliced": ("A²", 0.0078125)}
+CONTEXT_BYTES = 300 << 20
+
+
+def true_coefficients(workload: Workload, stage: str) -> dict[str, float]:
+    """The coefficients that a fit should give back for a stage of a workload's variant."""
+    scale = DTYPE_BYTES[workload.dtype] / 2
+    known = dict(COEFFICIENTS[stage])
+    if stage == "unet" and workload.attention in SCORES:
+        name, value = SCORES[workload.attention]
+        known[name] = value
+        known["n·L·A"] = 0.02
+    if stage.endswith("_mid") and workload.attention in ("eager", "math"):
+        known["m·A²"] = 2 * SCORES[workload.attention][1] / 16
+    names = terms_of(stage_key(stage, workload.variant))
+    return {name: known.get(name, 0.0) * scale for name in names}
+
+
+class FakeBackend:
+    """A card that computes its peaks from `true_coefficients`.
+
+    Parameters
+    ----------
+    gpu : str
+        The name that it goes by.
+    capacity_bytes : int
+        Above this a run is out of memory.
+    noise : float
+        Relative, uniform within ±noise, the same for the same workload: misfit that no term explains.
+    delay_s : float
+        Time that a workload takes.
+    crash_batch_size : int
+        A workload of this batch size kills the process.
+    """
+
+    def __init__(
+        self,
+        gpu: str = "fake",
+        *,
+        capacity_bytes: int = 140 << 30,
+        noise: float = 0.0,
+        delay_s: float = 0.0,
+        crash_batch_size: int = 0,
+        num_inference_steps: int = 2,
+    ) -> None:
+        self.gpu, self.capacity_bytes, self.noise = gpu, capacity_bytes, noise
+        self.delay_s, self.crash_batch_size, self.num_inference_steps = delay_s, crash_batch_size, num_inference_steps
+        self.spent = False
+
+    def environment(self) -> dict[str, Any]:
+        """A made-up card in a made-up environment."""
+        return {
+            "backend": "fake",
+            "gpu": f"made-up card '{self.gpu}'",
+            "name": self.gpu,
+            "total_memory_bytes": self.capacity_bytes,
+            "num_inference_steps": self.num_inference_steps,
+        }
+
+    def stage_peaks(self, workload: Workload) -> dict[str, int]:
+        """The true peak of each stage [bytes]."""
+        components = self.components(workload)
+        peaks = {}
+        for stage in stages_of(workload.variant):
+            key = stage_key(stage, workload.variant)
+            sizes = Sizes.of_workloads([workload], key)
+            known = true_coefficients(workload, stage)
+            activation = sum(c * float(evaluate(name, sizes) * 1.0) for name, c in known.items() if c)
+            random_part = random.Random(fingerprint([workload.to_dict(), stage])).uniform(-self.noise, self.noise)
+            weights = sum(components.get(c, 0) for c in resident(stage, workload.offload))
+            peaks[stage] = weights + round(activation * (1 + random_part))
+        return peaks
+
+    @staticmethod
+    def components(workload: Workload) -> dict[str, int]:
+        """Bytes of each component's weights."""
+        size = DTYPE_BYTES[workload.dtype]
+        parts = {name: count * size for name, count in PARAMETERS.items()}
+        if not workload.safety_checker:
+            del parts["safety_checker"]
+        return parts
+
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        """See `sdfit.backends.Backend.measure`."""
+        time.sleep(self.delay_s)
+        if workload.batch_size == self.crash_batch_size:
+            os._exit(9)
+        peaks = self.stage_peaks(workload)
+        components = self.components(workload)
+        common = {"component_bytes": components, "baseline_bytes": sum(components.values()), "retries": 0}
+        reached = {}
+        for stage, peak in peaks.items():
+            if peak > self.capacity_bytes:
+                return {
+                    **common,
+                    "outcome": "oom",
+                    "stage_peaks_bytes": reached | {stage: self.capacity_bytes},
+                    "allocated_bytes": self.capacity_bytes,
+                    "oom_bytes": self.capacity_bytes,
+                    "oom_stage": stage,
+                    "cap_bytes": self.capacity_bytes,
+                }
+            reached[stage] = peak
+        top = max(peaks.values())
+        activation = top - sum(components.values())
+        reserved = top + max(activation, 0) // 2
+        return {
+            **common,
+            "outcome": "ok",
+            "stage_peaks_bytes": peaks,
+            "stage_s": dict.fromkeys(peaks, 0.0),
+            "allocated_bytes": top,
+            "reserved_bytes": reserved,
+            "device_bytes": reserved + CONTEXT_BYTES,
+            "required_bytes": top + max(activation, 0) // 10,
+        }

@@ -1,0 +1,231 @@
+"""The equation: which terms a stage's peak is made of.
+
+    peak = max over stages s of  W_s + sum over terms t of  c_(s,t) * t(B, n, A, L)
+
+with W_s the weights that are resident in the stage and non-negative coefficients c. The terms are the mission's four
+(constant, H·W, (H·W)², L·H·W), per image, and two that a batch of small images shows (per image, per token).
+
+Sizes
+-----
+B  images per call                       n  samples per UNet call: B, or 2·B with classifier-free guidance
+A  effective pixels of one image         L  tokens as the UNet sees them
+m  images per VAE pass: 1 with slicing   P  pixels per VAE pass: a tile with tiling
+T  pixels that the VAE's passes leave behind: the overlapping tiles with tiling, else A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import numpy as np
+
+from sdfit.stages import STAGES
+from sdfit.workload import VARIANT_FIELDS, VariantKey, Workload
+
+TILE_PIXELS, TILE_STRIDE = 512, 384
+"""Side of a VAE tile and the distance to the next one [pixels] (`tile_sample_min_size`, overlap 0.25)."""
+
+MANY_ELEMENTS = 2**31
+WIDEST_CHANNELS = 256
+"""Channels of the VAE's widest tensor at full resolution; past 2^31 elements its convolutions are split."""
+
+REGIMES = ("one image per pass", "several images per pass", "one, past 2^31 elements", "several, past 2^31 elements")
+"""cuDNN chooses other plans for a batch of one, and splits convolutions past 2^31 elements (FACTS: A100, 4090, T4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One column of the design matrix: a name, the product that it is, its coefficient's unit, its meaning."""
+
+    name: str
+    product: str
+    unit: str
+    meaning: str
+
+
+_TERMS = (
+    # name        product        unit of the coefficient  what it counts
+    Term("1",     "1",           "B",                     "what does not grow: kernel workspaces, small tensors"),
+    Term("m",     "m",           "B/image",               "per image of a VAE pass, whatever its size"),
+    Term("B",     "B",           "B/image",               "per image, whatever its size"),
+    Term("n",     "n",           "B/sample",              "per UNet sample, whatever its size"),
+    Term("m·A",   "m*P",         "B/px",                  "feature maps of a VAE pass: H·W"),
+    Term("m·A²",  "m*P*P",       "B/px²",                 "the mid block's attention scores, where materialised: (H·W)²"),
+    Term("n·A",   "n*A",         "B/px",                  "feature maps of the UNet: H·W"),
+    Term("n·A²",  "n*A*A",       "B/px²",                 "self-attention scores, where materialised: (H·W)²"),
+    Term("A²",    "A*A",         "B/px²",                 "the scores of one slice: (H·W)², whatever the batch"),
+    Term("n·L·A", "n*L*A",       "B/px/token",            "cross-attention scores, where materialised: L·H·W"),
+    Term("n·L",   "n*L",         "B/token",               "the prompt's embeddings, their keys and values"),
+    Term("B·A",   "B*A",         "B/px",                  "images that wait while the checker runs: H·W"),
+    Term("B·T",   "B*T",         "B/px",                  "tiles and slices that are done and wait: H·W"),
+)  # fmt: skip
+TERMS = {term.name: term for term in _TERMS}
+
+_VAE = ("1", "m·A", "m·A²", "m", "n·L", "B·T")
+STAGE_TERMS: dict[str, tuple[str, ...]] = {
+    "text_encoder": ("1", "n", "n·L"),
+    "vae_encoder_blocks": _VAE,
+    "vae_encoder_mid": _VAE,
+    "unet": ("1", "n·A", "n·A²", "n", "n·L·A", "n·L"),
+    "vae_decoder_mid": _VAE,
+    "vae_decoder_blocks": _VAE,
+    "safety_checker": ("1", "B", "B·A", "n·L"),
+}
+"""Terms per stage, in the order in which the data may claim them when it cannot tell two apart."""
+
+_OPTIONS = ("vae", "vae_slicing", "vae_tiling")
+STAGE_FIELDS: dict[str, tuple[str, ...]] = {
+    "text_encoder": ("dtype",),
+    "vae_encoder_blocks": ("dtype", *_OPTIONS),
+    "vae_encoder_mid": ("dtype", "attention", *_OPTIONS),
+    "unet": ("dtype", "attention"),
+    "vae_decoder_mid": ("dtype", "attention", *_OPTIONS),
+    "vae_decoder_blocks": ("dtype", *_OPTIONS),
+    "safety_checker": ("dtype",),
+}
+"""The discrete fields that a stage's activations depend on: variants that agree in these share coefficients."""
+
+StageKey = tuple[str, ...]
+Numbers = Any  # a scalar or an array of float64
+
+
+def stage_key(stage: str, variant: VariantKey) -> StageKey:
+    """Name the coefficients that a stage of a variant uses: the stage and the fields that matter to it.
+
+    ``enable_attention_slicing`` does not reach the VAE, so its mid block runs ``sdpa`` there.
+
+    Examples
+    --------
+    >>> stage_key("unet", Workload(512, 512).variant)
+    ('unet', 'float16', 'sdpa')
+    """
+    values = dict(zip(VARIANT_FIELDS, variant, strict=True))
+    if stage.startswith("vae") and values["attention"] == "sliced":
+        values["attention"] = "sdpa"
+    return (stage, *(str(values[name]) for name in STAGE_FIELDS[stage]))
+
+
+def stages_of(variant: VariantKey) -> tuple[str, ...]:
+    """The stages that a variant runs through: the tiny VAE has no mid block, the checker may be absent."""
+    values = dict(zip(VARIANT_FIELDS, variant, strict=True))
+    skipped = {"safety_checker"} if not values["safety_checker"] else set()
+    if values["vae"] == "tiny":
+        skipped |= {"vae_encoder_mid", "vae_decoder_mid"}
+    return tuple(stage for stage in STAGES if stage not in skipped)
+
+
+def terms_of(key: StageKey) -> tuple[str, ...]:
+    """The terms of a stage: one slice's scores do not grow with the batch; without tiles or slices nothing waits."""
+    names = STAGE_TERMS[key[0]]
+    if key[0] == "unet" and "sliced" in key:
+        names = tuple("A²" if name == "n·A²" else name for name in names)
+    if key[0].startswith("vae") and "True" not in key:
+        names = tuple(name for name in names if name != "B·T")
+    return names
+
+
+def tiled_pixels(side: Numbers) -> Numbers:
+    """Pixels along one side that all VAE tiles cover together, overlaps counted twice.
+
+    Examples
+    --------
+    >>> int(tiled_pixels(1024)), int(tiled_pixels(512))
+    (1280, 640)
+    """
+    starts = TILE_STRIDE * np.arange(-(-int(np.max(side)) // TILE_STRIDE))
+    return np.clip(np.subtract.outer(side, starts), 0, TILE_PIXELS).sum(axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes that the terms are products of; each a number or an array of equal length."""
+
+    B: Numbers
+    n: Numbers
+    A: Numbers
+    L: Numbers
+    m: Numbers
+    P: Numbers
+    T: Numbers
+
+    @classmethod
+    def of(
+        cls, height: Numbers, width: Numbers, tokens: Numbers, batch: Numbers, unet_batch: Numbers, slicing: bool, tiling: bool
+    ) -> Sizes:
+        """Work the sizes out from effective sides [pixels], tokens, images and UNet samples."""
+        pixels = height * width
+        passes = np.ones_like(batch) if slicing else batch
+        if not tiling:
+            return cls(batch, unet_batch, pixels, tokens, passes, pixels, pixels)
+        tile = np.minimum(height, TILE_PIXELS) * np.minimum(width, TILE_PIXELS)
+        held = np.where(np.maximum(height, width) > TILE_PIXELS, tiled_pixels(height) * tiled_pixels(width), pixels)
+        return cls(batch, unet_batch, pixels, tokens, passes, tile, held)
+
+    @classmethod
+    def of_workloads(cls, workloads: list[Workload], key: StageKey) -> Sizes:
+        """The sizes of workloads that share a stage's coefficients, as arrays of float64."""
+        columns = np.array(
+            [(w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch) for w in workloads], dtype=float
+        ).reshape(-1, 5)
+        flags = dict(zip(STAGE_FIELDS[key[0]], key[1:], strict=True))
+        return cls.of(*columns.T, flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True")
+
+
+@cache
+def _compiled(product: str) -> CodeType:
+    return compile(product, f"<term {product}>", "eval")
+
+
+def evaluate(name: str, sizes: Sizes) -> Numbers:
+    """Evaluate one term."""
+    names = {"B": sizes.B, "n": sizes.n, "A": sizes.A, "L": sizes.L, "m": sizes.m, "P": sizes.P, "T": sizes.T}
+    return eval(_compiled(TERMS[name].product), {"__builtins__": {}}, names)
+
+
+def design_matrix(key: StageKey, workloads: list[Workload]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The columns of a stage's terms for some workloads.
+
+    Parameters
+    ----------
+    key : tuple
+        As `stage_key` gives it.
+    workloads : list of Workload
+        Which must share that key.
+
+    Returns
+    -------
+    array of shape (workloads, terms)
+        Each column in the unit that its coefficient divides by: 1, images, pixels, pixels², pixels·tokens, tokens.
+
+    Examples
+    --------
+    >>> w = Workload(512, 512, batch_size=2, guidance_scale=1)
+    >>> design_matrix(stage_key("unet", w.variant), [w])[0, :3].tolist()
+    [1.0, 524288.0, 137438953472.0]
+    """
+    sizes = Sizes.of_workloads(workloads, key)
+    ones = np.ones(len(workloads))
+    return np.column_stack([evaluate(name, sizes) * ones for name in terms_of(key)])
+
+
+def regime(key: StageKey, sizes: Sizes) -> Numbers:
+    """The regime of a stage, an index into `REGIMES`; for the UNet by its samples, for the rest by images per pass."""
+    unet = key[0] == "unet"
+    images, pixels = (sizes.n, sizes.A) if unet else (sizes.m, sizes.P)
+    several = np.asarray(images) > 1
+    past = np.asarray(sizes.m * sizes.P) * WIDEST_CHANNELS >= MANY_ELEMENTS
+    return several * 1 + (past & (not unet)) * 2 + 0 * np.asarray(pixels, dtype=int)
+
+
+def domain_columns(workloads: list[Workload]) -> Mapping[str, list[int]]:
+    """What a domain is measured in: pixels, images, images times pixels, tokens."""
+    return {
+        "A": [w.pixels for w in workloads],
+        "B": [w.batch_size for w in workloads],
+        "B·A": [w.batch_size * w.pixels for w in workloads],
+        "L": [w.tokens for w in workloads],
+    }

@@ -1,0 +1,423 @@
+"""Records to an Artifact.
+
+Each stage's coefficients are fitted on every record that shares them; what is left over is judged on resolutions that
+the fit did not see (grouped cross-validation), and those errors become the conformal scores. The plain four-term
+regression over whole runs is fitted beside it, as the baseline that the stages have to beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import GroupKFold
+
+import sdfit
+from sdfit.artifact import Artifact, canonical
+from sdfit.basis import StageKey, domain_columns, stage_key, stages_of
+from sdfit.errors import FitError
+from sdfit.predictor import METRICS, family, metric_features
+from sdfit.records import Record, RecordsFile
+from sdfit.stage_model import StageModel, matrix, nonnegative
+from sdfit.stages import resident
+from sdfit.workload import Workload, variant_name
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+FOLDS = 10
+FEWEST_SIZES = 3
+"""Sizes that constant, H·W and (H·W)² need."""
+MOST_SCORES = 600
+"""Scores kept per family; of more, evenly spaced ones in rank order, with both ends."""
+FEWEST_SCORES = 20
+"""A family with fewer scores uses those of all variants."""
+
+
+@dataclass
+class Observations:
+    """What one set of coefficients is fitted on: rows of `sdfit.stage_model.COLUMNS` and what they took [bytes]."""
+
+    workloads: list[Workload] = field(default_factory=list)
+    activation_bytes: list[float] = field(default_factory=list)
+    scale_bytes: list[float] = field(default_factory=list)
+    at_least: list[bool] = field(default_factory=list)
+
+    def add(self, workload: Workload, activation_bytes: float, scale_bytes: float, at_least: bool) -> None:
+        """Add one; ``at_least`` marks a lower bound (a run that ran out of memory there)."""
+        self.workloads.append(workload)
+        self.activation_bytes.append(max(activation_bytes, 0.0))
+        self.scale_bytes.append(scale_bytes)
+        self.at_least.append(at_least)
+
+
+def weights_of(record: Record, stage: str) -> int:
+    """The weights [bytes] that are resident in a stage of a record's run."""
+    return sum(record.component_bytes.get(c, 0) for c in resident(stage, record.workload.offload))
+
+
+def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
+    """Sort what the records say by the coefficients it is evidence for.
+
+    A run that ran out of memory still tells the peaks of the stages that it finished, and a lower bound of the one in
+    which it failed.
+    """
+    found: dict[StageKey, Observations] = {}
+    for record in records:
+        if record.outcome == "crash" or not record.component_bytes:
+            continue
+        failed = record.oom_stage if record.outcome == "oom" else None
+        peaks = dict(record.stage_peaks_bytes)
+        if failed:
+            peaks[failed] = max(peaks.get(failed, 0), record.oom_bytes or 0)
+            if record.workload.vae_tiling or record.workload.vae_slicing:  # its visits to the VAE's stages are unfinished
+                peaks = {s: p for s, p in peaks.items() if s == failed or s[:5] != failed[:5]}
+        scale = float(max(peaks.values(), default=0))
+        for stage, peak in peaks.items():
+            key = stage_key(stage, record.workload.variant)
+            found.setdefault(key, Observations()).add(
+                record.workload, peak - weights_of(record, stage), scale, stage == failed
+            )
+    return found
+
+
+def fit_stage(key: StageKey, seen: Observations) -> StageModel:
+    """Fit one set of coefficients; lower bounds count only where the fit would lie below them."""
+    X, y, scale = matrix(seen.workloads), np.array(seen.activation_bytes), np.array(seen.scale_bytes)
+    bound = np.array(seen.at_least)
+    use = ~bound
+    if not use.any():
+        use = np.ones_like(bound)
+    model = StageModel(key).fit(X[use], y[use], scale[use])
+    for _ in range(5):
+        violated = bound & ~use & (model.predict(X) < y)
+        if not violated.any():
+            break
+        use |= violated
+        model = StageModel(key).fit(X[use], y[use], scale[use])
+    return model
+
+
+def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Record]) -> list[dict[str, float]]:
+    """Each record's stage peaks [bytes], weights included; a stage without a model is left out."""
+    peaks: list[dict[str, float]] = [{} for _ in records]
+    wanted: dict[StageKey, list[tuple[int, str]]] = {}
+    for i, record in enumerate(records):
+        for stage in stages_of(record.workload.variant):
+            wanted.setdefault(stage_key(stage, record.workload.variant), []).append((i, stage))
+    for key, places in wanted.items():
+        if key not in models:
+            continue
+        predicted = models[key].predict(matrix([records[i].workload for i, _ in places]))
+        for (i, stage), value in zip(places, predicted, strict=True):
+            peaks[i][stage] = float(value) + weights_of(records[i], stage)
+    return peaks
+
+
+def resolutions(records: Sequence[Record]) -> list[tuple[int, int]]:
+    """The effective size of each record's images: the groups of the cross-validation."""
+    return [(r.workload.effective_height, r.workload.effective_width) for r in records]
+
+
+def cross_validate(records: Sequence[Record]) -> tuple[list[dict[str, float]], int]:
+    """Predict each record by models that never saw its resolution; returns stage peaks and the number of folds."""
+    groups = np.unique(np.array([f"{h}x{w}" for h, w in resolutions(records)]), return_inverse=True)[1]
+    folds = min(FOLDS, int(groups.max()) + 1)
+    out: list[dict[str, float]] = [{} for _ in records]
+    if folds < 2:
+        return out, 0
+    for train, test in GroupKFold(folds).split(groups, groups=groups):
+        seen = observe([records[i] for i in train])
+        models = {key: fit_stage(key, obs) for key, obs in seen.items() if not all(obs.at_least)}
+        for i, peaks in zip(test, predict_stages(models, [records[i] for i in test]), strict=True):
+            # a stage that no training fold saw makes the whole prediction unknown, not small
+            complete = set(peaks) == set(stages_of(records[i].workload.variant))
+            out[i] = peaks if complete else {}
+    return out, folds
+
+
+def fit(data: RecordsFile, name: str | None = None, sources: Sequence[Mapping[str, Any]] = ()) -> Artifact:
+    """Fit the equation to records of one environment.
+
+    Parameters
+    ----------
+    data : RecordsFile
+        As `sdfit.records.read` or `sdfit.records.pool` gives it.
+    name : str, optional
+        The card; None takes the environment's.
+    sources : list of mapping
+        Where the records come from: name, sha256, rows.
+
+    Returns
+    -------
+    Artifact
+
+    Raises
+    ------
+    FitError
+        If no run succeeded, or the sizes are too few for the terms: which term, and how many more it needs.
+    """
+    ok = [r for r in data.records if r.outcome == "ok"]
+    if not ok:
+        counts = {o: sum(r.outcome == o for r in data.records) for o in ("oom", "crash")}
+        raise FitError(
+            f"none of the {len(data.records)} runs succeeded ({counts['oom']} out of memory, {counts['crash']} crashed); "
+            "sweep smaller sizes",
+            **counts,
+        )
+    seen = observe(data.records)
+    _enough_sizes(seen, ok)
+    models = {key: fit_stage(key, obs) for key, obs in seen.items()}
+    held_out, folds = cross_validate(ok)
+    metrics, scores = _metrics(ok, models, held_out)
+    environment = dict(data.environment)
+    return Artifact(
+        **canonical(
+            {
+                "name": name or str(environment.get("name", "unnamed")),
+                "provenance": provenance(environment),
+                "environment": environment | {"sdfit": sdfit.__version__},
+                "sources": list(sources),
+                "components": _components(ok),
+                "stages": {"|".join(key): _stage(models[key], obs) for key, obs in seen.items()},
+                "metrics": metrics,
+                "scores": scores,
+                "swept": sorted({variant_name(r.workload.variant) for r in ok}),
+                "baseline": baseline(ok),
+                "evaluation": _evaluation(ok, models, held_out, folds, data.records),
+            }
+        )
+    )
+
+
+def provenance(environment: Mapping[str, Any]) -> str:
+    """What records made in this environment rest on.
+
+    Examples
+    --------
+    >>> provenance({"backend": "trace", "workspaces": None})
+    'traced'
+    """
+    backend = environment.get("backend")
+    if backend == "cuda":
+        return "measured"
+    if backend == "trace":
+        return "published" if environment.get("workspaces") else "traced"
+    return "fake"
+
+
+def _enough_sizes(seen: Mapping[StageKey, Observations], ok: Sequence[Record]) -> None:
+    """The UNet of each swept kind must have been seen at enough sizes for its terms."""
+    for key, obs in seen.items():
+        if key[0] != "unet":
+            continue
+        sizes = {w.pixels for w, bound in zip(obs.workloads, obs.at_least, strict=True) if not bound}
+        if len(sizes) < FEWEST_SIZES:
+            term = ("constant", "H·W", "(H·W)²")[len(sizes)] if len(sizes) < FEWEST_SIZES else ""
+            raise FitError(
+                f"{len(sizes)} size(s) of {' '.join(key[1:])} cannot determine the term {term}: constant, H·W and (H·W)² "
+                f"need {FEWEST_SIZES} sizes; sweep {FEWEST_SIZES - len(sizes)} more",
+                term=term,
+                more=FEWEST_SIZES - len(sizes),
+            )
+
+
+def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for record in ok:
+        w = record.workload
+        table = found.setdefault(w.dtype, {})
+        for component, size in record.component_bytes.items():
+            label = f"vae/{w.vae}" if component == "vae" else component
+            if table.setdefault(label, size) != size:
+                raise FitError(
+                    f"the weights of {label} in {w.dtype} take {table[label]} B in one record and {size} B in record "
+                    f"{record.index}; these are not records of one pipeline"
+                )
+    return found
+
+
+def _stage(model: StageModel, obs: Observations) -> dict[str, Any]:
+    X = matrix(obs.workloads)
+    groups = [f"{w.effective_height}x{w.effective_width}" for w in obs.workloads]
+    low, high = model.bounds(X, obs.activation_bytes, obs.scale_bytes, groups)
+    certain = [w for w, bound in zip(obs.workloads, obs.at_least, strict=True) if not bound] or obs.workloads
+    return {
+        "terms": list(model.terms_),
+        "regimes": model.regimes_,
+        "coef": model.coef_.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "unidentified": model.unidentified_,
+        "condition": model.condition_,
+        "domain": {name: [min(v), max(v)] for name, v in domain_columns(certain).items()},
+        "rows": len(certain),
+    }
+
+
+def _metrics(
+    ok: Sequence[Record], models: Mapping[StageKey, StageModel], held_out: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The models of reserved, device and required, and the conformal scores of all metrics."""
+    fitted = predict_stages(models, ok)
+    groups = np.unique(np.array([f"{h}x{w}" for h, w in resolutions(ok)]), return_inverse=True)[1]
+    metrics: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
+    for metric in METRICS:
+        pairs: list[tuple[str, float]] = []
+        values = [getattr(r, f"{metric}_bytes") for r in ok]
+        rows = [i for i, v in enumerate(values) if v is not None and fitted[i]]
+        if metric == "allocated":
+            for i, peaks in enumerate(held_out):
+                if peaks:
+                    pairs.append(_score(ok[i], values[i], max(peaks.values()), peaks))
+        elif rows:
+            by_family: dict[str, list[int]] = {"": rows}
+            for i in rows:
+                by_family.setdefault(family(ok[i].workload.variant), []).append(i)
+            by_family = {f: r for f, r in by_family.items() if not f or len(r) >= FEWEST_SCORES}
+            metrics[metric] = {
+                f: {"coef": _fit_metric(ok, fitted, values, r).tolist(), "rows": len(r)} for f, r in by_family.items()
+            }
+            pairs = _metric_scores(ok, fitted, held_out, values, by_family, groups)
+        scores[metric] = _by_family(pairs)
+    return metrics, scores
+
+
+def _features(record: Record, peaks: Mapping[str, float]) -> tuple[list[float], float]:
+    weights = {stage: weights_of(record, stage) for stage in stages_of(record.workload.variant)}
+    return [float(x) for x in metric_features(peaks, weights)], float(max(weights.values()))
+
+
+def _fit_metric(
+    ok: Sequence[Record], peaks: Sequence[Mapping[str, float]], values: Sequence[int | None], rows: Sequence[int]
+) -> Array:
+    columns, target = [], []
+    for i in rows:
+        features, weights = _features(ok[i], peaks[i])
+        value = float(values[i] or 0)
+        columns.append([x / value for x in features])
+        target.append((value - weights) / value)
+    return nonnegative(np.array(columns), np.array(target))
+
+
+def _metric_scores(
+    ok: Sequence[Record],
+    fitted: Sequence[Mapping[str, float]],
+    held_out: Sequence[Mapping[str, float]],
+    values: Sequence[int | None],
+    by_family: Mapping[str, Sequence[int]],
+    groups: Any,
+) -> list[tuple[str, float]]:
+    """Scores of a metric on resolutions that neither its model nor the stages saw."""
+    pairs = []
+    folds = min(FOLDS, int(groups.max()) + 1)
+    if folds < 2:
+        return []
+    for train, test in GroupKFold(folds).split(groups, groups=groups):
+        inside = set(train.tolist())
+        coefs = {
+            f: _fit_metric(ok, fitted, values, kept)
+            for f, rows in by_family.items()
+            if (kept := [i for i in rows if i in inside])
+        }
+        for i in test:
+            own = family(ok[i].workload.variant)
+            if values[i] is None or not held_out[i] or not coefs:
+                continue
+            features, weights = _features(ok[i], held_out[i])
+            predicted = weights + float(np.dot(coefs.get(own, coefs.get("")), features))
+            predicted = max(predicted, *held_out[i].values())
+            pairs.append(_score(ok[i], float(values[i] or 0), predicted, held_out[i]))
+    return pairs
+
+
+def _score(record: Record, actual: float, predicted: float, peaks: Mapping[str, float]) -> tuple[str, float]:
+    least = min(weights_of(record, stage) for stage in stages_of(record.workload.variant))
+    activation = max(max(peaks.values()) - least, float(1 << 20))
+    return family(record.workload.variant), (actual - predicted) / activation
+
+
+def _by_family(pairs: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
+    table: dict[str, list[float]] = {"": []}
+    for name, score in pairs:
+        table[""].append(score)
+        table.setdefault(name, []).append(score)
+    kept = {}
+    for name, scores in table.items():
+        if name and len(scores) < FEWEST_SCORES:
+            continue
+        scores = sorted(scores)
+        if len(scores) > MOST_SCORES:
+            scores = [scores[i] for i in np.linspace(0, len(scores) - 1, MOST_SCORES).round().astype(int)]
+        kept[name] = [float(f"{s:.6g}") for s in scores]
+    return kept
+
+
+BASELINE_TERMS = ("1", "B·A", "B·A²", "n·L·A")
+BASELINE_UNITS = ("B", "B/px", "B/px²", "B/px/token")
+
+
+def baseline(ok: Sequence[Record]) -> dict[str, Any]:
+    """The plain four-term regression over whole runs, one per swept variant: constant, H·W, (H·W)², L·H·W.
+
+    Images multiply the activations; nothing else is known of stages. Its errors are in-sample: a bound on how well
+    that form can do.
+    """
+    found: dict[str, Any] = {}
+    for variant in sorted({r.workload.variant for r in ok}):
+        rows = [r for r in ok if r.workload.variant == variant]
+        y = np.array([r.allocated_bytes for r in rows], dtype=float)
+        design = baseline_design([r.workload for r in rows])
+        coef = nonnegative(design / y[:, None], np.ones(len(y)))
+        found[variant_name(variant)] = {
+            "coef": coef.tolist(),
+            "rows": len(rows),
+            **error_summary((design @ coef - y) / y),
+        }
+    return {"terms": list(BASELINE_TERMS), "units": list(BASELINE_UNITS), "variants": found}
+
+
+def baseline_design(workloads: Sequence[Workload]) -> Array:
+    """The baseline's columns: 1, B·A, B·A², n·L·A."""
+    return np.array(
+        [(1.0, w.batch_size * w.pixels, w.batch_size * w.pixels**2, w.unet_batch * w.tokens * w.pixels) for w in workloads]
+    )
+
+
+def error_summary(relative: Any) -> dict[str, float]:
+    """Median, 95th percentile and worst of the absolute relative errors."""
+    size = np.abs(np.asarray(relative, dtype=float))
+    return {
+        "median": float(np.median(size)),
+        "p95": float(np.quantile(size, 0.95)),
+        "worst": float(size.max()),
+    }
+
+
+def _evaluation(
+    ok: Sequence[Record],
+    models: Mapping[StageKey, StageModel],
+    held_out: Sequence[Mapping[str, float]],
+    folds: int,
+    records: Sequence[Record],
+) -> dict[str, Any]:
+    fitted = predict_stages(models, ok)
+    actual = np.array([r.allocated_bytes for r in ok], dtype=float)
+    inside = np.array([max(p.values()) for p in fitted])
+    known = [i for i, p in enumerate(held_out) if p]
+    result: dict[str, Any] = {
+        "rows": len(ok),
+        "oom_rows": sum(r.outcome == "oom" for r in records),
+        "crashed_rows": sum(r.outcome == "crash" for r in records),
+        "folds": folds,
+        "fitted": error_summary((inside - actual) / actual),
+    }
+    if known:
+        outside = np.array([max(held_out[i].values()) for i in known])
+        relative = (outside - actual[known]) / actual[known]
+        result["cross_validated"] = error_summary(relative) | {"rows": len(known)}
+        worst = int(np.argmax(np.abs(relative)))
+        result["worst_row"] = ok[known[worst]].workload.to_dict() | {"error": float(relative[worst])}
+    return result
+

@@ -1,0 +1,261 @@
+"""Processes that run workloads for a sweep: local ones, or Ray actors.
+
+Both give the same thing: jobs in, results out as they come, one job at a time per worker, a fresh worker where one died
+or says that it is spent. A worker that dies takes down its job, not the sweep.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from sdfit.backends import open_backend
+from sdfit.errors import SdfitError, needs
+from sdfit.workload import Workload
+
+Job = tuple[int, Workload]
+Result = tuple[int, dict[str, Any]]
+
+
+def crashed(message: str) -> dict[str, Any]:
+    """The fields of a record for a job that ended without a result."""
+    return {"outcome": "crash", "message": message}
+
+
+def run_one(backend: Any, workload: Workload) -> dict[str, Any]:
+    """Measure; an exception becomes a crash row."""
+    try:
+        fields: dict[str, Any] = backend.measure(workload)
+        return fields
+    except Exception as error:  # any failure of the pipeline is a row, and the sweep goes on
+        return crashed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+class LocalPool:
+    """Worker processes on this machine.
+
+    Parameters
+    ----------
+    backend : str
+    options : mapping
+        For `sdfit.backends.open_backend`.
+    workers : int
+        How many at once; one per card.
+    """
+
+    def __init__(self, backend: str, options: Mapping[str, Any], workers: int) -> None:
+        self.backend, self.options, self.workers = backend, dict(options), workers
+        self._context = multiprocessing.get_context("spawn")
+        self._live: list[_Worker] = []
+
+    def environment(self) -> dict[str, Any]:
+        """Start the first worker and ask it what its numbers depend on."""
+        worker = self._start()
+        answer = worker.receive()
+        if isinstance(answer, SdfitError):
+            raise answer
+        worker.ready = True
+        environment: dict[str, Any] = answer
+        return environment
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
+        """Yield each job's result as it comes; stopping early ends the workers."""
+        queue = iter(jobs)
+        try:
+            left = next(queue, None)
+            while left is not None or any(w.job for w in self._live):
+                while left is not None and len(self._live) < self.workers:
+                    self._start()
+                for worker in self._live:
+                    if left is not None and worker.ready and worker.job is None:
+                        worker.give(left)
+                        left = next(queue, None)
+                if left is None:
+                    self._drop([w for w in self._live if w.job is None])
+                if not self._live:
+                    continue
+                for connection in wait([w.connection for w in self._live]):
+                    worker = next(w for w in self._live if w.connection is connection)
+                    result = self._hear(worker)
+                    if result is not None:
+                        yield result
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End all workers."""
+        self._drop(list(self._live))
+
+    def _start(self) -> _Worker:
+        worker = _Worker(self._context, self.backend, self.options)
+        self._live.append(worker)
+        return worker
+
+    def _drop(self, workers: list[_Worker]) -> None:
+        for worker in workers:
+            worker.end()
+            self._live.remove(worker)
+
+    def _hear(self, worker: _Worker) -> Result | None:
+        answer = worker.receive()
+        if isinstance(answer, SdfitError):
+            if worker.job is None or not answer.facts.get("worker_died"):
+                raise answer
+            index = worker.job[0]
+            self._drop([worker])
+            return index, crashed(str(answer))
+        if not worker.ready:
+            worker.ready = True  # its environment; the first worker's was taken for all
+            return None
+        fields, spent = answer
+        assert worker.job is not None
+        index, worker.job = worker.job[0], None
+        if spent:
+            self._drop([worker])
+        return index, fields
+
+
+class _Worker:
+    """One process and the pipe to it."""
+
+    def __init__(self, context: Any, backend: str, options: dict[str, Any]) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, backend, options), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready, self.job = False, None
+
+    def give(self, job: Job) -> None:
+        self.job = job
+        self.connection.send(job[1].to_dict())
+
+    def receive(self) -> Any:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            code = self.process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+            return SdfitError(f"the worker process died ({how})", worker_died=True)
+
+    def end(self) -> None:
+        self.connection.close()
+        if self.job is not None:
+            self.process.terminate()
+        self.process.join(2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> None:
+    """A worker's life: say the environment, then answer workloads until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        made = open_backend(backend, options)
+        connection.send(made.environment())
+    except SdfitError as error:
+        connection.send(error)
+        return
+    while True:
+        try:
+            workload = Workload.from_dict(connection.recv())
+        except (EOFError, OSError):
+            return
+        fields = run_one(made, workload)
+        try:
+            connection.send((fields, made.spent))
+        except OSError:
+            return
+        if made.spent:
+            return
+
+
+class RayPool:
+    """Ray actors, one per card (or per processor, for a backend that needs no card), on any machines of a cluster."""
+
+    def __init__(self, backend: str, options: Mapping[str, Any], workers: int) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise needs("ray", "ray") from error
+        self.ray, self.backend, self.options, self.workers = ray, backend, dict(options), workers
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
+        resources = {"num_gpus": 1} if backend == "cuda" else {"num_cpus": 1}
+        self._remote = ray.remote(**resources, max_restarts=0)(_Actor)
+        self._first: Any = None
+
+    def environment(self) -> dict[str, Any]:
+        """Start the first actor and ask it what its numbers depend on."""
+        self._first = self._remote.remote(self.backend, self.options)
+        answer = self.ray.get(self._first.environment.remote())
+        if isinstance(answer, SdfitError):
+            raise answer
+        environment: dict[str, Any] = answer
+        return environment
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
+        """Yield each job's result as it comes."""
+        queue = iter(jobs)
+        idle = [self._first or self._remote.remote(self.backend, self.options)]
+        idle += [self._remote.remote(self.backend, self.options) for _ in range(self.workers - 1)]
+        busy: dict[Any, tuple[Any, int]] = {}
+        left = next(queue, None)
+        try:
+            while left is not None or busy:
+                while left is not None and idle:
+                    actor = idle.pop()
+                    busy[actor.measure.remote(left[1].to_dict())] = (actor, left[0])
+                    left = next(queue, None)
+                for done in self.ray.wait(list(busy), num_returns=1)[0]:
+                    actor, index = busy.pop(done)
+                    try:
+                        fields, spent = self.ray.get(done)
+                    except self.ray.exceptions.RayError as error:
+                        fields, spent = crashed(f"the actor died ({type(error).__name__})"), True
+                    if spent:
+                        self.ray.kill(actor)
+                        actor = self._remote.remote(self.backend, self.options)
+                    idle.append(actor)
+                    yield index, fields
+        finally:
+            for actor in [*idle, *(a for a, _ in busy.values())]:
+                self.ray.kill(actor)
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self.ray.shutdown()
+
+
+class _Actor:
+    """A backend in a Ray actor."""
+
+    def __init__(self, backend: str, options: dict[str, Any]) -> None:
+        self.made: Any
+        try:
+            self.made = open_backend(backend, options)
+        except SdfitError as error:
+            self.made = error
+
+    def environment(self) -> Any:
+        return self.made if isinstance(self.made, SdfitError) else self.made.environment()
+
+    def measure(self, workload: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        fields = run_one(self.made, Workload.from_dict(workload))
+        return fields, self.made.spent
+
+
+def default_workers(backend: str) -> int:
+    """One worker per card, or per processor for a trace."""
+    if backend == "trace":
+        return os.cpu_count() or 1
+    if backend == "cuda":
+        import torch
+
+        return max(torch.cuda.device_count(), 1)
+    return 1
