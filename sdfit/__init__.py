@@ -6,7 +6,8 @@
 """
 
 from sdfit.errors import SdfitError, SimulatedModelWarning
-from sdfit.predictor import Prediction, Predictor, available, load
+from sdfit.library import available, load
+from sdfit.predictor import Prediction, Predictor
 from sdfit.workload import Workload
 
 __version__ = "0.1.0"

@@ -23,9 +23,13 @@ from sdfit.errors import ArtifactError
 
 FORMAT = 1
 LARGEST_BYTES = 16 << 20
-PROVENANCES = ("measured", "published", "traced", "fake")
-"""What the numbers rest on: a card; a trace with kernel workspaces calibrated on published measurements; a trace
-alone; a made-up card."""
+RESTS_ON = {
+    "measured": "a sweep of that card",
+    "published": "a simulated trace, its kernel workspaces calibrated on published measurements",
+    "traced": "a simulated trace without any kernel workspace, which predicts too little",
+    "fake": "a made-up card, for tests",
+}
+"""Each provenance, and what the numbers then rest on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +41,14 @@ class Artifact:
     name : str
         The card, as in ``models/<name>.joblib``.
     provenance : str
-        One of `PROVENANCES`.
+        A key of `RESTS_ON`.
     environment : dict
         What the records were made under (see `sdfit.records.MATTERS`).
     sources : list of dict
         The records files: name, sha256, rows by outcome; for ``published`` also the citations.
     components : dict
-        dtype -> component -> bytes of its weights; the VAE as ``vae/kl`` and ``vae/tiny``.
+        dtype -> component -> bytes of its weights; the VAE as ``vae/kl`` and ``vae/tiny``; what was allocated before a
+        run of a whole pipeline as ``all/<vae>/checked`` and ``all/<vae>/unchecked``.
     stages : dict
         ``"<stage>|<fields>"`` -> ``terms``, ``regimes`` (regime index -> row of ``coef``), ``coef``, ``low``, ``high``
         (95 % bounds), ``unidentified`` (term -> why), ``domain`` (column -> [least, most]), ``rows``.
@@ -163,7 +168,7 @@ def _checked(value: Any) -> Artifact:
     unknown = set(value) - set(_FIELD_TYPES)
     if unknown:
         raise ArtifactError(f"it has an unknown field '{sorted(unknown)[0]}'")
-    if value["provenance"] not in PROVENANCES:
+    if value["provenance"] not in RESTS_ON:
         raise ArtifactError(f"its provenance is '{value['provenance']}'")
     _check_numbers(value)
     for key, stage in value["stages"].items():

@@ -154,7 +154,14 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, height: Numbers, width: Numbers, tokens: Numbers, batch: Numbers, unet_batch: Numbers, slicing: bool, tiling: bool
+        cls,
+        height: Numbers,
+        width: Numbers,
+        tokens: Numbers,
+        batch: Numbers,
+        unet_batch: Numbers,
+        slicing: bool,
+        tiling: bool,
     ) -> Sizes:
         """Work the sizes out from effective sides [pixels], tokens, images and UNet samples."""
         pixels = height * width
@@ -169,10 +176,13 @@ class Sizes:
     def of_workloads(cls, workloads: list[Workload], key: StageKey) -> Sizes:
         """The sizes of workloads that share a stage's coefficients, as arrays of float64."""
         columns = np.array(
-            [(w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch) for w in workloads], dtype=float
+            [(w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch) for w in workloads],
+            dtype=float,
         ).reshape(-1, 5)
         flags = dict(zip(STAGE_FIELDS[key[0]], key[1:], strict=True))
-        return cls.of(*columns.T, flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True")
+        height, width, tokens, batch, unet_batch = columns.T
+        slicing, tiling = flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True"
+        return cls.of(height, width, tokens, batch, unet_batch, slicing, tiling)
 
 
 @cache

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from sdfit.errors import FitError
 from sdfit.stages import STAGES
 from sdfit.units import format_bytes
@@ -81,8 +79,14 @@ def sizes_of(workload: Workload) -> dict[str, int]:
 
 
 def in_regime(workload: Workload, when: str) -> bool:
-    """Whether an operation with this condition (a key of `WHEN`) runs for a workload."""
-    return {
+    """Whether an operation with this condition runs for a workload: keys of `WHEN`, joined by commas.
+
+    Examples
+    --------
+    >>> in_regime(Workload(512, 512), "text, B=1")
+    True
+    """
+    holds = {
         "": True,
         "B=1": workload.batch_size == 1,
         "B>=2": workload.batch_size >= 2,
@@ -92,7 +96,19 @@ def in_regime(workload: Workload, when: str) -> bool:
         "unguided": not workload.guided,
         "text": workload.prompt_length <= CHUNK_TOKENS,
         "embeds": workload.prompt_length > CHUNK_TOKENS,
-    }[when]
+    }
+    return all(holds[part] for part in when.split(", "))
+
+
+def in_words(when: str) -> str:
+    """Say in which regime an operation runs.
+
+    Examples
+    --------
+    >>> in_words("text, B=1")
+    'if the prompt is text, for one image'
+    """
+    return ", ".join(WHEN[part] for part in when.split(", "))
 
 
 def vae_passes(workload: Workload) -> Iterator[tuple[int, int, int]]:
@@ -162,10 +178,10 @@ class Polynomial:
     stage : str
     path, operation : str
         The module that runs (or ``pipeline.<function>``), and the aten operation in it.
-    index : int
+    nth : int
         How many operations of that name the module ran before it in the same pass.
     when : str
-        In which regime it runs, a key of `WHEN`.
+        In which regime it runs: keys of `WHEN`, joined by commas.
     coefficients : dict of str to float
         By product of sizes. The constant contains the resident weights.
     weights_bytes : int
@@ -178,7 +194,7 @@ class Polynomial:
     stage: str
     path: str
     operation: str
-    index: int
+    nth: int
     when: str
     coefficients: dict[str, float]
     weights_bytes: int
@@ -215,7 +231,9 @@ class Polynomial:
         if latex:
             written = [_latex_term(number, product) for number, product in parts]
         else:
-            written = [number + ("" if not p else " weights" if p == "weights" else "·" + pretty(p)) for number, p in parts]
+            written = [
+                number + ("" if not p else " weights" if p == "weights" else "·" + pretty(p)) for number, p in parts
+            ]
         return " + ".join(written).replace("+ -", "- ")
 
 
@@ -291,7 +309,7 @@ class Derivation:
             "polynomials": [
                 {
                     "stage": p.stage,
-                    "when": WHEN[p.when],
+                    "when": in_words(p.when),
                     "module": p.path,
                     "operation": p.operation,
                     "weights_bytes": p.weights_bytes,
@@ -310,7 +328,7 @@ class Derivation:
         """The formula for a terminal; of each polynomial the ``tensors`` largest live tensors."""
         lines = [f"peak [bytes] of {variant_name(self.variant)} = the largest of", ""]
         for p in self.polynomials:
-            lines.append(f"{_NAMES[p.stage]}{'' if not p.when else ', ' + WHEN[p.when]}")
+            lines.append(f"{_NAMES[p.stage]}{'' if not p.when else ', ' + in_words(p.when)}")
             lines.append(f"    {p.formula()}")
             lines.append(f"    at {p.operation} in {p.path}")
             lines += [f"      {line}" for line in tensor_lines(p.tensors, tensors)]
@@ -329,7 +347,7 @@ class Derivation:
         """The formula as an aligned LaTeX block (needs amsmath)."""
         rows = []
         for p in self.polynomials:
-            name = _NAMES[p.stage] + (f", {WHEN[p.when]}" if p.when else "")
+            name = _NAMES[p.stage] + (f", {in_words(p.when)}" if p.when else "")
             rows.append(rf"  & {p.formula(latex=True)} && \text{{{name}}}")
         body = " \\\\\n".join(rows)
         return (

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdfit.backends.observe import PIPELINE, OperationName, Pass, observed, weights_bytes
+from sdfit.backends.observe import PIPELINE, OperationName, Pass, observed
 from sdfit.backends.trace import Tracer
 from sdfit.closed_form import (
     VAE_STAGES,
@@ -135,7 +135,7 @@ def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Deriv
     seen: dict[Name, _Seen] = defaultdict(lambda: _Seen([], [], []))
     tops: list[dict[str, int]] = []
     for number, point in enumerate(points):
-        traced, observer = observed(tracer, point)
+        _, observer = observed(tracer, point)
         tops.append(observer.stage_peaks)
         _collect(seen, number, point, observer.passes)
     candidates = _solve(seen, points)
@@ -182,7 +182,9 @@ def _collect(seen: dict[Name, _Seen], number: int, point: Workload, passes: Sequ
             try:
                 _, pixels, done = next(geometry[one.path])
             except StopIteration:
-                raise FitError(f"{variant_name(point.variant)}: more passes of {one.path} than its tiles and slices") from None
+                raise FitError(
+                    f"{variant_name(point.variant)}: more passes of {one.path} than its tiles and slices"
+                ) from None
         else:
             pixels, done = (0, total) if point.vae_slicing or point.vae_tiling else (point.pixels, 0)
         outside = one.path == PIPELINE
@@ -192,11 +194,10 @@ def _collect(seen: dict[Name, _Seen], number: int, point: Workload, passes: Sequ
             at = highest[key]
             at[pixels, done] = max(live, at.get((pixels, done), 0))
     for name, rows in highest.items():
-        latest = {pixels: done for pixels, done in rows}
-        for pixels, done in latest.items():
+        for area, before in dict(rows.keys()).items():  # of each size the last pass
             seen[name].points.append(number)
-            seen[name].sizes.append(whole | {"P": pixels, "D": done})
-            seen[name].live_bytes.append(rows[pixels, done])
+            seen[name].sizes.append(whole | {"P": area, "D": before})
+            seen[name].live_bytes.append(rows[area, before])
 
 
 def _products(stage: str, variant: Workload) -> tuple[str, ...]:
@@ -218,16 +219,21 @@ def _solve(seen: dict[Name, _Seen], points: tuple[Workload, ...]) -> list[_Candi
     for name, rows in seen.items():
         layout = tuple((p, s["P"], s["D"]) for p, s in zip(rows.points, rows.sizes, strict=True))
         groups[name.stage, layout].append(name)
-    presence = {when: {i for i, point in enumerate(points) if in_regime(point, when)} for when in WHEN}
+
+    def inside(when: str) -> set[int]:
+        return {i for i, point in enumerate(points) if in_regime(point, when)}
+
+    presence = {when: inside(when) for when in WHEN}
     for (stage, _), names in groups.items():
         present = set(seen[names[0]].points)
         when = next((when for when, expected in presence.items() if present == expected), None)
         left = names if when is not None else []
-        split = ("B=1", "B>=2") if stage in VAE_STAGES else ("n=1", "n>=2")
-        for regimes in (("",), split) if when == "" else ((when or "",),):
+        halves = ("n=1", "n>=2") if stage == "unet" else ("B=1", "B>=2")
+        split = tuple(f"{when}, {half}" if when else half for half in halves)
+        for regimes in ((when or "",), split):
             for regime in regimes:
-                rows = {name: seen[name] for name in left}
-                for name, (products, solved) in _solve_part(stage, rows, presence[regime], points[0]).items():
+                group = {name: seen[name] for name in left}
+                for name, (products, solved) in _solve_part(stage, group, inside(regime), points[0]).items():
                     found.append(_Candidate(name, regime, products, solved))
             known = {candidate.name for candidate in found}
             left = [name for name in left if name not in known]
@@ -236,10 +242,11 @@ def _solve(seen: dict[Name, _Seen], points: tuple[Workload, ...]) -> list[_Candi
 
 def _solve_part(stage: str, rows: dict[Name, _Seen], part: set[int], variant: Workload) -> dict[Name, Any]:
     """Solve for operations of one layout on some of the points; those that are no polynomial there are left out."""
-    if not rows:
+    points = next(iter(rows.values())).points if rows else []
+    use = [i for i, point in enumerate(points) if point in part]
+    if not use:
         return {}
     first = next(iter(rows.values()))
-    use = [i for i, point in enumerate(first.points) if point in part]
     products, matrix = _independent(_products(stage, variant), [first.sizes[i] for i in use])
     if len(use) <= len(products):
         return {}
@@ -315,7 +322,9 @@ def _values(candidates: Sequence[_Candidate], workloads: Sequence[Workload]) -> 
     return out
 
 
-def _nothing_missed(candidates: Sequence[_Candidate], points: Sequence[Workload], tops: Sequence[dict[str, int]]) -> None:
+def _nothing_missed(
+    candidates: Sequence[_Candidate], points: Sequence[Workload], tops: Sequence[dict[str, int]]
+) -> None:
     """Hold each stage's traced peak against the polynomials: an operation that is none must not stand above them."""
     values = _values(candidates, points)
     for stage in STAGES:
@@ -325,8 +334,8 @@ def _nothing_missed(candidates: Sequence[_Candidate], points: Sequence[Workload]
                 found = values[rows, j].max(initial=-np.inf)
                 if found < top[stage] * (1 - _DOMINATED) - _TOLERANCE_BYTES:
                     raise FitError(
-                        f"{variant_name(points[j].variant)}: the peak of {stage} at {points[j].height}x{points[j].width}, batch "
-                        f"{points[j].batch_size}, is {top[stage]} bytes at an operation that is no polynomial in the "
+                        f"{variant_name(points[j].variant)}: the peak of {stage} at {points[j].height}x"
+                        f"{points[j].width}, batch {points[j].batch_size}, is {top[stage]} bytes at an operation that is no polynomial in the "
                         f"sizes (the highest polynomial gives {found:.0f}); fit this variant with `sdfit fit` instead",
                         stage=stage,
                     )
@@ -370,7 +379,7 @@ def _envelope(candidates: Sequence[_Candidate], points: Sequence[Workload]) -> l
 def _residual(candidate: _Candidate, rows: _Seen, points: Sequence[Workload]) -> float:
     polynomial = _polynomial(candidate)
     return max(
-        abs(polynomial.at(sizes) - live)
+        abs(float(polynomial.at(sizes)) - live)
         for point, sizes, live in zip(rows.points, rows.sizes, rows.live_bytes, strict=True)
         if in_regime(points[point], candidate.when)
     )
@@ -381,7 +390,7 @@ def _explained(kept: Sequence[_Candidate], reference: Workload, tracer: Tracer) 
     wanted = {c.name for c in kept}
 
     def key(name: Name) -> Name | None:
-        short = name._replace(index=-1)
+        short = name._replace(nth=-1)
         return name if name in wanted else short if short in wanted else None
 
     plain = 1.0 if reference.guided else 7.5
@@ -400,7 +409,7 @@ def _explained(kept: Sequence[_Candidate], reference: Workload, tracer: Tracer) 
             for i in missing:
                 if kept[i].name in observer.peaks:
                     tensors[i] = tuple(asdict(tensor) for tensor in observer.peaks[kept[i].name].tensors)
-    sizes = weights_bytes(tracer, reference)
+    sizes = tracer.run(reference).component_bytes
     weights = {s: sum(sizes.get(name, 0) for name in resident(s, reference.offload)) for s in STAGES}
     return tuple(
         replace(_polynomial(c), weights_bytes=weights[c.name.stage], tensors=tensors.get(i, ()))

@@ -99,5 +99,7 @@ def nearest(given: str, known: Sequence[str]) -> str:
 def needs(extra: str, package: str) -> DependencyError:
     """Build the error for a missing optional package, naming the extra that brings it."""
     return DependencyError(
-        f"this needs {package}, which is not installed; type: pip install 'sdfit[{extra}]'", extra=extra, package=package
+        f"this needs {package}, which is not installed; type: pip install 'sdfit[{extra}]'",
+        extra=extra,
+        package=package,
     )

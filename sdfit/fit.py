@@ -18,10 +18,10 @@ import sdfit
 from sdfit.artifact import Artifact, canonical
 from sdfit.basis import StageKey, domain_columns, stage_key, stages_of
 from sdfit.errors import FitError
-from sdfit.predictor import METRICS, family, metric_features
 from sdfit.records import Record, RecordsFile
 from sdfit.stage_model import StageModel, matrix, nonnegative
 from sdfit.stages import resident
+from sdfit.variant import METRICS, baseline_label, family, metric_features
 from sdfit.workload import Workload, variant_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -52,7 +52,12 @@ class Observations:
 
 
 def weights_of(record: Record, stage: str) -> int:
-    """The weights [bytes] that are resident in a stage of a record's run."""
+    """The weights [bytes] that are resident in a stage of a record's run.
+
+    Without offload this is what was allocated before the run: the weights and what the allocator holds around them.
+    """
+    if record.workload.offload == "none" and record.baseline_bytes is not None:
+        return record.baseline_bytes
     return sum(record.component_bytes.get(c, 0) for c in resident(stage, record.workload.offload))
 
 
@@ -70,7 +75,9 @@ def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
         peaks = dict(record.stage_peaks_bytes)
         if failed:
             peaks[failed] = max(peaks.get(failed, 0), record.oom_bytes or 0)
-            if record.workload.vae_tiling or record.workload.vae_slicing:  # its visits to the VAE's stages are unfinished
+            if (
+                record.workload.vae_tiling or record.workload.vae_slicing
+            ):  # its visits to the VAE's stages are unfinished
                 peaks = {s: p for s, p in peaks.items() if s == failed or s[:5] != failed[:5]}
         scale = float(max(peaks.values(), default=0))
         for stage, peak in peaks.items():
@@ -223,6 +230,7 @@ def _enough_sizes(seen: Mapping[StageKey, Observations], ok: Sequence[Record]) -
 
 
 def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
+    """Bytes of the weights by dtype: each component's, and what each combination held before a run."""
     found: dict[str, dict[str, int]] = {}
     for record in ok:
         w = record.workload
@@ -234,6 +242,9 @@ def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
                     f"the weights of {label} in {w.dtype} take {table[label]} B in one record and {size} B in record "
                     f"{record.index}; these are not records of one pipeline"
                 )
+        if w.offload == "none" and record.baseline_bytes is not None:
+            label = baseline_label(w.vae, w.safety_checker)
+            table[label] = max(record.baseline_bytes, table.get(label, 0))
     return found
 
 
@@ -326,7 +337,8 @@ def _metric_scores(
             if values[i] is None or not held_out[i] or not coefs:
                 continue
             features, weights = _features(ok[i], held_out[i])
-            predicted = weights + float(np.dot(coefs.get(own, coefs.get("")), features))
+            coef = coefs[own] if own in coefs else coefs[""]
+            predicted = weights + float(np.dot(coef, features))
             predicted = max(predicted, *held_out[i].values())
             pairs.append(_score(ok[i], float(values[i] or 0), predicted, held_out[i]))
     return pairs
@@ -347,10 +359,10 @@ def _by_family(pairs: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
     for name, scores in table.items():
         if name and len(scores) < FEWEST_SCORES:
             continue
-        scores = sorted(scores)
-        if len(scores) > MOST_SCORES:
-            scores = [scores[i] for i in np.linspace(0, len(scores) - 1, MOST_SCORES).round().astype(int)]
-        kept[name] = [float(f"{s:.6g}") for s in scores]
+        ranked = sorted(scores)
+        if len(ranked) > MOST_SCORES:
+            ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, MOST_SCORES).round().astype(int)]
+        kept[name] = [float(f"{s:.6g}") for s in ranked]
     return kept
 
 
@@ -381,7 +393,10 @@ def baseline(ok: Sequence[Record]) -> dict[str, Any]:
 def baseline_design(workloads: Sequence[Workload]) -> Array:
     """The baseline's columns: 1, B·A, B·A², n·L·A."""
     return np.array(
-        [(1.0, w.batch_size * w.pixels, w.batch_size * w.pixels**2, w.unet_batch * w.tokens * w.pixels) for w in workloads]
+        [
+            (1.0, w.batch_size * w.pixels, w.batch_size * w.pixels**2, w.unet_batch * w.tokens * w.pixels)
+            for w in workloads
+        ]
     )
 
 
@@ -420,4 +435,3 @@ def _evaluation(
         worst = int(np.argmax(np.abs(relative)))
         result["worst_row"] = ok[known[worst]].workload.to_dict() | {"error": float(relative[worst])}
     return result
-

@@ -168,7 +168,7 @@ def _drawn(wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: 
             raise GridError(f"max_batch_pixels {cap} leaves no room for sides from {low} to {high}")
         # log-uniform: a small side is as likely as a large one
         sides = [round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(2)]  # type: ignore[arg-type]
-        w = Workload(*sides, **{name: rng.choice(values) for name, values in axes.items()})
+        w = Workload(sides[0], sides[1], **{name: rng.choice(values) for name, values in axes.items()})
         if w.batch_size * w.pixels <= cap:
             found.append(w)
     return found
@@ -187,7 +187,7 @@ def _axis(name: str, values: Any) -> list[Any]:
         values = [values]
     if not values:
         raise GridError(f"the axis '{name}' is empty; give it one value at least, or leave it out")
-    return values
+    return list(values)
 
 
 def _known(given: Any, known: tuple[str, ...], where: str) -> None:
@@ -196,4 +196,3 @@ def _known(given: Any, known: tuple[str, ...], where: str) -> None:
     for key in given:
         if key not in known:
             raise GridError(f"{where} has an unknown key '{key}'{nearest(key, known)}")
-

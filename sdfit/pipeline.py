@@ -92,7 +92,12 @@ def offline_tokenizer() -> Any:
 
 
 def build_components(
-    dtype: str, device: str, *, vae: str = "kl", safety_checker: bool = True, settings: dict[str, dict[str, Any]] | None = None
+    dtype: str,
+    device: str,
+    *,
+    vae: str = "kl",
+    safety_checker: bool = True,
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Build every component of the pipeline from its settings, with random values, on a device.
 
@@ -109,7 +114,7 @@ def build_components(
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
-    use: dict[str, dict[str, Any]] = {"unet": UNET, "vae": VAE, "text": TEXT, "vision": VISION} | (settings or {})
+    use: dict[str, Any] = {"unet": UNET, "vae": VAE, "text": TEXT, "vision": VISION, **(settings or {})}
     before = torch.get_default_dtype()
     # build in the target dtype: a float32 detour would need twice the memory on a small card
     torch.set_default_dtype(getattr(torch, dtype))
@@ -228,7 +233,9 @@ def variant_applied(pipe: StableDiffusionImg2ImgPipeline, workload: Workload) ->
         yield
 
 
-def call_arguments(workload: Workload, *, num_inference_steps: int, device: str, width: int = TEXT_WIDTH) -> dict[str, Any]:
+def call_arguments(
+    workload: Workload, *, num_inference_steps: int, device: str, width: int = TEXT_WIDTH
+) -> dict[str, Any]:
     """Make the keyword arguments of one img2img call.
 
     Prompts of up to 77 tokens go through the tokenizer; longer ones are ``prompt_embeds`` on the device, as Compel

@@ -1,28 +1,21 @@
 """`f`: from a workload to bytes, with the interval and the reasons.
 
-`load` finds an artifact by name or path and gives a `Predictor`. Calling it gives a `Prediction`: a float of bytes
-that knows its interval, the stage that sets the peak and what the peak is made of. Nothing but numpy is imported.
+Calling a `Predictor` gives a `Prediction`: a float of bytes that knows its interval, the stage that sets the peak and
+what the peak is made of. Nothing but numpy is imported.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdfit import conformal
-from sdfit.artifact import Artifact, load_artifact
-from sdfit.basis import Sizes, StageKey, evaluate, regime, stage_key, stages_of, terms_of
-from sdfit.errors import InvalidWorkload, SimulatedModelWarning, UnknownModel, UnknownVariant, listed
-from sdfit.paths import shipped
-from sdfit.scalar import compile_peak
-from sdfit.stages import resident
+from sdfit.artifact import Artifact
+from sdfit.errors import InvalidWorkload, listed
+from sdfit.variant import METRICS, Variant
 from sdfit.workload import (
-    CHOICES,
     CHUNK_TOKENS,
     MAX_BATCH_SIZE,
     MAX_PROMPT_LENGTH,
@@ -34,15 +27,9 @@ from sdfit.workload import (
     Workload,
     check_keywords,
     one_of,
-    variant_name,
 )
 
-METRICS = ("allocated", "reserved", "device", "required")
-METRIC_FEATURES = ("1", "peak", "vae_encoder_blocks", "unet", "vae_decoder_blocks")
-"""What reserved, device and required are linear in: a constant, the peak and three stages, above the weights [bytes]."""
 DEFAULT_LEVEL = 0.95
-_DEFAULTS: VariantKey = tuple(options[0] for options in CHOICES.values())  # type: ignore[assignment]
-_warned: set[str] = set()
 
 
 class Interval(NamedTuple):
@@ -64,6 +51,10 @@ class Prediction(float):
     """
 
     __slots__ = ("_variant", "_workload", "level", "metric")
+    _variant: Variant
+    _workload: Workload | tuple[Any, ...]
+    level: float
+    metric: str
 
     @property
     def workload(self) -> Workload:
@@ -132,123 +123,6 @@ def _whole(value: float) -> int | None:
     return round(value) if np.isfinite(value) else None
 
 
-class _Variant:
-    """The part of an artifact that one variant uses, compiled."""
-
-    def __init__(self, artifact: Artifact, key: VariantKey) -> None:
-        self.artifact, self.key = artifact, key
-        values = dict(zip(VARIANT_FIELDS, key, strict=True))
-        self.offload = str(values["offload"])
-        self.slicing, self.tiling = bool(values["vae_slicing"]), bool(values["vae_tiling"])
-        weights = artifact.components.get(str(values["dtype"]), {})
-        names = {"vae": f"vae/{values['vae']}"}
-        self.stages: dict[str, StageKey] = {}
-        self.weights: dict[str, int] = {}
-        for stage in stages_of(key):
-            found = stage_key(stage, key)
-            parts = [c for c in resident(stage, self.offload) if c != "safety_checker" or values["safety_checker"]]
-            if "|".join(found) not in artifact.stages or any(names.get(c, c) not in weights for c in parts):
-                raise UnknownVariant(
-                    f"'{artifact.name}' has no coefficients for {variant_name(key)} (its {stage} was never swept); swept: "
-                    f"{listed(artifact.swept)}; to add one: sdfit sweep --gpu {artifact.name} --grid FILE, then sdfit fit",
-                    variant=key,
-                )
-            self.stages[stage] = found
-            self.weights[stage] = sum(weights[names.get(c, c)] for c in parts)
-        self.models = {stage: artifact.stages["|".join(found)] for stage, found in self.stages.items()}
-        self.families = (family(key), "")
-        self.domain: dict[str, tuple[float, float]] = {}
-        for model in self.models.values():
-            for column, (least, most) in model["domain"].items():
-                low, high = self.domain.get(column, (0, np.inf))
-                self.domain[column] = (max(low, least), min(high, most))
-        self.peak: Callable[..., float] = compile_peak(self.models, self.stages, self.weights, self.slicing, self.tiling)
-
-    def sizes(self, w: Workload) -> Sizes:
-        return Sizes.of(
-            w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch, self.slicing, self.tiling
-        )
-
-    def terms(self, stage: str, sizes: Sizes) -> dict[str, Any]:
-        """Each term of a stage in bytes."""
-        model, key = self.models[stage], self.stages[stage]
-        rows = np.asarray(model["coef"])[np.asarray(model["regimes"])[regime(key, sizes)]]
-        return {
-            name: rows[..., i] * evaluate(name, sizes)
-            for i, name in enumerate(terms_of(key))
-            if any(row[i] for row in model["coef"])
-        }
-
-    def stage_arrays(self, sizes: Sizes) -> dict[str, Any]:
-        """The peak of each stage, for one workload or for arrays of sizes."""
-        return {s: sum(self.terms(s, sizes).values(), start=float(self.weights[s])) for s in self.stages}
-
-    def stage_peaks(self, w: Workload) -> dict[str, float]:
-        return {stage: float(peak) for stage, peak in self.stage_arrays(self.sizes(w)).items()}
-
-    def breakdown(self, w: Workload, stage: str) -> dict[str, float]:
-        terms = self.terms(stage, self.sizes(w))
-        return {"weights": float(self.weights[stage])} | {name: float(v) for name, v in terms.items()}
-
-    def stretch(self, w: Workload) -> float:
-        """How far outside the swept domain a workload lies: 1 inside, otherwise the largest ratio to its edge."""
-        values = {"A": w.pixels, "B": w.batch_size, "B·A": w.batch_size * w.pixels, "L": w.tokens}
-        return max(1.0, *(max(values[c] / high, low / values[c]) for c, (low, high) in self.domain.items()))
-
-    def features(self, peaks: Mapping[str, Any]) -> list[Any]:
-        """The columns of `METRIC_FEATURES` for some stage peaks [bytes]."""
-        return metric_features(peaks, self.weights)
-
-    def metric(self, peaks: Mapping[str, Any], metric: str) -> Any:
-        """A metric from the stage peaks [bytes]."""
-        top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
-        if metric == "allocated":
-            return top
-        models = self.artifact.metrics.get(metric)
-        if not models:
-            raise UnknownVariant(
-                f"'{self.artifact.name}' has no '{metric}'; it has: "
-                f"{listed(['allocated', *(m for m, found in self.artifact.metrics.items() if found)])}",
-                metric=metric,
-            )
-        coef = next(models[f] for f in self.families if f in models)["coef"]
-        columns = metric_features(peaks, self.weights)
-        value = max(self.weights.values()) + sum(c * x for c, x in zip(coef, columns, strict=True))
-        return np.maximum(value, top)  # no counter can be below what is live
-
-    def width(self, w: Workload, metric: str, level: float, rule: Callable[[Any, float], float]) -> float:
-        scores = self.artifact.scores.get(metric, {})
-        relative = np.inf
-        for name in self.families:  # the variant's own scores where there are enough of them, else those of all
-            relative = rule(scores.get(name, []), level)
-            if np.isfinite(relative):
-                break
-        return float(relative * self.activation(self.stage_peaks(w)) * self.stretch(w))
-
-    def activation(self, peaks: Mapping[str, Any]) -> Any:
-        """The scale of the conformal scores: the peak above the weights, at least 1 MiB."""
-        top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
-        return np.maximum(top - min(self.weights.values()), float(1 << 20))
-
-
-def metric_features(peaks: Mapping[str, Any], weights: Mapping[str, int]) -> list[Any]:
-    """The columns of `METRIC_FEATURES` [bytes] from stage peaks and resident weights."""
-    top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
-    named = [peaks[s] - weights[s] if s in peaks else 0.0 * top for s in METRIC_FEATURES[2:]]
-    return [np.ones_like(top), top - max(weights.values()), *named]
-
-
-def family(key: VariantKey) -> str:
-    """The variants that share conformal scores: those that differ only in offload and the safety checker.
-
-    Examples
-    --------
-    >>> family(Workload(512, 512, safety_checker=False).variant)
-    'float16|sdpa|kl|False|False'
-    """
-    return "|".join(str(v) for v in key[:5])
-
-
 class Predictor:
     """A calibrated model of one card: ``f(height, width, prompt_length, **options)`` in bytes.
 
@@ -270,7 +144,7 @@ class Predictor:
 
     def __init__(self, artifact: Artifact, path: Path | None = None) -> None:
         self.artifact, self.path = artifact, path
-        self._variants: dict[VariantKey, _Variant] = {}
+        self._variants: dict[VariantKey, Variant] = {}
 
     @property
     def name(self) -> str:
@@ -285,7 +159,7 @@ class Predictor:
     def __repr__(self) -> str:
         return f"<sdfit model '{self.name}', {self.provenance}, {len(self.artifact.swept)} variants>"
 
-    def variant(self, key: VariantKey) -> _Variant:
+    def variant(self, key: VariantKey) -> Variant:
         """The compiled variant.
 
         Raises
@@ -295,8 +169,8 @@ class Predictor:
         """
         found = self._variants.get(key)
         if found is None:
-            key = tuple(one_of(n, v) for n, v in zip(VARIANT_FIELDS, key, strict=True))  # type: ignore[assignment]
-            found = self._variants[key] = _Variant(self.artifact, key)
+            key = tuple(one_of(n, v) for n, v in zip(VARIANT_FIELDS, key, strict=True))
+            found = self._variants[key] = Variant(self.artifact, key)
         return found
 
     def __call__(
@@ -407,7 +281,9 @@ offload, safety_checker
         value, half = predict_table(self, table, metric, level)
         return np.column_stack([np.maximum(value - half, 0.0), value + half])
 
-    def fits(self, *args: Any, memory: str | float, metric: str = "required", level: float = 0.99, **kwargs: Any) -> bool:
+    def fits(
+        self, *args: Any, memory: str | float, metric: str = "required", level: float = 0.99, **kwargs: Any
+    ) -> bool:
         """Whether a workload's upper bound stays within an amount of memory; see `sdfit.advise.fits`."""
         from sdfit.advise import fits
 
@@ -431,7 +307,7 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _prediction(value: float, found: _Variant, workload: Any, metric: str, level: float) -> Prediction:
+def _prediction(value: float, found: Variant, workload: Any, metric: str, level: float) -> Prediction:
     made = Prediction(value)
     made._variant, made._workload, made.metric, made.level = found, workload, metric, level
     return made
@@ -441,75 +317,3 @@ def check_metric(metric: str) -> None:
     """Refuse a metric that sdfit does not know."""
     if metric not in METRICS:
         raise InvalidWorkload(f"metric is {metric!r}; it must be one of {listed(METRICS)}", given=metric)
-
-
-def model_folders() -> list[Path]:
-    """Where artifacts are looked for by name: ``SDFIT_MODELS``, ``./models``, the shipped ones."""
-    chosen = os.environ.get("SDFIT_MODELS")
-    return [*([Path(chosen)] if chosen else []), Path("models"), shipped("models")]
-
-
-def available() -> dict[str, Path]:
-    """The models that `load` finds by name, and the file that each name gives."""
-    found: dict[str, Path] = {}
-    for folder in model_folders():
-        for path in sorted(folder.glob("*.joblib")):
-            found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
-
-
-def find_model(name: str | Path) -> Path:
-    """Find an artifact by path or name.
-
-    Raises
-    ------
-    UnknownModel
-        Naming those that exist and the command that measures the one asked for.
-    """
-    text = str(name)
-    if text.endswith(".joblib") or "/" in text or os.sep in text:
-        return Path(name)
-    known = available()
-    if text not in known:
-        raise UnknownModel(
-            f"no model for '{text}'; there are: {listed(known)}. Measure one: sdfit sweep --gpu {text}, then sdfit fit",
-            given=text,
-            known=list(known),
-        )
-    return known[text]
-
-
-def load(name: str | Path) -> Predictor:
-    """Load a model by the name of its card or by path.
-
-    A name is looked for in ``SDFIT_MODELS``, ``./models`` and the models that ship with sdfit, in this order;
-    ``f.path`` says which file it was.
-
-    Raises
-    ------
-    UnknownModel, ArtifactError
-
-    Warns
-    -----
-    SimulatedModelWarning
-        Once per file, if the model does not rest on a sweep of that card.
-    """
-    path = find_model(name)
-    predictor = Predictor(load_artifact(path), path)
-    if predictor.provenance != "measured" and str(path.absolute()) not in _warned:
-        _warned.add(str(path.absolute()))
-        warnings.warn(
-            f"the model '{predictor.name}' ({path}) is not measured: {RESTS_ON[predictor.provenance]}",
-            SimulatedModelWarning,
-            stacklevel=2,
-        )
-    return predictor
-
-
-RESTS_ON = {
-    "measured": "a sweep of that card",
-    "published": "it is a simulated trace, its kernel workspaces calibrated on published measurements",
-    "traced": "it is a simulated trace without any kernel workspace, and predicts too little",
-    "fake": "it was made with a made-up card, for tests",
-}
-"""A provenance in words."""

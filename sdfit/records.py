@@ -176,14 +176,17 @@ def _environment(path: Path, line: str) -> dict[str, Any]:
         head = json.loads(line)
         if head["sdfit_records"] != FORMAT:
             raise RecordsError(
-                f"'{path}' has records of format {head['sdfit_records']}; this sdfit reads format {FORMAT}", path=str(path)
+                f"'{path}' has records of format {head['sdfit_records']}; this sdfit reads format {FORMAT}",
+                path=str(path),
             )
         environment = head["environment"]
         assert isinstance(environment, dict)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         if isinstance(error, RecordsError):
             raise
-        raise RecordsError(f"{path}, line 1 is not the environment of an sdfit records file", path=str(path), line=1) from error
+        raise RecordsError(
+            f"{path}, line 1 is not the environment of an sdfit records file", path=str(path), line=1
+        ) from error
     return environment
 
 
@@ -254,7 +257,9 @@ class Writer:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise RecordsError(f"another sweep is writing '{self.path}'; wait for it, or choose another --out") from error
+            raise RecordsError(
+                f"another sweep is writing '{self.path}'; wait for it, or choose another --out"
+            ) from error
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str] = MATTERS) -> list[str]:

@@ -35,7 +35,7 @@ def compile_peak(
         f"    r = (m > 1) + 2 * (m * P >= {many})",
         "    u = n > 1",
     ]
-    peaks = []
+    peaks: list[str] = []
     for stage, model in models.items():
         if any(_covered(stage, other, models, weights) for other in models if other != stage):
             continue
@@ -56,9 +56,7 @@ def compile_peak(
     return compiled
 
 
-def _covered(
-    stage: str, other: str, models: Mapping[str, Mapping[str, Any]], weights: Mapping[str, int]
-) -> bool:
+def _covered(stage: str, other: str, models: Mapping[str, Mapping[str, Any]], weights: Mapping[str, int]) -> bool:
     """Whether ``other`` is at least as high as ``stage`` everywhere; of two equal ones only the later is covered."""
     mine, theirs = models[stage], models[other]
     if list(mine["terms"]) != list(theirs["terms"]) or (stage == "unet") != (other == "unet"):

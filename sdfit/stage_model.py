@@ -30,7 +30,7 @@ RESAMPLES = 200
 _NEIGHBOURS = {0: (1, 2, 3), 1: (0, 3, 2), 2: (0, 3, 1), 3: (1, 2, 0)}
 
 
-class StageModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+class StageModel(RegressorMixin, BaseEstimator):
     """Peak activations of one stage as a non-negative combination of its terms.
 
     Parameters
@@ -135,7 +135,9 @@ class StageModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def sizes(self, X: Array) -> Sizes:
         """The sizes that the terms are products of, from rows of `COLUMNS`."""
         flags = dict(zip(STAGE_FIELDS[self.key[0]], self.key[1:], strict=True))
-        return Sizes.of(*X.T, flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True")
+        height, width, tokens, batch, unet_batch = X.T
+        slicing, tiling = flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True"
+        return Sizes.of(height, width, tokens, batch, unet_batch, slicing, tiling)
 
     def design(self, sizes: Sizes) -> Array:
         """The columns of the terms."""
@@ -179,7 +181,8 @@ class StageModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if sets:
             self.coef_ = np.array(sets)
             self.regimes_ = [
-                index[r] if r in index else next(index[o] for o in _NEIGHBOURS[r] if o in index) for r in range(len(REGIMES))
+                index[r] if r in index else next(index[o] for o in _NEIGHBOURS[r] if o in index)
+                for r in range(len(REGIMES))
             ]
 
 

@@ -23,8 +23,8 @@ STAGES = (
 """In the order in which they run."""
 
 
-COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
-"""What has weights."""
+COMPONENTS = ("vae", "text_encoder", "unet", "safety_checker")
+"""What has weights, in the order in which the pipeline holds it and so, usually, loads it."""
 
 RESIDENT_WHEN_OFFLOADED = {
     "text_encoder": ("text_encoder", "safety_checker"),

@@ -117,16 +117,14 @@ def sweep(
         pool.close()
 
 
-def _run(
-    plan: Plan, pool: Any, writer: Writer, budget_s: float | None, report: Callable[[Progress], None]
-) -> Outcome:
+def _run(plan: Plan, pool: Any, writer: Writer, budget_s: float | None, report: Callable[[Progress], None]) -> Outcome:
     started = time.monotonic()
     known = {r.index: r for r in writer.done if r.outcome != "crash"}
     foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
     if foreign:
         raise SdfitError(f"row {foreign[0]} of '{writer.path}' is not of this grid; choose another file with --out")
     outcomes = [r.outcome for r in known.values()]
-    done, oom, crashed, fresh = len(known), outcomes.count("oom"), 0, 0
+    done, oom, crashed = len(known), outcomes.count("oom"), 0
 
     def jobs() -> Iterator[Job]:
         for index, workload in enumerate(plan.workloads):
@@ -136,10 +134,9 @@ def _run(
                 return
             yield index, workload
 
-    for index, fields in pool.run(jobs()):
+    for fresh, (index, fields) in enumerate(pool.run(jobs()), start=1):
         record = Record(index, plan.workloads[index], **fields)
         writer.append(record)
-        fresh += 1
         oom += record.outcome == "oom"
         if record.outcome == "crash":
             crashed += 1

@@ -27,7 +27,8 @@ from sdfit.workload import (
 )
 
 if TYPE_CHECKING:
-    from sdfit.predictor import Predictor, _Variant
+    from sdfit.predictor import Predictor
+    from sdfit.variant import Variant
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK_ROWS = 16_384
@@ -59,7 +60,7 @@ def predict_table(predictor: Predictor, table: Any, metric: str, level: float | 
     return value, half
 
 
-def _one_variant(found: _Variant, part: dict[str, Array], metric: str, level: float | None) -> tuple[Array, Array]:
+def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: float | None) -> tuple[Array, Array]:
     rows = len(part["height"])
     value, half = np.empty(rows), np.zeros(rows)
     relative = 0.0
@@ -141,12 +142,12 @@ def _groups(columns: dict[str, Any], rows: int) -> list[tuple[VariantKey, Array 
         levels.append([bool(v) if isinstance(v, np.bool_) else str(v) if isinstance(v, str) else v for v in names])
         code = code * len(names) + inverse
     if not code.any():
-        return [(tuple(level[0] for level in levels), None)]  # type: ignore[list-item]
+        return [(tuple(level[0] for level in levels), None)]
     groups: list[tuple[VariantKey, Array | None]] = []
     for value in np.unique(code):
         rest, key = int(value), []
         for level in reversed(levels):
             rest, at = divmod(rest, len(level))
             key.append(level[at])
-        groups.append((tuple(reversed(key)), np.flatnonzero(code == value)))  # type: ignore[arg-type]
+        groups.append((tuple(reversed(key)), np.flatnonzero(code == value)))
     return groups

@@ -73,7 +73,9 @@ def parse_bytes(text: str | float) -> int:
     else:
         value = float(text)
     if not (math.isfinite(value) and value >= 1):
-        raise InvalidWorkload(f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9", given=text)
+        raise InvalidWorkload(
+            f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9", given=text
+        )
     return int(value)
 
 

@@ -127,7 +127,8 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, backend, options), daemon=True)
         self.process.start()
         theirs.close()
-        self.ready, self.job = False, None
+        self.ready = False
+        self.job: Job | None = None
 
     def give(self, job: Job) -> None:
         self.job = job
@@ -257,5 +258,5 @@ def default_workers(backend: str) -> int:
     if backend == "cuda":
         import torch
 
-        return max(torch.cuda.device_count(), 1)
+        return max(int(torch.cuda.device_count()), 1)
     return 1

@@ -183,7 +183,15 @@ class Workload:
     @property
     def variant(self) -> VariantKey:
         """The discrete fields, in the order of `VARIANT_FIELDS`."""
-        return (self.dtype, self.attention, self.vae, self.vae_slicing, self.vae_tiling, self.offload, self.safety_checker)
+        return (
+            self.dtype,
+            self.attention,
+            self.vae,
+            self.vae_slicing,
+            self.vae_tiling,
+            self.offload,
+            self.safety_checker,
+        )
 
 
 WORKLOAD_FIELDS = tuple(f.name for f in fields(Workload))
@@ -205,8 +213,6 @@ def variant_name(key: VariantKey) -> str:
     'float16 sdpa vae_tiling=True safety_checker=False'
     """
     rest = [
-        f"{name}={value}"
-        for name, value in zip(VARIANT_FIELDS[2:], key[2:], strict=True)
-        if value != CHOICES[name][0]
+        f"{name}={value}" for name, value in zip(VARIANT_FIELDS[2:], key[2:], strict=True) if value != CHOICES[name][0]
     ]
     return " ".join([key[0], key[1], *rest])

@@ -12,11 +12,10 @@ import time
 from typing import Any
 
 from sdfit.basis import Sizes, evaluate, stage_key, stages_of, terms_of
+from sdfit.components import component_bytes
 from sdfit.records import fingerprint
 from sdfit.stages import resident
 from sdfit.workload import DTYPE_BYTES, Workload
-
-PARAMETERS = {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863, "safety_checker": 303_981_588}
 
 COEFFICIENTS: dict[str, dict[str, float]] = {
     "text_encoder": {"1": 9_000_000, "n": 400_000, "n·L": 1536},
@@ -89,7 +88,7 @@ class FakeBackend:
 
     def stage_peaks(self, workload: Workload) -> dict[str, int]:
         """The true peak of each stage [bytes]."""
-        components = self.components(workload)
+        components = component_bytes(workload)
         peaks = {}
         for stage in stages_of(workload.variant):
             key = stage_key(stage, workload.variant)
@@ -101,24 +100,15 @@ class FakeBackend:
             peaks[stage] = weights + round(activation * (1 + random_part))
         return peaks
 
-    @staticmethod
-    def components(workload: Workload) -> dict[str, int]:
-        """Bytes of each component's weights."""
-        size = DTYPE_BYTES[workload.dtype]
-        parts = {name: count * size for name, count in PARAMETERS.items()}
-        if not workload.safety_checker:
-            del parts["safety_checker"]
-        return parts
-
     def measure(self, workload: Workload) -> dict[str, Any]:
         """See `sdfit.backends.Backend.measure`."""
         time.sleep(self.delay_s)
         if workload.batch_size == self.crash_batch_size:
             os._exit(9)
         peaks = self.stage_peaks(workload)
-        components = self.components(workload)
+        components = component_bytes(workload)
         common = {"component_bytes": components, "baseline_bytes": sum(components.values()), "retries": 0}
-        reached = {}
+        reached: dict[str, int] = {}
         for stage, peak in peaks.items():
             if peak > self.capacity_bytes:
                 return {

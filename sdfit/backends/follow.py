@@ -91,7 +91,7 @@ class Meter:
         for name, peak in inside.items():
             before[name] = max(peak, before.get(name, 0))
         events = self.events[first:] if self.events is not None else []
-        span = Span({name: peak - live for name, peak in inside.items()}, events)
+        span = Span({name: peak - live for name, peak in inside.items()}, events, self.stage)
         if self.listener is not None:
             self.listener.ends(span)
         return result, span
@@ -103,6 +103,7 @@ class Meter:
         for stage, above in span.peaks_bytes.items():
             self.enter(stage)
             self._peak_bytes = max(self._peak_bytes, self.live_bytes + above)
+        self.enter(span.last_stage)
         if self.events is None:
             return
         open_blocks: dict[int, tuple[int, int]] = {}
@@ -118,10 +119,11 @@ class Meter:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a piece of a run took: each stage's peak above the bytes that were live before, and its events."""
+    """What a piece of a run took: each stage's peak above what was live before, its events, where it ended."""
 
     peaks_bytes: dict[str, int]
     events: list[tuple[int, int]]
+    last_stage: str
 
 
 class Listener(Protocol):
@@ -171,7 +173,9 @@ class FollowStorages(TorchDispatchMode):
         """Never count this tensor's storage: it is counted elsewhere (the weights)."""
         self._known[tensor.untyped_storage()._cdata] = tensor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.device == "meta":
             stand_in = _leaves_the_device(func, args, kwargs)
@@ -233,7 +237,9 @@ class FusedAttention(TorchFunctionMode):
         super().__init__()
         self.kernel = kernel
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)

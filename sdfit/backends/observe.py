@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sdfit.backends.follow import Meter, Operation, Span, rounded
-from sdfit.backends.trace import COMPONENTS, Traced, Tracer
+from sdfit.backends.trace import Traced, Tracer
+from sdfit.stages import COMPONENTS
 from sdfit.workload import Workload
 
 PIPELINE = "pipeline"
@@ -31,7 +32,7 @@ class OperationName(NamedTuple):
     stage: str
     path: str
     operation: str
-    index: int
+    nth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,8 @@ class Observer:
         if current.repeated:
             return
         count = (self.meter.stage, path, operation)
-        index = self._counts[count] = self._counts.get(count, -1) + 1
-        name = OperationName(*count, index)
+        nth = self._counts[count] = self._counts.get(count, -1) + 1
+        name = OperationName(*count, nth)
         current.names.append(name)
         current.live_bytes.append(live)
         if self._tensors:
@@ -247,13 +248,3 @@ def _caller() -> str:
             return f"{PIPELINE}.{function}"
         frame = frame.f_back  # type: ignore[assignment]
     return PIPELINE
-
-
-def weights_bytes(tracer: Tracer, workload: Workload) -> dict[str, int]:
-    """The weights of each component as the allocator counts them [bytes]: each tensor rounded up to 512."""
-    pipe = tracer.pipeline(workload)
-    return {
-        name: sum(rounded(t.untyped_storage().nbytes()) for t in (*module.parameters(), *module.buffers()))
-        for name in COMPONENTS
-        if (module := getattr(pipe, name)) is not None
-    }

@@ -73,6 +73,8 @@ class Traced:
     events: list[tuple[int, int]] | None
     standing_bytes: int = 0
     """Of every stage's peak: what is there beside the weights all the time (cuBLAS, the allocator's remainders)."""
+    unsplit_bytes: int = 0
+    """Of the standing bytes, the allocator's remainders around the weights."""
 
     @property
     def weights_bytes(self) -> int:
@@ -157,15 +159,15 @@ class Tracer:
                 return workspace(workload, func, args, out)
 
         follow = FollowStorages(meter, workspace=scratch, observe=observe(meter) if observe else None)
-        for name in weights:
-            for tensor in weights[name]:  # they never die, so they are counted here and only known to the mode
+        for tensors in weights.values():
+            for tensor in tensors:  # they never die, so they are counted here and only known to the mode
                 follow.ignore(tensor)
         residency = _Residency(meter, sizes, offload=workload.offload)
         standing = getattr(self.workspace, "standing_bytes", 0)
         # only a simulated card has an allocator; under offload its remainders come and go and are left out
         unsplit = unsplit_bytes(sizes) if standing and workload.offload == "none" else 0
         seconds: dict[str, float] = {}
-        since = ["", time.perf_counter()]
+        since: list[Any] = ["", time.perf_counter()]
 
         def enter(stage: str) -> None:
             now = time.perf_counter()
@@ -173,11 +175,13 @@ class Tracer:
                 seconds[since[0]] = seconds.get(since[0], 0.0) + now - since[1]
             since[:] = [stage, now]
             if stage:
-                residency.move(stage)
-                if not meter.stage and standing:
+                residency.unload(stage)
+                first = not meter.stage
+                meter.enter(stage)  # before the loading: what is loaded counts to the stage that needs it
+                residency.load(stage)
+                if first and standing:
                     meter.born(rounded(standing))
                     meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
-                meter.enter(stage)
 
         attention = FusedAttention("math" if workload.attention == "math" else "fused")
         repeats = nullcontext() if full else _repeats_skipped(pipe, meter)
@@ -187,7 +191,7 @@ class Tracer:
             enter("")
             meter.leave()
         components = {name: sum(parts) for name, parts in sizes.items()}
-        return Traced(components, meter.stage_peaks, seconds, meter.events, standing + unsplit)
+        return Traced(components, meter.stage_peaks, seconds, meter.events, standing + unsplit, unsplit)
 
 
 def _img2img(pipe: Any, workload: Workload, steps: int) -> None:
@@ -228,13 +232,14 @@ class _Residency:
         self.meter, self.sizes, self.offload = meter, sizes, offload
         self.blocks: dict[str, list[int]] = {}
 
-    def move(self, stage: str) -> None:
-        wanted = set(self.sizes).intersection(resident(stage, self.offload))
-        for name in sorted(set(self.blocks) - wanted):
+    def unload(self, stage: str) -> None:
+        for name in sorted(set(self.blocks) - set(resident(stage, self.offload))):
             for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
                 self.meter.dies(block, size)
+
+    def load(self, stage: str) -> None:
         for name in self.sizes:
-            if name in wanted and name not in self.blocks:
+            if name in resident(stage, self.offload) and name not in self.blocks:
                 self.blocks[name] = [self.meter.born(size) for size in self.sizes[name]]
 
 

@@ -1,0 +1,221 @@
+"""Checks of a fitted equation over its domain, of runs that failed, and of runs that were repeated.
+
+`sdfit.judge.judge` calls them all; each also stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sdfit.artifact import Artifact
+from sdfit.basis import regime
+from sdfit.errors import ArtifactError, UnknownVariant
+from sdfit.judge import DUPLICATES, GRAVE, Finding, label
+from sdfit.predictor import Predictor
+from sdfit.records import Record
+from sdfit.robust import MATERIAL
+from sdfit.units import format_bytes
+from sdfit.workload import CHOICES, VAE_SCALE, VARIANT_FIELDS, VariantKey, Workload, variant_name
+
+SMALLEST_DROP_BYTES = 1 << 20
+"""A fall of the peak below this is rounding."""
+WIDTHS, MOST_BATCHES = 4, 24
+
+
+def check_duplicates(records: Sequence[Record]) -> list[Finding]:
+    """Name workloads that cost the same by design and yet were recorded with different peaks.
+
+    Prompts of 1 to 77 tokens are one workload, and so are images that are floored to one size.
+
+    Examples
+    --------
+    >>> rows = [Record(i, Workload(512, 512), "ok", allocated_bytes=b) for i, b in enumerate((3 * 10**9, 4 * 10**9))]
+    >>> check_duplicates(rows)[0].message
+    'row 0 (512x512 float16 sdpa) has 2.794 GiB and row 1 (512x512 float16 sdpa) 3.725 GiB (+33.3%) for the same work; \
+measure them again'
+    """
+    seen: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        w = record.workload
+        if record.outcome == "ok" and record.allocated_bytes:
+            same = (w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch, w.variant)
+            seen.setdefault(same, []).append(record)
+    findings = []
+    for found in seen.values():
+        least, most = (f(found, key=lambda r: r.allocated_bytes or 0) for f in (min, max))
+        low, high = float(least.allocated_bytes or 1), float(most.allocated_bytes or 1)
+        if high / low - 1 > DUPLICATES:
+            off = high / low - 1
+            text = (
+                f"{label(least)} has {format_bytes(low)} and {label(most)} {format_bytes(high)} ({off:+.1%}) for the same "
+                "work; measure them again"
+            )
+            where = variant_name(least.workload.variant)
+            findings.append(Finding("error" if off > GRAVE else "warning", "duplicate", where, label(most), off, text))
+    return findings
+
+
+def check_censored(records: Sequence[Record], artifact: Artifact | None = None) -> list[Finding]:
+    """Name runs whose end contradicts the equation, their own cap, or another run.
+
+    A run that ran out of memory bounds its peak from below. An equation that lies under the bound would call it safe.
+    """
+    failed = [r for r in records if r.outcome == "oom"]
+    passed = [r for r in records if r.outcome == "ok"]
+    findings = []
+    for record in passed:
+        if record.cap_bytes and record.allocated_bytes and record.allocated_bytes > record.cap_bytes:
+            off = record.allocated_bytes / record.cap_bytes - 1
+            text = (
+                f"{label(record)} succeeded with {format_bytes(record.allocated_bytes)}, above its cap of "
+                f"{format_bytes(record.cap_bytes)}; the cap was not in force"
+            )
+            findings.append(_censored("error", record, off, text))
+    for record in failed:
+        if artifact is not None and record.oom_bytes:
+            findings += _below_bound(record, artifact)
+        for other in passed:
+            if other.cap_bytes == record.cap_bytes and _covers(other.workload, record.workload):
+                text = f"{label(record)} ran out of memory, but {label(other)}, which needs no less, did not; measure both again"
+                findings.append(_censored("warning", record, None, text))
+                break
+    return findings
+
+
+def _below_bound(record: Record, artifact: Artifact) -> list[Finding]:
+    try:
+        peaks = Predictor(artifact).variant(record.workload.variant).stage_peaks(record.workload)
+    except UnknownVariant:
+        return []
+    bound = float(record.oom_bytes or 0)
+    predicted = peaks[record.oom_stage] if record.oom_stage in peaks else max(peaks.values())
+    off = bound / predicted - 1
+    if off <= MATERIAL:
+        return []
+    stage = record.oom_stage or "the run"
+    text = (
+        f"{label(record)} ran out of memory in {stage} with {format_bytes(bound)}, but the equation says "
+        f"{format_bytes(predicted)} there; it would call that run safe"
+    )
+    return [_censored("error" if off > GRAVE else "warning", record, off, text)]
+
+
+def _covers(large: Workload, small: Workload) -> bool:
+    pairs = ("effective_height", "effective_width", "tokens", "batch_size", "unet_batch")
+    return large.variant == small.variant and all(getattr(large, p) >= getattr(small, p) for p in pairs)
+
+
+def _censored(severity: str, record: Record, off: float | None, text: str) -> Finding:
+    return Finding(severity, "censored", variant_name(record.workload.variant), label(record), off, text)
+
+
+def variant_key(name: str) -> VariantKey:
+    """Read a variant back from its words (`sdfit.workload.variant_name`).
+
+    Raises
+    ------
+    ArtifactError
+        If they name no variant.
+
+    Examples
+    --------
+    >>> variant_key("float16 sdpa vae_tiling=True")[4]
+    True
+    """
+    dtype, attention, *rest = name.split(" ")
+    given = {"dtype": dtype, "attention": attention} | dict(part.split("=", 1) for part in rest)
+    values = []
+    for field in VARIANT_FIELDS:
+        text = given.pop(field, str(CHOICES[field][0]))
+        found = [choice for choice in CHOICES[field] if str(choice) == text]
+        if not found:
+            raise ArtifactError(f"'{name}' is no variant: its {field} is '{text}'")
+        values.append(found[0])
+    if given:
+        raise ArtifactError(f"'{name}' is no variant: it has an unknown '{next(iter(given))}'")
+    return tuple(values)  # type: ignore[return-value]
+
+
+def check_equation(artifact: Artifact) -> list[Finding]:
+    """Check that each swept variant's peak is above its weights, and never falls as height, width or batch grows.
+
+    Heights in steps of 8 pixels, four widths, every batch size to 24 and the shortest and longest prompt, with and
+    without guidance, as far as they lie in the swept domain. Reported once per variant and direction, where it is worst.
+
+    Notes
+    -----
+    Coefficients are not negative, so a fall can only be where one regime ends and the next begins. There it may be true:
+    cuDNN takes other plans. It is reported, since `largest` and `max_batch_size` search upwards.
+    """
+    findings = []
+    predictor = Predictor(artifact)
+    for name in artifact.swept:
+        key = variant_key(name)
+        found = predictor.variant(key)
+        height, width, batch, tokens, guided = _domain_grid(found.domain)
+        inside = _inside(found.domain, height, width, batch)
+        if not inside.any():
+            continue
+        table = {"height": height, "width": width, "batch_size": batch, "prompt_length": tokens}
+        options = dict(zip(VARIANT_FIELDS, key, strict=True))
+        flat = {n: c.ravel() for n, c in table.items()} | {"guidance_scale": np.where(guided.ravel(), 7.5, 1.0)}
+        peak = predictor.predict(flat | options).reshape(height.shape)
+        low = np.where(inside, peak, np.inf)
+        at = np.unravel_index(int(np.argmin(low)), low.shape)
+        if not np.isfinite(peak[inside]).all() or low[at] < min(found.weights.values()):
+            size = f"{height[at]}x{width[at]}"
+            text = f"at {size} the equation gives {format_bytes(float(low[at]))}, less than the weights alone"
+            findings.append(Finding("error", "sign", name, None, None, text))
+        for axis, side in ((0, "height"), (1, "width"), (2, "batch size")):
+            step = np.diff(peak, axis=axis)
+            both = np.logical_and(*(np.take(inside, range(*r), axis=axis) for r in _pairs(inside.shape[axis])))
+            step = np.where(both, step, 0.0)
+            at = np.unravel_index(int(np.argmin(step)), step.shape)
+            if step[at] < -SMALLEST_DROP_BYTES:
+                after = tuple(i + (a == axis) for a, i in enumerate(at))
+                ends = [Workload(int(height[i]), int(width[i]), int(tokens[i]), int(batch[i]), *_scale(guided[i]), *key) for i in (at, after)]
+                edge = any(
+                    int(regime(k, found.sizes(ends[0]))) != int(regime(k, found.sizes(ends[1]))) for k in found.stages.values()
+                )
+                off = float(step[at] / peak[at])
+                text = (
+                    f"the peak falls by {format_bytes(-step[at])} ({off:.1%}) as the {side} grows from {_size(ends[0])} to "
+                    f"{_size(ends[1])}" + (", where one regime ends and another begins" if edge else "")
+                )
+                findings.append(Finding("warning" if edge else "error", "monotone", name, None, off, text))
+    return findings
+
+
+def _scale(guided: object) -> tuple[float]:
+    return (7.5,) if guided else (1.0,)
+
+
+def _size(w: Workload) -> str:
+    return f"{w.height}x{w.width} x{w.batch_size}"
+
+
+def _pairs(length: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (0, length - 1), (1, length)
+
+
+def _domain_grid(domain: dict[str, tuple[float, float]]) -> list[np.ndarray]:  # type: ignore[type-arg]
+    """Height, width, batch, tokens, guidance as arrays of one five-dimensional grid."""
+    low, high = domain["A"]
+    sides = np.arange(max(64, int(low**0.5 / 2)) // VAE_SCALE * VAE_SCALE, int(1.5 * high**0.5) + 1, VAE_SCALE)
+    widths = np.unique(np.linspace(max(64, 0.75 * low**0.5), 1.25 * high**0.5, WIDTHS) // VAE_SCALE).astype(int) * VAE_SCALE
+    batches = np.arange(int(domain["B"][0]), int(min(domain["B"][1], domain["B"][0] + MOST_BATCHES - 1)) + 1)
+    tokens = np.unique(np.array(domain["L"], dtype=int))
+    # the width must be stepped finely too: the same sides, the other way round, are the height's
+    widths = np.unique(np.concatenate([widths, widths + VAE_SCALE]))
+    return np.meshgrid(sides, widths, batches, tokens, np.array([False, True]), indexing="ij")
+
+
+def _inside(domain: dict[str, tuple[float, float]], height: np.ndarray, width: np.ndarray, batch: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    pixels = height * width
+    inside = np.ones(height.shape, dtype=bool)
+    for column, values in (("A", pixels), ("B", batch), ("B·A", batch * pixels)):
+        low, high = domain[column]
+        inside &= (values >= low) & (values <= high)
+    return inside
