@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sdfit.artifact import Artifact
-from sdfit.basis import regime
+from sdfit.basis import StageKey, regime
 from sdfit.errors import ArtifactError, UnknownVariant
-from sdfit.judge import DUPLICATES, GRAVE, Finding, label
+from sdfit.findings import DUPLICATES, GRAVE, Finding, label
 from sdfit.predictor import Predictor
 from sdfit.records import Record
 from sdfit.robust import MATERIAL
 from sdfit.units import format_bytes
-from sdfit.workload import CHOICES, VAE_SCALE, VARIANT_FIELDS, VariantKey, Workload, variant_name
+from sdfit.workload import CHOICES, MAX_SIDE, MIN_SIDE, VAE_SCALE, VARIANT_FIELDS, VariantKey, Workload, variant_name
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Place = tuple[int, ...]
 
 SMALLEST_DROP_BYTES = 1 << 20
 """A fall of the peak below this is rounding."""
@@ -141,7 +145,7 @@ def variant_key(name: str) -> VariantKey:
 def check_equation(artifact: Artifact) -> list[Finding]:
     """Check that each swept variant's peak is above its weights, and never falls as height, width or batch grows.
 
-    Heights in steps of 8 pixels, four widths, every batch size to 24 and the shortest and longest prompt, with and
+    Heights in steps of 8 pixels, a few widths, every batch size to 24 and the shortest and longest prompt, with and
     without guidance, as far as they lie in the swept domain. Reported once per variant and direction, where it is worst.
 
     Notes
@@ -154,68 +158,77 @@ def check_equation(artifact: Artifact) -> list[Finding]:
     for name in artifact.swept:
         key = variant_key(name)
         found = predictor.variant(key)
-        height, width, batch, tokens, guided = _domain_grid(found.domain)
-        inside = _inside(found.domain, height, width, batch)
+        grid = _grid(found.domain)
+        inside = _inside(found.domain, grid)
         if not inside.any():
             continue
-        table = {"height": height, "width": width, "batch_size": batch, "prompt_length": tokens}
         options = dict(zip(VARIANT_FIELDS, key, strict=True))
-        flat = {n: c.ravel() for n, c in table.items()} | {"guidance_scale": np.where(guided.ravel(), 7.5, 1.0)}
-        peak = predictor.predict(flat | options).reshape(height.shape)
+        columns = {column: values.ravel() for column, values in grid.items()}
+        peak = predictor.predict(columns | options).reshape(inside.shape)
         low = np.where(inside, peak, np.inf)
         at = np.unravel_index(int(np.argmin(low)), low.shape)
-        if not np.isfinite(peak[inside]).all() or low[at] < min(found.weights.values()):
-            size = f"{height[at]}x{width[at]}"
-            text = f"at {size} the equation gives {format_bytes(float(low[at]))}, less than the weights alone"
+        if low[at] < min(found.weights.values()) or not np.isfinite(peak[inside]).all():
+            text = f"at {_size(_workload(grid, at, options))} the equation gives {format_bytes(low[at])}, below the weights"
             findings.append(Finding("error", "sign", name, None, None, text))
-        for axis, side in ((0, "height"), (1, "width"), (2, "batch size")):
-            step = np.diff(peak, axis=axis)
-            both = np.logical_and(*(np.take(inside, range(*r), axis=axis) for r in _pairs(inside.shape[axis])))
-            step = np.where(both, step, 0.0)
-            at = np.unravel_index(int(np.argmin(step)), step.shape)
-            if step[at] < -SMALLEST_DROP_BYTES:
-                after = tuple(i + (a == axis) for a, i in enumerate(at))
-                ends = [Workload(int(height[i]), int(width[i]), int(tokens[i]), int(batch[i]), *_scale(guided[i]), *key) for i in (at, after)]
-                edge = any(
-                    int(regime(k, found.sizes(ends[0]))) != int(regime(k, found.sizes(ends[1]))) for k in found.stages.values()
-                )
-                off = float(step[at] / peak[at])
-                text = (
-                    f"the peak falls by {format_bytes(-step[at])} ({off:.1%}) as the {side} grows from {_size(ends[0])} to "
-                    f"{_size(ends[1])}" + (", where one regime ends and another begins" if edge else "")
-                )
-                findings.append(Finding("warning" if edge else "error", "monotone", name, None, off, text))
+        for axis, side in enumerate(("height", "width", "batch size")):
+            fall = _worst_fall(peak, inside, axis)
+            if fall is None:
+                continue
+            before, after = (_workload(grid, end, options) for end in fall)
+            drop, off = peak[fall[0]] - peak[fall[1]], float(peak[fall[1]] / peak[fall[0]] - 1)
+            edge = any(_regime(found, k, before) != _regime(found, k, after) for k in found.stages.values())
+            text = f"the peak falls by {format_bytes(drop)} ({off:.1%}) as the {side} grows from {_size(before)} to {_size(after)}"
+            text += ", where one regime ends and another begins" if edge else ""
+            findings.append(Finding("warning" if edge else "error", "monotone", name, None, off, text))
     return findings
 
 
-def _scale(guided: object) -> tuple[float]:
-    return (7.5,) if guided else (1.0,)
+def _worst_fall(peak: Array, inside: Array, axis: int) -> tuple[Place, Place] | None:
+    """The two neighbours along an axis between which the peak falls most; the second axis holds pairs of neighbours."""
+    size = peak.shape[axis]
+    first, second = (np.arange(size - 1), np.arange(1, size))
+    step = np.take(peak, second, axis) - np.take(peak, first, axis)
+    step = np.where(np.take(inside, second, axis) & np.take(inside, first, axis), step, 0.0)
+    if not step.size:
+        return None
+    at = tuple(int(i) for i in np.unravel_index(int(np.argmin(step)), step.shape))
+    if step[at] >= -SMALLEST_DROP_BYTES:
+        return None
+    return at, tuple(i + (a == axis) for a, i in enumerate(at))
+
+
+def _regime(found: Any, key: StageKey, w: Workload) -> int:
+    return int(regime(key, found.sizes(w)))
+
+
+def _workload(grid: Mapping[str, Array], at: Any, options: Mapping[str, Any]) -> Workload:
+    return Workload.from_dict({name: values[at].item() for name, values in grid.items()} | dict(options))
 
 
 def _size(w: Workload) -> str:
     return f"{w.height}x{w.width} x{w.batch_size}"
 
 
-def _pairs(length: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (0, length - 1), (1, length)
-
-
-def _domain_grid(domain: dict[str, tuple[float, float]]) -> list[np.ndarray]:  # type: ignore[type-arg]
-    """Height, width, batch, tokens, guidance as arrays of one five-dimensional grid."""
-    low, high = domain["A"]
-    sides = np.arange(max(64, int(low**0.5 / 2)) // VAE_SCALE * VAE_SCALE, int(1.5 * high**0.5) + 1, VAE_SCALE)
-    widths = np.unique(np.linspace(max(64, 0.75 * low**0.5), 1.25 * high**0.5, WIDTHS) // VAE_SCALE).astype(int) * VAE_SCALE
-    batches = np.arange(int(domain["B"][0]), int(min(domain["B"][1], domain["B"][0] + MOST_BATCHES - 1)) + 1)
-    tokens = np.unique(np.array(domain["L"], dtype=int))
-    # the width must be stepped finely too: the same sides, the other way round, are the height's
+def _grid(domain: Mapping[str, tuple[float, float]]) -> dict[str, Array]:
+    """Sizes in and around a domain, as arrays of one five-dimensional grid."""
+    low, high = (side**0.5 for side in domain["A"])
+    heights = np.arange(
+        max(MIN_SIDE, int(low / 2) // VAE_SCALE * VAE_SCALE), min(MAX_SIDE, int(1.5 * high)) + 1, VAE_SCALE
+    )
+    widths = np.linspace(max(MIN_SIDE, 0.75 * low), min(1.25 * high, MAX_SIDE - VAE_SCALE), WIDTHS).astype(int)
+    widths = widths // VAE_SCALE * VAE_SCALE
     widths = np.unique(np.concatenate([widths, widths + VAE_SCALE]))
-    return np.meshgrid(sides, widths, batches, tokens, np.array([False, True]), indexing="ij")
+    first = int(domain["B"][0])
+    batches = np.arange(first, min(int(domain["B"][1]), first + MOST_BATCHES - 1) + 1)
+    prompts = np.unique(np.array(domain["L"], dtype=int))
+    axes = np.meshgrid(heights, widths, batches, prompts, np.array([1.0, 7.5]), indexing="ij")
+    return dict(zip(("height", "width", "batch_size", "prompt_length", "guidance_scale"), axes, strict=True))
 
 
-def _inside(domain: dict[str, tuple[float, float]], height: np.ndarray, width: np.ndarray, batch: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    pixels = height * width
-    inside = np.ones(height.shape, dtype=bool)
-    for column, values in (("A", pixels), ("B", batch), ("B·A", batch * pixels)):
+def _inside(domain: Mapping[str, tuple[float, float]], grid: Mapping[str, Array]) -> Array:
+    pixels = grid["height"] * grid["width"]
+    inside = np.ones(pixels.shape, dtype=bool)
+    for column, values in (("A", pixels), ("B", grid["batch_size"]), ("B·A", grid["batch_size"] * pixels)):
         low, high = domain[column]
         inside &= (values >= low) & (values <= high)
     return inside

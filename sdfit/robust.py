@@ -83,17 +83,18 @@ def trimmed_fit(design: Array, target: Array, *, seed: int = 0) -> Trimmed:
     keep = min((rows + terms + 1) // 2, rows)
     coef = _trimmed(design, target, keep, np.random.default_rng(seed))
     far = np.zeros(rows, dtype=bool)
+    scale = 0.0
     for _ in range(10):
-        residual = target - design @ coef
-        # the scale of all rows, or of those that stay: half of the rows fit themselves too well to say
-        scale = float(1.4826 * np.median(np.abs(residual if not far.any() else residual[~far])))
-        found = np.abs(residual) > max(MATERIAL, SCALES * scale)
-        if (found == far).all() or rows - found.sum() < terms:
+        residual = np.abs(target - design @ coef)
+        # the rows that stay: the half that the first coefficients come from fits itself too well to say
+        scale = float(1.4826 * np.median(residual[~far]))
+        found = residual > max(MATERIAL, SCALES * scale)
+        if rows - found.sum() < terms + 1:  # nothing would be left to agree
             break
-        far = found
+        settled, far = bool((found == far).all()), found
         coef = nonnegative(design[~far], target[~far])
-    else:
-        far = found
+        if settled:
+            break
     residual = target - design @ coef
     return Trimmed(coef, residual, scale, far)
 
@@ -134,7 +135,7 @@ class LackingTerm:
     after: float
 
 
-def held_out_misfit(design: Array, target: Array, groups: Array) -> float:
+def held_out_misfit(design: Array, target: Array, groups: Any) -> float:
     """Root mean square residual of each group's rows, predicted by a fit to the other groups.
 
     Examples
@@ -150,7 +151,7 @@ def held_out_misfit(design: Array, target: Array, groups: Array) -> float:
     return float(np.sqrt(np.mean(residual**2)))
 
 
-def lacking_term(design: Array, target: Array, groups: Array, candidates: Mapping[str, Array]) -> LackingTerm | None:
+def lacking_term(design: Array, target: Array, groups: Any, candidates: Mapping[str, Array]) -> LackingTerm | None:
     """Find the one candidate column that explains what the equation leaves over, if any does.
 
     Parameters

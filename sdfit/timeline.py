@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdfit.errors import SdfitError, needs
 from sdfit.explain import Explanation, explain
+from sdfit.stages import resident
 from sdfit.units import GIB, format_bytes
 from sdfit.workload import Workload, variant_name
 
@@ -81,22 +82,37 @@ def timeline(
 
 
 def _draw(axes: Axes, told: Explanation) -> None:
-    live = np.array([amount for _, amount in told.history], dtype=float) / GIB
-    phases = [PHASES[stage] for stage, _ in told.history]
+    base = (told.weights_bytes + told.standing_bytes) / GIB
+    above = max(told.peak_bytes / GIB - base, 0.01)
+    # views, in-place operations and single rows change next to nothing: without them the blending of VAE tiles, row by
+    # row, does not fill the figure
+    shown = [0]
+    for i, (stage, amount) in enumerate(told.history):
+        before = told.history[shown[-1]]
+        if i == told.peak_index or stage != before[0] or abs(amount - before[1]) > 2e-3 * above * GIB:
+            shown.append(i)
+    live = np.array([told.history[i][1] for i in shown], dtype=float) / GIB
+    phases = [PHASES[told.history[i][0]] for i in shown]
+    sizes = {c.name: c.size_bytes for c in told.components}
+    weights = {
+        stage: sum(sizes.get(name, 0) for name in resident(stage, told.workload.offload)) + told.standing_bytes
+        for stage in told.stage_peaks
+    }
+    floors = np.array([weights[told.history[i][0]] for i in shown], dtype=float) / GIB
     edges, names = [0], []
     for name, group in groupby(phases):
         names.append(name)
         edges.append(edges[-1] + len(list(group)))
     place, bounds = _places(edges)
-    base = (told.weights_bytes + told.standing_bytes) / GIB
-    above = max(told.peak_bytes / GIB - base, 0.01)
     # start a little below the weights: they never change, and with a small image they would fill the figure
-    bottom, top = max(0.0, base - 0.3 * above), base + 1.55 * above
+    bottom = max(0.0, base - 0.3 * above) if floors.min() == floors.max() else 0.0
+    top = base + 1.55 * above if bottom else 1.3 * told.peak_bytes / GIB
+    room = top - bottom
     for i, name in enumerate(names):
         axes.axvspan(bounds[i], bounds[i + 1], color=BANDS[i % 2], lw=0, zorder=0)
         axes.text(
             (bounds[i] + bounds[i + 1]) / 2,
-            top - 0.03 * above,
+            top - 0.015 * room,
             name,
             ha="center",
             va="top",
@@ -106,20 +122,21 @@ def _draw(axes: Axes, told: Explanation) -> None:
         )
     x = np.append(place, bounds[-1])
     steps = np.append(live, live[-1])
-    axes.axhspan(bottom, base, color=WEIGHTS, lw=0, zorder=1)
-    axes.fill_between(x, base, np.maximum(steps, base), step="post", color=ACTIVATIONS, alpha=0.28, lw=0, zorder=1)
-    gone = np.minimum(steps, base)  # with offload some of the weights are elsewhere
-    axes.fill_between(x, gone, base, step="post", color="white", lw=0, zorder=1.5)
+    floor = np.minimum(np.append(floors, floors[-1]), steps)
+    axes.fill_between(x, bottom, floor, step="post", color=WEIGHTS, lw=0, zorder=1)
+    axes.fill_between(x, floor, steps, step="post", color=ACTIVATIONS, alpha=0.28, lw=0, zorder=1)
+    axes.step(x, floor, where="post", color=SOFT, lw=0.8, zorder=2)
     axes.step(x, steps, where="post", color=ACTIVATIONS, lw=0.9, zorder=3)
-    axes.axhline(base, color=SOFT, lw=0.8, zorder=2)
     held = "weights" + (" and what libraries hold" if told.standing_bytes else "")
     note = f"{held}: {format_bytes(base * GIB)}"
-    axes.text(bounds[-1] * 0.99, (bottom + base) / 2, note, ha="right", va="center", fontsize=9, color=INK)
-    _mark_peak(axes, told, place[told.peak_index], bounds[-1])
+    middle = (x[shown.index(told.peak_index)] + bounds[-1] / 2) / 2
+    low = (bottom + base) / 2 if bottom else 0.06 * room
+    axes.text(middle, low, note, ha="center", va="center", fontsize=9, color=INK)
+    _mark_peak(axes, told, place[shown.index(told.peak_index)], bounds[-1])
     axes.set_xlim(0, bounds[-1])
     axes.set_ylim(bottom, top)
     axes.set_ylabel("live memory [GiB]" + (", axis not from 0" if bottom else ""), color=INK)
-    axes.set_xlabel("operations in the order they run (short stages are stretched)", color=INK)
+    axes.set_xlabel("operations that change it, in the order they run (short stages are stretched)", color=INK)
     axes.set_xticks([])
     axes.grid(axis="y", color="#dddddd", lw=0.6, zorder=0.5)
     axes.set_axisbelow(True)

@@ -157,10 +157,16 @@ def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> Non
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        made = open_backend(backend, options)
-        connection.send(made.environment())
-    except SdfitError as error:
-        connection.send(error)
+        first: Any
+        try:
+            made = open_backend(backend, options)
+            first = made.environment()
+        except SdfitError as error:
+            first = error
+        connection.send(first)
+    except OSError:  # the parent needs no further worker
+        return
+    if isinstance(first, SdfitError):
         return
     while True:
         try:

@@ -136,12 +136,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 """The table, by compute capability."""
 T4_EXCESS = 784
-"""Bytes per pixel by which COL-003 (1200x1800, one image) exceeds the rules; a bound, its trigger is unknown.
+"""Bytes per pixel by which COL-003 (1200x1800, one image) exceeds the rules: a bound; the cause is not established.
 
-It is not attention. The same session ran 2048x2048 within 0.1 % of the rules, where one score matrix of the VAE's mid
-block alone would take 8.6 GB. Nor do three score matrices at 1200x1800 and any whole number of (N, 512) tensors beside
-them give the 9.06 GiB printed, once cuBLAS and the unsplit blocks are counted: three tensors give 9.05, four 9.08.
-What is left is a convolution plan with a workspace of 1.8 kB per pixel instead of 1.0, chosen where it fits: at
+Against materialised attention: the same session ran 2048x2048 within 0.1 % of the rules, where one score matrix of the
+VAE's mid block alone would take 8.6 GB; and three score matrices at 1200x1800 with whole (N, 512) tensors beside them
+print as 9.05 or 9.08 GiB, not the 9.06 published, once cuBLAS and the unsplit blocks are counted. The likelier reading,
+not shown either: a convolution plan with a workspace of 1.8 kB per pixel instead of 1.0, taken where it fits. At
 2048x2048 it would not fit on the card, and PyTorch goes on to cuDNN's next plan when a workspace cannot be allocated.
 """
 

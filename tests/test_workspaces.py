@@ -43,7 +43,7 @@ EXACT = {
     "OMX-V8-A100", "OMX-V16-A100", "OMX-V32-A100", "OMX-V8-4090", "OMX-V16-4090", "OMX-V32-4090",
 }  # fmt: skip
 MISSES = {
-    "COL-003": (-0.1740, "a convolution plan on the T4 with a larger workspace, see T4_EXCESS"),
+    "COL-003": (-0.1740, "cause not established, probably a convolution plan with a larger workspace, see T4_EXCESS"),
     "GP-002": (-0.0622, "model offload on Pascal, peak in the UNet: its float16 kernels there were never seen apart"),
     "GP-005": (-0.0622, "as GP-002"),
 }

@@ -11,7 +11,7 @@ import random
 import time
 from typing import Any
 
-from sdfit.basis import Sizes, evaluate, stage_key, stages_of, terms_of
+from sdfit.basis import design_matrix, stage_key, stages_of, terms_of
 from sdfit.components import component_bytes
 from sdfit.records import fingerprint
 from sdfit.stages import resident
@@ -92,9 +92,8 @@ class FakeBackend:
         peaks = {}
         for stage in stages_of(workload.variant):
             key = stage_key(stage, workload.variant)
-            sizes = Sizes.of_workloads([workload], key)
             known = true_coefficients(workload, stage)
-            activation = sum(c * float(evaluate(name, sizes) * 1.0) for name, c in known.items() if c)
+            activation = float(design_matrix(key, [workload])[0] @ [known[name] for name in terms_of(key)])
             random_part = random.Random(fingerprint([workload.to_dict(), stage])).uniform(-self.noise, self.noise)
             weights = sum(components.get(c, 0) for c in resident(stage, workload.offload))
             peaks[stage] = weights + round(activation * (1 + random_part))

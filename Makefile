@@ -1,0 +1,36 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-all bench lint models figures clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sdfit needs Python 3.11 or newer; type: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/sdfit demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow and not bench"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not bench"
+
+bench: $(READY)
+	$(BIN)/python -m pytest -m bench tests/bench --doctest-continue-on-failure --benchmark-columns=median,min,iqr,rounds --benchmark-warmup=on -s
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The shipped models, made again from the records under data/.
+models: $(READY)
+	$(BIN)/sdfit fit
+
+clean:
+	rm -rf .venv demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,435 @@
+"""The backend ``cuda``: run the pipeline on a card and read the allocator's counters at each stage boundary.
+
+A worker lives long and must measure like a fresh process. What could make it differ, and what is done about it:
+
+- Handles of cuBLAS and cuDNN, and whatever else stays after a kind of run was seen once: each variant is run once on a
+  small image before its first workload.
+- Memory that a run leaves behind: after each workload the allocator is settled and its bytes compared with those
+  before; if they differ, the worker is spent. Rebuilding the pipeline starts from an empty allocator.
+- Plans of convolutions: cuDNN takes one with less workspace where the best did not fit, and PyTorch keeps it for that
+  shape as long as the process lives. So a run that ran out of memory, or nearly did, makes the worker spent; and a
+  size that was tried under caps is refused afterwards.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+from sdfit.backends.counters import ANY_CARD, Counters, CpuCounters, CudaCounters
+from sdfit.backends.follow import rounded
+from sdfit.backends.trace_backend import software
+from sdfit.errors import SdfitError
+from sdfit.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
+from sdfit.required import STEP_BYTES, smallest_capacity
+from sdfit.stages import COMPONENTS, STAGES, watched
+from sdfit.workload import VariantKey, Workload
+
+WARM_UP_SIDE = 512
+"""Side of the image that a variant is warmed up with [pixels]: so that attention kernels meet shapes of real runs."""
+WARM_UP_TILES_SIDE = 640
+"""With tiling: more than one tile."""
+
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_REQUEST = re.compile(r"Tried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
+_ALLOCATION_FAILED = re.compile(r"out of memory|_ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
+_HOST = re.compile(r"DefaultCPUAllocator", re.IGNORECASE)
+
+
+def requested_bytes(message: str) -> int:
+    """The request that failed, from PyTorch's message: the least that its rounded text allows; 0 if it names none.
+
+    Examples
+    --------
+    >>> requested_bytes("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    2142114775
+    >>> requested_bytes("Tried to allocate 512 bytes.")
+    512
+    """
+    match = _REQUEST.search(message)
+    if match is None:
+        return 0
+    unit = _UNITS[match[2]]
+    return int((float(match[1]) - (0.005 if unit > 1 else 0)) * unit)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a failure means that the device had too little memory.
+
+    Besides PyTorch's own error, libraries report in their words that an allocation of theirs failed, and cuDNN that no
+    plan was left, after all that need memory were tried.
+
+    Examples
+    --------
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    True
+    >>> is_out_of_memory(ValueError("out of memory"))
+    False
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and bool(_ALLOCATION_FAILED.search(text)) and not _HOST.search(text)
+
+
+class CudaBackend:
+    """Runs workloads on a card.
+
+    Parameters
+    ----------
+    gpu : str
+        The card wanted; ``auto`` takes what is there.
+    weights : str
+        ``architecture``, a folder, or a Hub id (see `sdfit.pipeline.build_pipeline`).
+    num_inference_steps : int
+        Denoising steps asked for; PNDM runs one more UNet call.
+    capacity_bytes : int, optional
+        Cap of what the process may reserve, context not included. None: all there is.
+    required : bool
+        Also bisect for the smallest capacity of each workload that runs.
+    warm_up : bool
+        Run each variant once before its first workload.
+    seed : int
+        Of the random weights.
+    settings : dict, optional
+        Other component settings, for tests.
+    device : {'cuda', 'cpu'}
+        ``cpu`` counts CPU tensors: for tests of this class, not of any card.
+
+    Raises
+    ------
+    DeviceError
+        If the card asked for is not there.
+    """
+
+    def __init__(
+        self,
+        gpu: str = ANY_CARD,
+        *,
+        weights: str = ARCHITECTURE,
+        num_inference_steps: int = 2,
+        capacity_bytes: int | None = None,
+        required: bool = False,
+        warm_up: bool = True,
+        seed: int = 0,
+        settings: dict[str, dict[str, Any]] | None = None,
+        device: str = "cuda",
+    ) -> None:
+        self.counters: Counters = CudaCounters(gpu) if device == "cuda" else CpuCounters()
+        self.weights, self.num_inference_steps, self.capacity_bytes = weights, num_inference_steps, capacity_bytes
+        self.required, self.warm_up, self.seed, self.settings = required, warm_up, seed, settings
+        self.spent = False
+        self._facts = self.counters.facts()
+        self._pipe: Any = None
+        self._pipe_key: tuple[Any, ...] = ()
+        self._component_bytes: dict[str, int] = {}
+        self._warm: set[VariantKey] = set()
+        self._baseline_bytes = 0
+        self._capped: set[tuple[Any, ...]] = set()
+        self.counters.cap(capacity_bytes)
+        logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of each switched-off checker
+
+    def environment(self) -> dict[str, Any]:
+        """See `sdfit.backends.Backend.environment`."""
+        return {
+            **self._facts,
+            "workspaces": None,
+            "weights": self.weights,
+            "weights_seed": self.seed,
+            "capacity_bytes": self.capacity_bytes,
+            "num_inference_steps": self.num_inference_steps,
+            **software(),
+        }
+
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        """See `sdfit.backends.Backend.measure`.
+
+        Raises
+        ------
+        SdfitError
+            If this process cannot measure this workload as a fresh one would; it is then spent.
+        """
+        if _convolutions(workload) in self._capped:
+            self.spent = True
+            raise SdfitError("this process tried this size under caps before; a fresh one must measure it")
+        pipe = self._prepared(workload)
+        baseline = self.counters.allocated()
+        if baseline != self._baseline_bytes:
+            self.spent = True
+            raise SdfitError(
+                f"{baseline} B are allocated before the run, and {self._baseline_bytes} B were after the run before"
+            )
+        run = self._run(pipe, workload)
+        self._settle(run, baseline)
+        allocated = max(run.stage_peaks.values(), default=0)
+        fields: dict[str, Any] = {
+            "outcome": "oom" if run.failed else "ok",
+            "stage_peaks_bytes": run.stage_peaks,
+            "component_bytes": self._component_bytes,
+            "allocated_bytes": allocated,
+            "reserved_bytes": run.reserved_bytes,
+            "device_bytes": run.device_bytes,
+            "baseline_bytes": baseline,
+            "retries": run.retries,
+            "stage_s": {stage: round(seconds, 6) for stage, seconds in run.stage_s.items()},
+            "attention_kernel": run.attention_kernel,
+            "cap_bytes": self.capacity_bytes,
+        }
+        if run.failed:
+            total = self._facts["total_memory_bytes"]
+            fields |= {"oom_stage": run.stage, "oom_bytes": run.oom_bytes, "message": run.message}
+            fields["cap_bytes"] = total if self.capacity_bytes is None else self.capacity_bytes
+        elif self.required and not self.spent:
+            fields["required_bytes"] = self._smallest(pipe, workload, allocated, run.reserved_bytes)
+        return fields
+
+    # -- one run --
+
+    def _run(self, pipe: Any, workload: Workload) -> _Run:
+        run = _Run(self.counters)
+        steps, width = self.num_inference_steps, pipe.text_encoder.config.hidden_size
+        troubles = self.counters.troubles()
+        try:
+            with (
+                self.counters.watching(),
+                variant_applied(pipe, workload),
+                kernels_noted(pipe, run.kernels),
+                watched(pipe, run.enter),
+            ):
+                pipe(**call_arguments(workload, num_inference_steps=steps, device=self.counters.device, width=width))
+                run.leave()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self.spent = True  # nobody knows what it left behind
+                raise
+            run.fail(error)
+        # a scheduler keeps what the UNet said last on the device: up to four latents of this run's size
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        run.retries, run.failures = (now - then for now, then in zip(self.counters.troubles(), troubles, strict=True))
+        return run
+
+    def _settle(self, run: _Run, baseline: int) -> None:
+        """Bring the allocator back, and see whether the process can go on."""
+        self.counters.settle()
+        self._baseline_bytes = self.counters.allocated()
+        # where a request failed and the run went on, a convolution went on with another plan
+        self.spent = self.spent or run.failed or run.failures > 0 or self._baseline_bytes != baseline
+
+    def _smallest(self, pipe: Any, workload: Workload, allocated: int, reserved: int) -> int | None:
+        """Bisect, with the same allocator state before each try; None if it could not be restored."""
+        baseline = self._baseline_bytes
+
+        def fits(capacity_bytes: int) -> bool:
+            self.counters.cap(capacity_bytes)
+            try:
+                run = self._run(pipe, workload)
+            finally:
+                self.counters.cap(self.capacity_bytes)
+            self.counters.settle()
+            if self.counters.allocated() != baseline:
+                raise _StateLost
+            return not run.failed
+
+        self._capped.add(_convolutions(workload))
+        try:
+            return smallest_capacity(fits, allocated, reserved, step_bytes=STEP_BYTES)
+        except _StateLost:
+            self.spent = True
+            return None
+
+    # -- the pipeline --
+
+    def _prepared(self, workload: Workload) -> Any:
+        """The workload's pipeline, its variant warmed up, the allocator settled."""
+        key = (workload.dtype, workload.vae, workload.safety_checker, workload.offload)
+        if key != self._pipe_key:
+            self._drop()
+            self._build(workload)
+            self._pipe_key = key
+        # the size of the batch matters too: slices of a batch, and plans that only a batch has
+        if self.warm_up and workload.variant not in self._warm:
+            side = WARM_UP_TILES_SIDE if workload.vae_tiling else WARM_UP_SIDE
+            batch = 2 if workload.vae_slicing else 1
+            small = replace(workload, height=side, width=side, prompt_length=77, batch_size=batch)
+            if not self._run(self._pipe, small).failed:  # else the workload itself will say so
+                self._warm.add(workload.variant)
+            self.counters.settle()
+            gc.freeze()  # the pipeline's hundred thousand objects need no look at each collection
+            self._baseline_bytes = self.counters.allocated()
+        return self._pipe
+
+    def _build(self, workload: Workload) -> None:
+        with self.counters.watching():
+            self._pipe = build_pipeline(
+                self.weights,
+                dtype=workload.dtype,
+                device=self.counters.device,
+                vae=workload.vae,
+                safety_checker=workload.safety_checker,
+                seed=self.seed,
+                settings=self.settings,
+            )
+            self._component_bytes = component_bytes(self._pipe)
+            if workload.offload == "model":
+                self._pipe.enable_model_cpu_offload(device=self.counters.device)
+        self.counters.settle()
+        self._baseline_bytes = self.counters.allocated()
+
+    def _drop(self) -> None:
+        """Let the pipeline go, and all that libraries keep, so that the next one finds an empty allocator."""
+        if self._pipe is None:
+            return
+        self._pipe.remove_all_hooks()
+        self._pipe, self._pipe_key = None, ()
+        self._warm.clear()
+        gc.unfreeze()
+        self.counters.forget()
+        self.counters.settle()
+        left = self.counters.allocated()
+        if left:
+            self.spent = True
+            raise SdfitError(
+                f"{left} B stay allocated after the pipeline before; a fresh process must measure this one"
+            )
+
+
+class _StateLost(Exception):
+    """A try under a cap left memory behind."""
+
+
+@dataclass
+class _Run:
+    """What one call of the pipeline does to the counters, stage by stage."""
+
+    counters: Counters
+    stage: str = ""
+    stage_peaks: dict[str, int] = field(default_factory=dict)
+    stage_s: dict[str, float] = field(default_factory=dict)
+    reserved_bytes: int = 0
+    device_bytes: int | None = None
+    retries: int = 0
+    failures: int = 0
+    failed: bool = False
+    oom_bytes: int | None = None
+    message: str | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
+    _since: float = 0.0
+
+    def enter(self, stage: str) -> None:
+        """Close the stage before and begin one."""
+        self.leave()
+        self.stage = stage
+        self.counters.reset_peaks()
+        self._since = time.perf_counter()
+
+    def leave(self) -> None:
+        """Read the counters of the stage that ends; resetting them for the next one resets both, so both are kept."""
+        if not self.stage:
+            return
+        self.counters.synchronise()
+        seconds = time.perf_counter() - self._since
+        allocated, reserved = self.counters.peaks()
+        self.stage_peaks[self.stage] = max(allocated, self.stage_peaks.get(self.stage, 0))
+        self.stage_s[self.stage] = self.stage_s.get(self.stage, 0.0) + seconds
+        self.reserved_bytes = max(reserved, self.reserved_bytes)
+        # reserved only grows within a stage, unless the allocator gave its cache back: its end shows the most
+        used = self.counters.used()
+        if used is not None:
+            self.device_bytes = max(used, self.device_bytes or 0)
+
+    def fail(self, error: BaseException) -> None:
+        """Take down where memory ended. The error still holds the frames, and they what was live."""
+        live = self.counters.allocated()
+        self.failed, self.message = True, str(error).splitlines()[0]
+        if not self.stage:  # it failed while the prompt's embeddings were made
+            self.stage = STAGES[0]
+        self.leave()
+        self.oom_bytes = max(self.stage_peaks[self.stage], live + requested_bytes(str(error)))
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """The UNet's kernel, and the VAE's where it is another one."""
+        unet, vae = self.kernels.get("unet"), self.kernels.get("vae")
+        return unet if vae is None or vae == unet else f"{unet}; vae: {vae}"
+
+
+def component_bytes(pipe: Any) -> dict[str, int]:
+    """Bytes of each component's parameters and buffers, every tensor rounded up as the allocator rounds it."""
+    parts = {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name) is not None}
+    return {
+        name: sum(rounded(t.untyped_storage().nbytes()) for t in (*part.parameters(), *part.buffers()))
+        for name, part in parts.items()
+    }
+
+
+def _convolutions(workload: Workload) -> tuple[Any, ...]:
+    """What two workloads share if they may share a convolution's plan: more coarse than the plans' own key."""
+    return (workload.dtype, workload.vae, workload.effective_height, workload.effective_width)
+
+
+@contextmanager
+def kernels_noted(pipe: Any, found: dict[str, str]) -> Iterator[None]:
+    """Note which kernel runs the first attention of the UNet and the VAE, on the tensors of the run itself.
+
+    PyTorch is asked for its choice (`torch._fused_sdp_choice`, what `scaled_dot_product_attention` itself asks), which
+    takes no memory. A processor that does not call it multiplies matrices itself and is noted as ``materialised``.
+    """
+    handles = []
+    modes: list[_NoteChoice] = []
+
+    def begin(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            if name not in found and not modes:
+                modes.append(_NoteChoice())
+                modes[-1].__enter__()
+
+        return hook
+
+    def end(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            if modes and name not in found:
+                mode = modes.pop()
+                mode.__exit__(None, None, None)
+                found[name] = mode.choice or "materialised"
+
+        return hook
+
+    for name, module in first_attentions(pipe).items():
+        handles.append(module.register_forward_pre_hook(begin(name)))
+        handles.append(module.register_forward_hook(end(name)))
+    try:
+        yield
+    finally:
+        for mode in modes:  # the attention itself ran out of memory
+            mode.__exit__(None, None, None)
+        for handle in handles:
+            handle.remove()
+
+
+def first_attentions(pipe: Any) -> dict[str, Any]:
+    """The UNet's first self-attention, the largest one, and the VAE's, where it has one."""
+    found = {"unet": next(m for n, m in pipe.unet.named_modules() if n.endswith("attn1"))}
+    mid = getattr(pipe.vae.decoder, "mid_block", None)
+    if mid is not None and mid.attentions and mid.attentions[0] is not None:
+        found["vae"] = mid.attentions[0]
+    return found
+
+
+class _NoteChoice(TorchFunctionMode):
+    choice: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.choice = SDPBackend(torch._fused_sdp_choice(*args, **kwargs)).name.lower()
+        return func(*args, **kwargs)

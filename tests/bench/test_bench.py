@@ -1,0 +1,112 @@
+"""The figures of the README, by pytest-benchmark; they are printed, and nothing is asserted about time.
+
+Run them with `make bench`.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdfit
+from sdfit import fit as fitting
+from sdfit.backends.fake import FakeBackend
+from sdfit.errors import SimulatedModelWarning
+from sdfit.grid import load as load_grid
+from sdfit.records import Record, RecordsFile
+
+pytestmark = pytest.mark.bench
+
+
+@pytest.fixture(scope="module")
+def f() -> sdfit.Predictor:
+    """The shipped T4 model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SimulatedModelWarning)
+        return sdfit.load("t4")
+
+
+def test_scalar_prediction_1000_calls(benchmark: Any, f: sdfit.Predictor) -> None:
+    """1,000 calls of f on different workloads; a call takes a thousandth."""
+    rng = random.Random(0)
+    cases = [
+        (rng.randrange(256, 2048), rng.randrange(256, 2048), 77, rng.randrange(1, 9), rng.choice((1.0, 7.5)))
+        for _ in range(1000)
+    ]
+
+    def call() -> float:
+        total = 0.0
+        for case in cases:
+            total += f(*case)
+        return total
+
+    assert benchmark(call) > 0
+
+
+def test_table_of_a_million_rows(benchmark: Any, f: sdfit.Predictor) -> None:
+    """f.predict on 1,000,000 rows."""
+    rng = np.random.default_rng(0)
+    table = {
+        "height": rng.integers(256, 2048, 1_000_000),
+        "width": rng.integers(256, 2048, 1_000_000),
+        "batch_size": rng.integers(1, 9, 1_000_000),
+    }
+    assert len(benchmark.pedantic(f.predict, args=(table,), rounds=7)) == 1_000_000
+
+
+@pytest.mark.parametrize("statement", ["pass", "import sdfit", "import sdfit; sdfit.load('t4')"])
+def test_import(benchmark: Any, statement: str) -> None:
+    """A process that imports sdfit, beside a bare one (which imports numpy in neither)."""
+    command = [sys.executable, "-W", "ignore", "-c", statement]
+    benchmark.pedantic(lambda: subprocess.run(command, check=True), rounds=11, warmup_rounds=1)
+
+
+def test_fit_of_1000_records(benchmark: Any) -> None:
+    """sdfit.fit.fit on 1,000 records of the default and holdout grids on the made-up card."""
+    fake = FakeBackend("bench", noise=0.002, capacity_bytes=1 << 50)
+    workloads = [*load_grid("default").workloads, *load_grid("holdout").workloads]
+    rng = random.Random(1)
+    while len(workloads) < 1000:
+        base = rng.choice(workloads)
+        workloads.append(type(base).from_dict(base.to_dict() | {"height": rng.randrange(256, 1024)}))
+    records = [Record(i, w, **fake.measure(w)) for i, w in enumerate(workloads[:1000])]
+    data = RecordsFile(fake.environment(), records, [])
+    artifact = benchmark.pedantic(fitting.fit, args=(data,), rounds=3)
+    assert artifact.evaluation["rows"] == 1000
+
+
+def test_trace_of_one_workload(benchmark: Any) -> None:
+    """One workload traced with its events, the pipeline built already."""
+    from sdfit.backends.trace_backend import TraceBackend
+
+    backend = TraceBackend("t4", workspaces=True)
+    workload = sdfit.Workload(1024, 1024, batch_size=2)
+    assert benchmark.pedantic(backend.measure, args=(workload,), rounds=7, warmup_rounds=1)["outcome"] == "ok"
+
+
+def test_artifact_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The size of every shipped model file [bytes]."""
+    with capsys.disabled():
+        for name, path in sdfit.available().items():
+            print(f"\nartifact {name}: {Path(path).stat().st_size} bytes", end="")
+
+
+def test_accuracy_on_unseen_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors of the shipped T4 model on the traced holdout, none of whose shapes it was fitted on."""
+    from sdfit.evaluate import evaluate
+    from sdfit.library import load
+    from sdfit.records import read
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SimulatedModelWarning)
+        predictor = load("t4")
+    for path in sorted(Path("data/t4").glob("*holdout.jsonl")):
+        with capsys.disabled():
+            print(f"\n{path} (simulated)\n{evaluate(predictor, read(path).records).table()}")
