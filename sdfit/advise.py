@@ -6,6 +6,7 @@ upper bound of its prediction, at the chosen level, is no more than that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,23 @@ def best_metric(predictor: Predictor) -> str:
 
 
 def bound(predictor: Predictor, workload: Workload, metric: str | None, level: float) -> Prediction:
-    """Predict with the metric that decides about fitting."""
-    return predictor.predict_workload(workload, metric=metric or best_metric(predictor), level=level)
+    """Predict with the metric that decides about fitting.
+
+    Raises
+    ------
+    InvalidWorkload
+        If the model has too few scores for the level; an unknown bound is not the same as "does not fit".
+    """
+    prediction = predictor.predict_workload(workload, metric=metric or best_metric(predictor), level=level)
+    if math.isinf(prediction.upper):
+        scores = len(predictor.artifact.scores.get(prediction.metric, {}).get("", []))
+        raise InvalidWorkload(
+            f"'{predictor.name}' has {scores} scores, too few for level {level:g}; ask for at most "
+            f"{scores / (scores + 1):.3f} (--level), or sweep more sizes",
+            level=level,
+            scores=scores,
+        )
+    return prediction
 
 
 def fits(
@@ -115,6 +131,8 @@ def largest(
 
     first = -(-MIN_SIDE // step)
     last = max(MAX_SIDE * short // (long * step), first)
+    while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
+        last -= 1
     return size(_last_good(good, first, last, f"no size of {across}:{down} fits {format_bytes(limit)}"))
 
 

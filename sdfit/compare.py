@@ -7,17 +7,23 @@ the published rows. Every case counts alike: a workload that was measured five t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdfit import published
-from sdfit.errors import RecordsError, UnknownModel, listed
+from sdfit.errors import RecordsError, UnknownModel, UnknownVariant, listed
 from sdfit.peers import PEERS, Peer, peer
+from sdfit.records import Record
+from sdfit.text import aligned
 from sdfit.units import format_bytes
 from sdfit.workload import Workload, whole_number
+
+if TYPE_CHECKING:
+    from sdfit.predictor import Predictor
 
 OWN = {"sdfit": "sdfit", "sdfit_upper": "sdfit, upper bound"}
 """What a case may carry itself, by name, and how it is printed."""
@@ -135,7 +141,7 @@ class Comparison:
     def table(self) -> str:
         """The summaries as aligned text, one line per system."""
         head = ("system", "cases", "median", "median |error|", "worst", "at", "out of memory", "over-reserves")
-        return _aligned([head, *(_cells(line) for line in self.summary)])
+        return aligned([head, *(_cells(line) for line in self.summary)])
 
     def cases_table(self) -> str:
         """Every case as aligned text: its peak, then what each system says, relative to it."""
@@ -146,7 +152,7 @@ class Comparison:
             found = (said.get((case.label, system)) for system in systems)
             errors = (_percent(row.error) if row else "-" for row in found)
             lines.append((case.label, format_bytes(case.actual_bytes), *errors))
-        return _aligned(lines)
+        return aligned(lines)
 
 
 def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) -> Comparison:
@@ -194,8 +200,18 @@ def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) 
     return Comparison(tuple(cases), tuple(rows), tuple(summary))
 
 
-def published_cases(metric: str = "allocated") -> tuple[Case, ...]:
+def published_cases(
+    metric: str = "allocated", models: Mapping[str, Predictor] | None = None, *, level: float = 0.99
+) -> tuple[Case, ...]:
     """Make a case of every published whole-pipeline row of one metric.
+
+    Parameters
+    ----------
+    metric : str
+    models : mapping of card to Predictor, optional
+        Set beside the rows of their card.
+    level : float
+        Of the models' upper bounds.
 
     Raises
     ------
@@ -212,7 +228,47 @@ def published_cases(metric: str = "allocated") -> tuple[Case, ...]:
     if not chosen:
         known = listed(sorted({row.metric for row in whole}))
         raise RecordsError(f"no whole run was published with the metric '{metric}'; there are: {known}", given=metric)
-    return tuple(Case(_label(row), row.workload(), row.peak_bytes) for row in chosen)
+    models = models or {}
+    return tuple(
+        _predicted(Case(_label(row), row.workload(), row.peak_bytes), models.get(row.card), metric, level)
+        for row in chosen
+    )
+
+
+def record_cases(
+    records: Iterable[Record], predictor: Predictor | None = None, *, level: float = 0.99
+) -> tuple[Case, ...]:
+    """Make a case of every record that succeeded, with what a model says of it.
+
+    Parameters
+    ----------
+    records : iterable of Record
+    predictor : Predictor, optional
+    level : float
+        Of the predictor's upper bounds.
+    """
+    ok = [r for r in records if r.outcome == "ok" and r.allocated_bytes]
+    return tuple(
+        _predicted(
+            Case(f"{i} {r.workload.height}x{r.workload.width}", r.workload, r.allocated_bytes or 0),
+            predictor,
+            "allocated",
+            level,
+        )
+        for i, r in enumerate(ok)
+    )
+
+
+def _predicted(case: Case, predictor: Predictor | None, metric: str, level: float) -> Case:
+    """The case with a model's prediction; as it was where the model never saw the variant."""
+    if predictor is None:
+        return case
+    try:
+        peak = predictor.predict_workload(case.workload, metric=metric, level=level)
+    except UnknownVariant:
+        return case
+    upper = round(peak.upper) if math.isfinite(peak.upper) else None
+    return replace(case, predicted_bytes=round(peak), upper_bytes=upper)
 
 
 def figure(comparison: Comparison, path: Path | str, *, title: str = "Predicted / actual peak memory") -> Path:
@@ -315,13 +371,3 @@ def _cells(line: Summary) -> tuple[str, ...]:
         f"{line.out_of_memory}/{line.cases}",
         over,
     )
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first flush left, the others flush right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = (
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    )
-    return "\n".join("  ".join(cells) for cells in padded)

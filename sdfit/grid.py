@@ -101,7 +101,7 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     seen: dict[Workload, None] = {}
     counts = []
     for number, block in enumerate(blocks, start=1):
-        label = str(block.get("name", f"block {number}"))
+        label = str(block.get("name", f"block {number}")) if isinstance(block, dict) else f"block {number}"
         try:
             found = _block(block, rng)
         except SdfitError as error:
@@ -124,6 +124,8 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
         raise GridError(f"it has {listed(kinds)}; it must have exactly one of shapes, workloads, random")
     axes = {name: _axis(name, block[name]) for name in AXES if name in block}
     cap = block.get("max_batch_pixels", math.inf)
+    if isinstance(cap, bool) or not isinstance(cap, int | float) or not cap > 0:
+        raise GridError(f"max_batch_pixels is {cap!r}; it must be a number of pixels")
     if kinds == ["workloads"]:
         found = [Workload.from_dict(item) for item in _axis("workloads", block["workloads"])]
     elif kinds == ["random"]:
@@ -136,6 +138,8 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
             for values in itertools.product(*axes.values())
         ]
     found = [w for w in found if w.batch_size * w.pixels <= cap]
+    if not found:
+        raise GridError(f"max_batch_pixels {cap} leaves none of its workloads")
     keep = block.get("keep", len(found))
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise GridError(f"keep is {keep!r}; it must be a whole number >= 1")

@@ -41,6 +41,7 @@ def find_model(name: str | Path) -> Path:
     if text.endswith(".joblib") or "/" in text or os.sep in text:
         return Path(name)
     known = available()
+    text = text if text in known else text.lower()
     if text not in known:
         raise UnknownModel(
             f"no model for '{text}'; there are: {listed(known)}. Measure one: sdfit sweep --gpu {text}, then sdfit fit",

@@ -215,9 +215,13 @@ offload, safety_checker
             check_keywords(unknown, ("metric", "level"))
         key = (dtype, attention, vae, vae_slicing, vae_tiling, offload, safety_checker)
         # the common case without a Workload: plain numbers inside the limits, a variant that was used before
-        found = self._variants.get(key)
+        try:
+            found = self._variants.get(key)
+        except TypeError:  # a list or the like; the Workload says what is wrong with it
+            found = None
         if (
             found is not None
+            and type(vae_slicing) is type(vae_tiling) is type(safety_checker) is bool  # 0 and 1 would find it too
             and type(height) is int
             and type(width) is int
             and type(prompt_length) is int
@@ -282,7 +286,7 @@ offload, safety_checker
         return np.column_stack([np.maximum(value - half, 0.0), value + half])
 
     def fits(
-        self, *args: Any, memory: str | float, metric: str = "required", level: float = 0.99, **kwargs: Any
+        self, *args: Any, memory: str | float, metric: str | None = None, level: float = 0.99, **kwargs: Any
     ) -> bool:
         """Whether a workload's upper bound stays within an amount of memory; see `sdfit.advise.fits`."""
         from sdfit.advise import fits

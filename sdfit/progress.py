@@ -44,8 +44,6 @@ class Reporter:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, failed="starting")
-        else:
-            print(f"{self.title}: {self.total} runs", file=sys.stderr)
         return self
 
     def __exit__(

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdfit.errors import RecordsError, listed
+from sdfit.stages import COMPONENTS, STAGES
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+_HEAD = b'{"sdfit_records":'
+"""How a records file begins."""
 OUTCOMES = ("ok", "oom", "crash")
 METRICS = ("allocated", "reserved", "device", "required")
 
@@ -97,14 +100,24 @@ class Record:
         ValueError
             If a key is unknown, a workload invalid, an amount negative or not a whole number.
         """
+        if not isinstance(values, dict):
+            raise ValueError("it is not a table of fields")
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
         if values.get("outcome") not in OUTCOMES:
             raise ValueError(f"outcome is {values.get('outcome')!r}; it must be one of {listed(OUTCOMES)}")
+        index = values.get("index")
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"index is {index!r}; it must be a whole number >= 0")
         amounts = [(k, v) for k, v in values.items() if k.endswith("_bytes")]
-        for name in ("stage_peaks_bytes", "component_bytes"):
-            amounts += values.get(name, {}).items()
+        for name, known in (("stage_peaks_bytes", STAGES), ("component_bytes", COMPONENTS)):
+            table = values.get(name, {})
+            if not isinstance(table, dict) or not set(table) <= set(known):
+                raise ValueError(f"{name} must be a table of {listed(known)}")
+            amounts += [(f"{name} of {part}", -1 if v is None else v) for part, v in table.items()]
+        if values.get("oom_stage") not in (None, *STAGES):
+            raise ValueError(f"oom_stage is {values['oom_stage']!r}; it must be one of {listed(STAGES)}")
         for name, amount in amounts:
             if isinstance(amount, dict) or amount is None:
                 continue
@@ -112,7 +125,7 @@ class Record:
                 raise ValueError(f"{name} is {amount!r}; it must be a whole number of bytes")
         if values["outcome"] == "ok" and not (values.get("stage_peaks_bytes") and values.get("allocated_bytes")):
             raise ValueError("an 'ok' row without peaks")
-        return cls(**{**values, "workload": Workload.from_dict(values["workload"])})
+        return cls(**{**values, "workload": Workload.from_dict(values.get("workload"))})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +176,7 @@ def read(path: Path | str) -> RecordsFile:
     for number, line in enumerate(lines[1:], start=2):
         try:
             record = Record.from_dict(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise RecordsError(
                 f"{path}, line {number} is no record ({error}); mend or delete that line", path=str(path), line=number
             ) from error
@@ -206,23 +219,35 @@ class Writer:
             self._file = self.path.open("a+b")
         except OSError as error:
             raise RecordsError(f"cannot write records to '{path}': {error.strerror}", path=str(path)) from error
-        self._lock()
+        try:
+            self._lock()
+            self._take_up(environment)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take_up(self, environment: Mapping[str, Any]) -> None:
+        """Read what is there; only a file that proves to be one of ours is touched."""
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
+        if not whole and not (content.startswith(_HEAD) or _HEAD.startswith(content)):
+            raise RecordsError(
+                f"'{self.path}' is there and is no records file; choose another file with --out", path=str(self.path)
+            )
         if whole:
             known = read(self.path)
             self.notes = known.notes
             differ = differences(known.environment, environment, (*MATTERS, "grid_sha256", "num_inference_steps"))
             if differ:
                 raise RecordsError(
-                    f"'{path}' was swept under other conditions ({'; '.join(differ)}); choose another file with --out",
-                    path=str(path),
+                    f"'{self.path}' was swept under other conditions ({'; '.join(differ)}); choose another file with --out",
+                    path=str(self.path),
                 )
             self.done = known.records
-        else:
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+        if not whole:
             self._put({"sdfit_records": FORMAT, "environment": dict(environment)})
 
     def append(self, record: Record) -> None:
@@ -256,7 +281,6 @@ class Writer:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._file.close()
             raise RecordsError(
                 f"another sweep is writing '{self.path}'; wait for it, or choose another --out"
             ) from error

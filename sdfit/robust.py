@@ -70,7 +70,8 @@ def trimmed_fit(design: Array, target: Array, *, seed: int = 0) -> Trimmed:
     Notes
     -----
     Least trimmed squares by concentration steps (Rousseeuw and Van Driessen 2006) with h = (rows + terms + 1) // 2,
-    then one-step reweighting: rows beyond ``max(MATERIAL, SCALES * scale)`` are far, the rest is fitted again.
+    then reweighting: rows beyond ``max(MATERIAL, SCALES * scale)`` are far, if they are beyond ``SCALES`` times the usual
+    share of their activations too; the rest is fitted again.
 
     Examples
     --------
@@ -85,10 +86,13 @@ def trimmed_fit(design: Array, target: Array, *, seed: int = 0) -> Trimmed:
     far = np.zeros(rows, dtype=bool)
     scale = 0.0
     for _ in range(10):
-        residual = np.abs(target - design @ coef)
+        predicted = design @ coef
+        residual = np.abs(target - predicted)
         # the rows that stay: the half that the first coefficients come from fits itself too well to say
         scale = float(1.4826 * np.median(residual[~far]))
-        found = residual > max(MATERIAL, SCALES * scale)
+        share = residual / np.maximum(predicted, MATERIAL)
+        # misfit grows with the activations: a row is not far for being the one that is mostly activations
+        found = (residual > max(MATERIAL, SCALES * scale)) & (share > SCALES * 1.4826 * np.median(share[~far]))
         if rows - found.sum() < terms + 1:  # nothing would be left to agree
             break
         settled, far = bool((found == far).all()), found

@@ -14,9 +14,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sdfit.errors import SdfitError
+from sdfit.errors import RecordsError, SdfitError
 from sdfit.grid import Plan
-from sdfit.records import Record, Writer
+from sdfit.records import Record, Writer, read
 from sdfit.worker import Job, LocalPool, RayPool, default_workers
 from sdfit.workload import Workload
 
@@ -54,14 +54,17 @@ def default_path(name: str, plan: Plan, folder: Path | str = "data") -> Path:
     """``data/<name>/<date>-<grid>.jsonl``: an unfinished file of the same grid is taken up again, whatever its date."""
     home = Path(folder, name)
     for path in sorted(home.glob(f"*-{plan.name}.jsonl"), reverse=True):
-        if _rows(path) < len(plan.workloads):
+        if _finished(path) < len(plan.workloads):
             return path
     return home / f"{date.today().isoformat()}-{plan.name}.jsonl"
 
 
-def _rows(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file) - 1
+def _finished(path: Path) -> int:
+    """Workloads of a file that need not run again."""
+    try:
+        return sum(r.outcome != "crash" for r in read(path).records)
+    except RecordsError:  # to be told when it is opened for writing
+        return 0
 
 
 def sweep(

@@ -111,6 +111,8 @@ def _mapping(table: Any) -> Mapping[str, Any]:
 def _numbers(name: str, column: Any, rows: int) -> Array:
     try:
         values = np.asarray(column)
+        if values.dtype.kind == "O":  # pandas' nullable columns; a missing value leaves it an object array
+            values = np.asarray(values.tolist())
         if values.dtype.kind not in "iuf":
             raise TypeError
         values = np.broadcast_to(values, rows).astype(np.float64)

@@ -24,8 +24,8 @@ _UNITS = {
     "m": MIB,
     "g": GIB,
 }
-_AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
-_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|h|)\s*", re.IGNORECASE)
+_AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|h|)\s*", re.IGNORECASE | re.ASCII)
 
 
 def format_bytes(amount_bytes: float) -> str:
@@ -71,7 +71,10 @@ def parse_bytes(text: str | float) -> int:
         scale = _UNITS.get(match[2].lower()) if match else None
         value = float(match[1]) * scale if match and scale else math.nan
     else:
-        value = float(text)
+        try:
+            value = math.nan if isinstance(text, bool) else float(text)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
     if not (math.isfinite(value) and value >= 1):
         raise InvalidWorkload(
             f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9", given=text

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -132,7 +133,8 @@ class _Worker:
 
     def give(self, job: Job) -> None:
         self.job = job
-        self.connection.send(job[1].to_dict())
+        with suppress(OSError):  # it died while it was idle: `receive` finds out, and the job is a crash row
+            self.connection.send(job[1].to_dict())
 
     def receive(self) -> Any:
         try:
@@ -156,6 +158,8 @@ class _Worker:
 def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> None:
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice on optional packages is not the sweep's
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         first: Any
         try:

@@ -49,7 +49,9 @@ def whole_number(name: str, value: object, low: int, high: int) -> int:
             f"{name} must be a whole number from {low} to {high}, not {value!r}", field=name, given=value
         ) from None
     if not low <= number <= high:
-        raise InvalidWorkload(f"{name} is {number}; it must be from {low} to {high}", field=name, given=number)
+        # Python refuses to print a number of thousands of digits
+        shown = str(number) if number.bit_length() < 256 else f"a number of {number.bit_length()} bits"
+        raise InvalidWorkload(f"{name} is {shown}; it must be from {low} to {high}", field=name, given=number)
     return number
 
 
@@ -59,7 +61,7 @@ def real_number(name: str, value: object) -> float:
         if isinstance(value, bool | str):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
         raise InvalidWorkload(f"{name} must be a finite number >= 0, not {value!r}", field=name, given=value)
@@ -67,10 +69,11 @@ def real_number(name: str, value: object) -> float:
 
 
 def one_of(name: str, value: object) -> Any:
-    """Check one discrete field against `CHOICES`."""
+    """Check one discrete field against `CHOICES`; NumPy's booleans and strings pass, 0 and 1 do not."""
     allowed = CHOICES[name]
+    plain = value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
     for choice in allowed:
-        if type(choice) is type(value) and choice == value:
+        if type(choice) is type(plain) and choice == plain:
             return choice
     raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {value!r}", field=name, given=value)
 
@@ -143,7 +146,12 @@ class Workload:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Workload:
         """Build a Workload from keywords; an unknown one is a `TypeError` that names the nearest known one."""
+        if not isinstance(values, Mapping):
+            raise InvalidWorkload(f"a workload is a table of its fields, not {values!r}", given=values)
         check_keywords(values)
+        for name in ("height", "width"):
+            if name not in values:
+                raise InvalidWorkload(f"a workload needs height and width; it has no {name}", field=name)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ A backend is made in the process that runs it, from plain options, so that a wor
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,6 +14,8 @@ from sdfit.errors import InvalidWorkload, listed
 from sdfit.workload import Workload
 
 BACKENDS = ("cuda", "trace", "fake")
+FAKE_OPTIONS = "SDFIT_FAKE"
+"""Environment variable: options of the made-up card as a JSON table, for tests that go through the command line."""
 
 
 class Backend(Protocol):
@@ -50,5 +54,5 @@ def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
     if name == "fake":
         from sdfit.backends.fake import FakeBackend
 
-        return FakeBackend(**options)
+        return FakeBackend(**options, **json.loads(os.environ.get(FAKE_OPTIONS, "{}")))
     raise InvalidWorkload(f"backend is {name!r}; it must be one of {listed(BACKENDS)}", given=name)

@@ -197,7 +197,7 @@ class CpuCounters:
 
     def reset_peaks(self) -> None:
         """See `Counters.reset_peaks`."""
-        self.meter.leave()
+        self.meter.stage = ""  # else entering would write the old peak down again
         self.meter.stage_peaks.clear()
         self.meter.enter("since the reset")
 

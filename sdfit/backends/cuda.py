@@ -52,7 +52,7 @@ def requested_bytes(message: str) -> int:
     Examples
     --------
     >>> requested_bytes("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
-    2142114775
+    2142114938
     >>> requested_bytes("Tried to allocate 512 bytes.")
     512
     """

@@ -53,7 +53,7 @@ class FakeBackend:
     gpu : str
         The name that it goes by.
     capacity_bytes : int
-        Above this a run is out of memory.
+        A run whose ``required_bytes`` is more runs out of memory.
     noise : float
         Relative, uniform within ±noise, the same for the same workload: misfit that no term explains.
     delay_s : float
@@ -108,20 +108,22 @@ class FakeBackend:
         components = component_bytes(workload)
         common = {"component_bytes": components, "baseline_bytes": sum(components.values()), "retries": 0}
         reached: dict[str, int] = {}
+        weights = sum(components.values())
         for stage, peak in peaks.items():
-            if peak > self.capacity_bytes:
+            if peak + max(peak - weights, 0) // 10 > self.capacity_bytes:  # what `required_bytes` says below
+                last = min(peak, self.capacity_bytes)
                 return {
                     **common,
                     "outcome": "oom",
-                    "stage_peaks_bytes": reached | {stage: self.capacity_bytes},
-                    "allocated_bytes": self.capacity_bytes,
-                    "oom_bytes": self.capacity_bytes,
+                    "stage_peaks_bytes": reached | {stage: last},
+                    "allocated_bytes": max(last, *reached.values()) if reached else last,
+                    "oom_bytes": last,
                     "oom_stage": stage,
                     "cap_bytes": self.capacity_bytes,
                 }
             reached[stage] = peak
         top = max(peaks.values())
-        activation = top - sum(components.values())
+        activation = top - weights
         reserved = top + max(activation, 0) // 2
         return {
             **common,

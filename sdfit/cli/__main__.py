@@ -1,0 +1,5 @@
+"""``python -m sdfit.cli``."""
+
+from sdfit.cli import main
+
+raise SystemExit(main())

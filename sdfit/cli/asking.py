@@ -1,0 +1,179 @@
+"""Commands that ask a model: predict, fits, largest, advise, models, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdfit.cli.options import (
+    amount,
+    gpu_option,
+    json_option,
+    level_option,
+    memory_option,
+    workload_from,
+    workload_options,
+)
+from sdfit.units import format_bytes
+
+if TYPE_CHECKING:
+    from sdfit.predictor import Prediction
+
+
+@click.command()
+@gpu_option
+@workload_options
+@click.option("--image", type=click.Path(path_type=Path), default=None, help="Take height and width from a picture.")
+@click.option("--metric", default="allocated", show_default=True, help="allocated, reserved, device or required.")
+@level_option
+@json_option
+def predict(gpu: str, image: Path | None, metric: str, level: float | None, as_json: bool, **fields: Any) -> None:
+    """Predict the peak memory of one run."""
+    from sdfit.library import load
+    from sdfit.predictor import DEFAULT_LEVEL
+
+    workload = workload_from(fields, image)
+    peak = load(gpu).predict_workload(workload, metric=metric, level=DEFAULT_LEVEL if level is None else level)
+    click.echo(json.dumps(peak.to_dict(), indent=2) if as_json else describe(peak))
+
+
+def describe(peak: Prediction) -> str:
+    """A prediction in a few lines of text."""
+    w = peak.workload
+    low, high = peak.interval
+    lines = [
+        f"{format_bytes(peak)} {peak.metric} ({peak.provenance}), set by the {peak.stage} stage",
+        f"{100 * peak.level:g} % interval: {amount(low)} to {amount(high)}; upper bound: {amount(peak.upper)}",
+        f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)",
+    ]
+    lines += [f"  {format_bytes(amount):>12}  {name}" for name, amount in peak.breakdown.items()]
+    if peak.extrapolated:
+        lines.append("outside the swept domain: the interval is widened by guess")
+    return "\n".join(lines)
+
+
+@click.command()
+@gpu_option
+@memory_option
+@workload_options
+@level_option
+@json_option
+def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> int:
+    """Say whether a run fits; exit code 3 if it does not."""
+    from sdfit.advise import SAFE_LEVEL, bound, options_that_fit
+    from sdfit.library import load
+    from sdfit.units import parse_bytes
+
+    f, workload, level = load(gpu), workload_from(fields), SAFE_LEVEL if level is None else level
+    peak, limit = bound(f, workload, None, level), parse_bytes(memory)
+    answer = peak.upper <= limit
+    others = [] if answer else options_that_fit(f, workload, memory=memory, level=level)
+    if as_json:
+        shown = [{"change": o.change, "upper_bytes": round(o.upper_bytes)} for o in others]
+        click.echo(json.dumps({"fits": answer, "memory_bytes": limit, **peak.to_dict(), "options": shown}, indent=2))
+    else:
+        verb = "fits" if answer else "does not fit"
+        click.echo(f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {level:g}) of {format_bytes(limit)}")
+        for option in others:
+            change = ", ".join(f"{name}={value}" for name, value in option.change.items())
+            click.echo(f"  would fit with {change}: up to {format_bytes(option.upper_bytes)}")
+    return 0 if answer else 3
+
+
+@click.command()
+@gpu_option
+@memory_option
+@click.option("--aspect", default="1:1", show_default=True, help="Width to height, for example 3:2.")
+@click.option("--step", type=int, default=64, show_default=True, help="Both sides are multiples of it.")
+@workload_options
+@level_option
+@json_option
+def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, as_json: bool, **fields: Any) -> None:
+    """Find the largest size of an aspect ratio that fits."""
+    from sdfit.advise import SAFE_LEVEL
+    from sdfit.library import load
+
+    for name in ("height", "width"):
+        if fields.pop(name) is not None:
+            raise click.UsageError(f"--{name} is what this command finds; leave it out")
+    try:
+        across, down = (int(part) for part in aspect.split(":"))
+    except ValueError:
+        raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
+    height, width = load(gpu).largest(
+        memory=memory, aspect=(across, down), step=step, level=SAFE_LEVEL if level is None else level, **fields
+    )
+    click.echo(json.dumps({"height": height, "width": width}) if as_json else f"{height}x{width} (height x width)")
+
+
+@click.command()
+@gpu_option
+@memory_option
+@workload_options
+@level_option
+@json_option
+def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> None:
+    """Say what fits: this run, its largest batch, and which options help."""
+    from sdfit.advise import SAFE_LEVEL, NothingFits, bound, options_that_fit
+    from sdfit.library import load
+    from sdfit.units import parse_bytes
+
+    f, workload, level = load(gpu), workload_from(fields), SAFE_LEVEL if level is None else level
+    peak, limit = bound(f, workload, None, level), parse_bytes(memory)
+    rest = {k: v for k, v in workload.to_dict().items() if k not in ("height", "width", "prompt_length", "batch_size")}
+    try:
+        batch = f.max_batch_size(
+            workload.height, workload.width, workload.prompt_length, memory=memory, level=level, **rest
+        )
+    except NothingFits:
+        batch = 0
+    options = options_that_fit(f, workload, memory=memory, level=level)
+    if as_json:
+        shown = [{"change": o.change, "upper_bytes": round(o.upper_bytes)} for o in options]
+        answer = {"fits": peak.upper <= limit, "memory_bytes": limit, "max_batch_size": batch, "options": shown}
+        click.echo(json.dumps(answer, indent=2))
+        return
+    verb = "fits" if peak.upper <= limit else "does not fit"
+    click.echo(f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {level:g}) of {format_bytes(limit)}")
+    click.echo(f"largest batch of this size: {batch}")
+    for option in options:
+        change = ", ".join(f"{name}={value}" for name, value in option.change.items())
+        click.echo(f"  with {change}: up to {format_bytes(option.upper_bytes)}")
+
+
+@click.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List the models that can be loaded, and what each rests on."""
+    from sdfit.artifact import load_artifact
+    from sdfit.library import available
+    from sdfit.predictor import Predictor
+    from sdfit.report import models_table
+
+    found = {name: Predictor(load_artifact(path), path) for name, path in available().items()}
+    if as_json:
+        rows = {
+            name: {
+                "path": str(f.path),
+                "provenance": f.provenance,
+                "variants": f.artifact.swept,
+                **f.artifact.evaluation,
+            }
+            for name, f in found.items()
+        }
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        click.echo(models_table(found))
+
+
+@click.command()
+@gpu_option
+def report(gpu: str) -> None:
+    """Print a model's card: what it rests on, how good it is, its coefficients."""
+    from sdfit.library import load
+    from sdfit.report import model_card
+
+    click.echo(model_card(load(gpu).artifact))

@@ -1,0 +1,69 @@
+"""Options that several commands share, and how they become a Workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from sdfit.errors import SdfitError, needs
+from sdfit.units import format_bytes
+from sdfit.workload import CHOICES, CHUNK_TOKENS, Workload
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def workload_options(command: F) -> F:
+    """Add the options that make up a Workload."""
+    for name in reversed(CHOICES):
+        flag = "--" + name.replace("_", "-")
+        options = CHOICES[name]
+        if isinstance(options[0], bool):
+            negative = "--no-" + name.replace("_", "-")
+            command = click.option(f"{flag}/{negative}", name, default=options[0], show_default=True)(command)
+        else:
+            kind = click.Choice([str(o) for o in options])
+            command = click.option(flag, name, type=kind, default=options[0], show_default=True)(command)
+    for flag, kind, default, text in reversed(_NUMBERS):
+        command = click.option(flag, type=kind, default=default, show_default=default is not None, help=text)(command)
+    return command
+
+
+_NUMBERS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("--height", int, None, "Of the input image, in pixels."),
+    ("--width", int, None, "Of the input image, in pixels."),
+    ("--prompt-length", int, CHUNK_TOKENS, "Tokens; up to 77 cost the same, more means prompt_embeds."),
+    ("--batch-size", int, 1, "Images per call."),
+    ("--guidance-scale", float, 7.5, "Above 1 doubles the UNet's batch."),
+)
+gpu_option = click.option("--gpu", required=True, help="Name or path of a model; see: sdfit models")
+json_option = click.option("--json", "as_json", is_flag=True, help="Plain values, amounts in bytes.")
+level_option = click.option("--level", type=float, default=None, help="Of intervals and bounds, between 0 and 1.")
+memory_option = click.option("--memory", required=True, help="What PyTorch may take, for example 15GiB.")
+out_option = click.option("--out", type=click.Path(path_type=Path), default=None, help="The file to write.")
+records_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="RECORDS...")
+
+
+def amount(value: float) -> str:
+    """A bound as text; one that the scores cannot support is unknown."""
+    return format_bytes(value) if value != float("inf") else "unknown (too few scores for this level)"
+
+
+def workload_from(fields: dict[str, Any], image: Path | None = None) -> Workload:
+    """Make a Workload of a command's options, its size from a picture where one is given."""
+    if image is not None:
+        try:
+            from PIL import Image, UnidentifiedImageError
+        except ImportError as error:
+            raise needs("sweep", "pillow") from error
+        try:
+            with Image.open(image) as picture:
+                fields |= {"width": picture.width, "height": picture.height}
+        except (OSError, UnidentifiedImageError) as error:
+            raise SdfitError(f"cannot read a picture from '{image}': {error}") from error
+    for name in ("height", "width"):
+        if fields.get(name) is None:
+            raise click.UsageError(f"give --{name}" + (", or --image" if image is None else ""))
+    return Workload.from_dict(fields)

@@ -1,0 +1,101 @@
+"""Commands that make a model: sweep, fit, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdfit.cli.options import out_option, records_argument
+from sdfit.units import parse_duration
+
+
+@click.command()
+@click.option("--gpu", default="auto", show_default=True, help="The card, as in 't4'; auto takes what is there.")
+@click.option("--grid", default="default", show_default=True, help="quick, default, holdout, or a .toml file.")
+@click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
+@out_option
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=None, help="Processes; one per card or processor.")
+@click.option("--budget", default=None, help="Start nothing new after this time, for example 5m.")
+@click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
+@click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+def sweep(
+    gpu: str,
+    grid: str,
+    backend: str,
+    out: Path | None,
+    engine: str,
+    workers: int | None,
+    budget: str | None,
+    weights: str,
+    workspaces: bool,
+    dry_run: bool,
+) -> None:
+    """Run a grid on a card and record the peaks."""
+    from sdfit import grid as grids
+    from sdfit.progress import Reporter
+    from sdfit.sweep import sweep as run
+
+    plan = grids.load(grid)
+    if dry_run:
+        click.echo(plan.summary())
+        return
+    options: dict[str, Any] = {"gpu": gpu}
+    if backend == "cuda":
+        options["weights"] = weights
+    if backend == "trace":
+        options["workspaces"] = workspaces
+    with Reporter(f"{gpu} {plan.name}", len(plan.workloads)) as reporter:
+        outcome = run(
+            plan,
+            backend,
+            options,
+            out,
+            engine=engine,
+            workers=workers,
+            budget_s=parse_duration(budget) if budget else None,
+            report=reporter,
+        )
+    for note in outcome.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(
+        f"{outcome.done} of {outcome.total} done, {outcome.oom} out of memory, {outcome.crashed} crashed, "
+        f"{outcome.skipped} were there already",
+        err=True,
+    )
+    if not outcome.complete:
+        click.echo("not complete: run the same command to go on", err=True)
+    click.echo(outcome.path)
+
+
+@click.command()
+@records_argument
+@click.option("--gpu", default=None, help="Fit only this card's records under ./data.")
+@out_option
+def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
+    """Fit the equation to records; without files, to all that was swept under ./data."""
+    from sdfit.fitting import fit_files, swept_files
+    from sdfit.report import coefficient_table, fit_summary
+
+    jobs = {gpu or "": list(files)} if files else swept_files(Path("data"), gpu)
+    for name, paths in jobs.items():
+        result = fit_files(paths, name or None, out)
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(coefficient_table(result.artifact))
+        click.echo(fit_summary(result.artifact))
+        for finding in result.findings:
+            click.echo(f"judged: {finding}", err=True)
+        click.echo(f"wrote {result.path} and {result.path.with_suffix('.md').name}", err=True)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="A folder.")
+def demo(out: Path) -> None:
+    """Sweep a small grid, fit it, and compare with runs that it never saw."""
+    from sdfit.demo import run_demo
+
+    click.echo(run_demo(out))

@@ -1,0 +1,113 @@
+"""Commands that look into things: explain, derive, compare, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdfit.cli.options import gpu_option, json_option, level_option, records_argument, workload_from, workload_options
+
+kernels_option = click.option(
+    "--kernels", default=None, help="Add the kernel workspaces of a card, for example t4; otherwise the bare trace."
+)
+
+
+def _tracer(kernels: str | None) -> Any:
+    from sdfit.backends.trace import Tracer
+    from sdfit.workspaces import workspaces_for
+
+    return Tracer(workspaces_for(kernels) if kernels else None)
+
+
+@click.command()
+@workload_options
+@kernels_option
+@click.option("--timeline", type=click.Path(path_type=Path), default=None, help="Draw live memory over the run (.png).")
+@click.option("--terms/--no-terms", default=True, help="Derive the closed form too, which takes longer.")
+@json_option
+def explain(kernels: str | None, timeline: Path | None, terms: bool, as_json: bool, **fields: Any) -> None:
+    """Say what a run's peak is made of: components, stages, the operation, its tensors."""
+    from sdfit.explain import explain as explained
+
+    workload, tracer = workload_from(fields), _tracer(kernels)
+    equation = None
+    if terms:
+        from sdfit.derive import derive as derived
+
+        equation = derived(workload, tracer=tracer)
+    told = explained(workload, tracer=tracer, equation=equation)
+    click.echo(json.dumps(told.to_dict(), indent=2) if as_json else told.to_text())
+    if timeline is not None:
+        from sdfit.timeline import timeline as draw
+
+        click.echo(f"wrote {draw(workload, timeline, explanation=told)}", err=True)
+
+
+@click.command()
+@workload_options
+@kernels_option
+@click.option("--latex", "as_latex", is_flag=True, help="As an aligned LaTeX block.")
+@json_option
+def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) -> None:
+    """Find the closed form of a variant's peak from the pipeline itself."""
+    from sdfit.derive import derive as derived
+
+    for side in ("height", "width"):
+        fields[side] = fields[side] or 512  # the sizes do not matter: the result is a formula in them
+    derivation = derived(workload_from(fields), tracer=_tracer(kernels))
+    if as_json:
+        click.echo(derivation.to_json())
+    else:
+        click.echo(derivation.to_latex() if as_latex else derivation.to_text())
+
+
+@click.command()
+@records_argument
+@click.option("--gpu", default=None, help="The model beside them; without it each published row gets its card's.")
+@click.option("--figure", type=click.Path(path_type=Path), default=None, help="Draw predicted / actual (.png).")
+@click.option("--cases", is_flag=True, help="Also list every case.")
+@json_option
+def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases: bool, as_json: bool) -> None:
+    """Set other estimators beside sdfit, on records or, without any, on the published measurements."""
+    from sdfit import compare as comparing
+    from sdfit.fitting import read_pooled
+    from sdfit.library import available, load
+
+    if files:
+        known = comparing.record_cases(read_pooled(files).records, load(gpu) if gpu else None)
+    else:
+        names = [gpu] if gpu else list(available())
+        known = comparing.published_cases(models={f.name: f for f in map(load, names)})
+    result = comparing.compare(known)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        click.echo(result.table() + ("\n\n" + result.cases_table() if cases else ""))
+    if figure is not None:
+        click.echo(f"wrote {comparing.figure(result, figure)}", err=True)
+
+
+@click.command()
+@gpu_option
+@records_argument
+@level_option
+@click.option("--figures", type=click.Path(path_type=Path), default=None, help="A folder for the figures.")
+@json_option
+def evaluate(gpu: str, files: tuple[Path, ...], level: float | None, figures: Path | None, as_json: bool) -> None:
+    """Judge a model on records: errors, coverage, width, by stage, variant and size."""
+    from sdfit.evaluate import evaluate as judged
+    from sdfit.fitting import read_pooled
+    from sdfit.library import load
+    from sdfit.predictor import DEFAULT_LEVEL
+
+    data, f = read_pooled(files), load(gpu)
+    result = judged(f, data.records, level=DEFAULT_LEVEL if level is None else level)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
+    if figures is not None:
+        from sdfit.plots import draw_all
+
+        for path in draw_all(f, data, figures):
+            click.echo(f"wrote {path}", err=True)
