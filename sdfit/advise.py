@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdfit.predictor import Prediction, Predictor
 
 SAFE_LEVEL = 0.99
+"""Share of runs that a bound should hold for, unless the model has too few scores to promise it."""
 
 
 class NothingFits(SdfitError):
@@ -42,15 +43,32 @@ def best_metric(predictor: Predictor) -> str:
     return next((m for m in ("required", "reserved") if known.get(m)), "allocated")
 
 
-def bound(predictor: Predictor, workload: Workload, metric: str | None, level: float) -> Prediction:
+def safe_level(predictor: Predictor, metric: str) -> float:
+    """The level at which bounds are asked for: `SAFE_LEVEL`, or the highest that the model's scores support."""
+    scores = len(predictor.artifact.scores.get(metric, {}).get("", []))
+    return min(SAFE_LEVEL, scores / (scores + 1)) if scores else SAFE_LEVEL
+
+
+def bound(
+    predictor: Predictor, workload: Workload, metric: str | None = None, level: float | None = None
+) -> Prediction:
     """Predict with the metric that decides about fitting.
+
+    Parameters
+    ----------
+    metric : str, optional
+        None: `best_metric`.
+    level : float, optional
+        None: `safe_level`.
 
     Raises
     ------
     InvalidWorkload
         If the model has too few scores for the level; an unknown bound is not the same as "does not fit".
     """
-    prediction = predictor.predict_workload(workload, metric=metric or best_metric(predictor), level=level)
+    metric = metric or best_metric(predictor)
+    level = safe_level(predictor, metric) if level is None else level
+    prediction = predictor.predict_workload(workload, metric=metric, level=level)
     if math.isinf(prediction.upper):
         scores = len(predictor.artifact.scores.get(prediction.metric, {}).get("", []))
         raise InvalidWorkload(
@@ -68,7 +86,7 @@ def fits(
     *,
     memory: str | float,
     metric: str | None = None,
-    level: float = SAFE_LEVEL,
+    level: float | None = None,
 ) -> bool:
     """Whether the workload's upper bound is at most ``memory``.
 
@@ -78,8 +96,8 @@ def fits(
         ``"15 GiB"``, or bytes.
     metric : str, optional
         None: `best_metric`.
-    level : float
-        Share of runs that stay below the bound.
+    level : float, optional
+        Share of runs that stay below the bound; None: `safe_level`.
     """
     return bound(predictor, workload, metric, level).upper <= parse_bytes(memory)
 
@@ -91,7 +109,7 @@ def largest(
     aspect: tuple[int, int] = (1, 1),
     step: int = 64,
     metric: str | None = None,
-    level: float = SAFE_LEVEL,
+    level: float | None = None,
     **options: Any,
 ) -> tuple[int, int]:
     """The largest size of an aspect ratio that fits.
@@ -144,7 +162,7 @@ def max_batch_size(
     *,
     memory: str | float,
     metric: str | None = None,
-    level: float = SAFE_LEVEL,
+    level: float | None = None,
     **options: Any,
 ) -> int:
     """The largest number of images per call that fits.
@@ -185,7 +203,7 @@ def options_that_fit(
     *,
     memory: str | float,
     metric: str | None = None,
-    level: float = SAFE_LEVEL,
+    level: float | None = None,
 ) -> list[Option]:
     """Which changes of options make a workload fit, the cheapest first; variants that were never swept are left out."""
     limit = parse_bytes(memory)

@@ -237,6 +237,8 @@ def _check_tables(value: dict[str, Any]) -> None:
             raise ArtifactError("its field 'metrics' does not fit this sdfit's equation")
         if not all(type(ranked) is list and ranked == sorted(float(s) for s in ranked) for ranked in scores):
             raise ArtifactError("its field 'scores' is not in ascending order")
+    except ArtifactError:
+        raise
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ArtifactError("its field 'components', 'metrics' or 'scores' is damaged") from error
 

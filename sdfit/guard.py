@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sdfit.advise import SAFE_LEVEL, bound
+from sdfit.advise import bound
 from sdfit.errors import InvalidWorkload, SdfitError
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import Workload
@@ -75,7 +75,7 @@ def workload_of(
 
 
 def check(
-    pipe: Any, predictor: Predictor, *, memory: str | float | None = None, level: float = SAFE_LEVEL, **call: Any
+    pipe: Any, predictor: Predictor, *, memory: str | float | None = None, level: float | None = None, **call: Any
 ) -> Prediction:
     """Predict a call of the pipeline, and raise if it will not fit.
 
@@ -94,7 +94,7 @@ def check(
     limit = _available_bytes() if memory is None else parse_bytes(memory)
     if prediction.upper > limit:
         raise WillNotFit(
-            f"this run needs up to {format_bytes(prediction.upper)} ({prediction.metric}, level {level:g}) and "
+            f"this run needs up to {format_bytes(prediction.upper)} ({prediction.metric}, level {prediction.level:.3g}) and "
             f"{format_bytes(limit)} is there; see what fits: sdfit advise --gpu {predictor.name}",
             needed=prediction.upper,
             available=limit,

@@ -286,7 +286,7 @@ offload, safety_checker
         return np.column_stack([np.maximum(value - half, 0.0), value + half])
 
     def fits(
-        self, *args: Any, memory: str | float, metric: str | None = None, level: float = 0.99, **kwargs: Any
+        self, *args: Any, memory: str | float, metric: str | None = None, level: float | None = None, **kwargs: Any
     ) -> bool:
         """Whether a workload's upper bound stays within an amount of memory; see `sdfit.advise.fits`."""
         from sdfit.advise import fits

@@ -110,17 +110,16 @@ class Record:
         index = values.get("index")
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"index is {index!r}; it must be a whole number >= 0")
-        amounts = [(k, v) for k, v in values.items() if k.endswith("_bytes")]
-        for name, known in (("stage_peaks_bytes", STAGES), ("component_bytes", COMPONENTS)):
+        tables = {"stage_peaks_bytes": STAGES, "component_bytes": COMPONENTS}
+        amounts = [(k, v) for k, v in values.items() if k.endswith("_bytes") and k not in tables and v is not None]
+        for name, known in tables.items():
             table = values.get(name, {})
             if not isinstance(table, dict) or not set(table) <= set(known):
                 raise ValueError(f"{name} must be a table of {listed(known)}")
-            amounts += [(f"{name} of {part}", -1 if v is None else v) for part, v in table.items()]
+            amounts += [(f"{name} of {part}", v) for part, v in table.items()]
         if values.get("oom_stage") not in (None, *STAGES):
             raise ValueError(f"oom_stage is {values['oom_stage']!r}; it must be one of {listed(STAGES)}")
         for name, amount in amounts:
-            if isinstance(amount, dict) or amount is None:
-                continue
             if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
                 raise ValueError(f"{name} is {amount!r}; it must be a whole number of bytes")
         if values["outcome"] == "ok" and not (values.get("stage_peaks_bytes") and values.get("allocated_bytes")):

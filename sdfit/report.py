@@ -81,12 +81,32 @@ def model_card(artifact: Artifact) -> str:
         lines.append(_row(f"stages, unseen resolutions, {ev['folds']} folds", ev["cross_validated"], ev["rows"]))
     for name, found in artifact.baseline["variants"].items():
         lines.append(_row(f"plain four-term baseline, {name}, fitted", found, found["rows"]))
+    if "published" in ev:
+        lines += ["", *_published(ev["published"])]
     lines += ["", "Metrics: " + ", ".join(["allocated", *(m for m, v in artifact.metrics.items() if v)]) + "."]
     lines += ["", "## Variants swept", "", *(f"- {name}" for name in artifact.swept)]
     lines += ["", "## Coefficients", "", "The terms are explained in README.md beside this file.", ""]
     head, *rows = coefficient_rows(artifact)
     lines += [_cells(head), _cells(("---",) * len(head)), *(_cells(row) for row in rows)]
     return "\n".join(lines) + "\n"
+
+
+def _published(found: dict[str, Any]) -> list[str]:
+    """Lines on how the trace compares with what others measured on this card."""
+    if not found["rows"]:
+        return ["No whole run on this card was published; its intervals come from other cards' rows."]
+    lines = [
+        f"Beside {found['rows']} published whole runs on this card the trace is off by {percent(found['median'], 3)} in the "
+        f"median and {percent(found['worst'], 3)} at worst. The intervals come from the published rows of all cards, not "
+        "from how well the equation follows the trace."
+    ]
+    lines += [
+        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: see `T4_EXCESS` in sdfit/workspaces.py."
+        if miss["id"].startswith("COL")
+        else f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: not explained."
+        for miss in found["misses"]
+    ]
+    return lines
 
 
 def _row(title: str, found: dict[str, Any], rows: int) -> str:

@@ -23,7 +23,7 @@ from sdfit.units import MIB
 from sdfit.worker import run_one
 from sdfit.workload import Workload
 
-OPTIONS = {"settings": TINY, "device": "cpu"}
+OPTIONS = {"settings": TINY, "device": "cpu", "warm_up_side": 64}
 no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
 
 
@@ -32,10 +32,8 @@ def job(height=128, width=128, **options):
 
 
 @pytest.fixture(autouse=True)
-def small_warm_up(monkeypatch):
-    """A processor is no card: warm up on small images."""
-    monkeypatch.setattr(cuda, "WARM_UP_SIDE", 64)
-    monkeypatch.setattr(cuda, "WARM_UP_TILES_SIDE", 128)
+def one_thread():
+    """Two threads gain nothing on a pipeline this small."""
     torch.set_num_threads(1)
     yield
     gc.unfreeze()
@@ -104,7 +102,7 @@ def test_a_stage_peak_is_of_that_stage_alone(backend):
     """The counters begin afresh at each boundary: a large decoder does not raise the text encoder's peak."""
     small, large = (backend.measure(job(side, side))["stage_peaks_bytes"] for side in (64, 256))
     grown = {stage: large[stage] - small[stage] for stage in small}
-    assert grown["vae_decoder_blocks"] > 20 * grown["text_encoder"] > 0
+    assert grown["vae_decoder_blocks"] > 10 * grown["text_encoder"]
 
 
 def test_materialised_attention_is_told_from_fused(backend):
@@ -123,10 +121,13 @@ def test_noting_the_kernel_takes_no_memory(backend, monkeypatch):
     assert backend.measure(job())["stage_peaks_bytes"] == noted
 
 
-def test_steps_are_the_grids_to_choose_and_do_not_change_the_peak():
-    """Two steps reach the peak of six, on this small pipeline too."""
-    peaks = [CudaBackend(**OPTIONS, num_inference_steps=n).measure(job())["allocated_bytes"] for n in (2, 6)]
-    assert peaks[0] == peaks[1]
+def test_more_steps_change_the_peak_by_the_latents_that_the_scheduler_keeps():
+    """Two steps lack exactly the answers that PNDM still holds after five: two latents here, and no more after fifty."""
+    rows = [CudaBackend(**OPTIONS, num_inference_steps=n).measure(job()) for n in (2, 5, 12)]
+    two, five, twelve = (row["stage_peaks_bytes"]["vae_decoder_blocks"] for row in rows)
+    latent_bytes = 4 * 16 * 16 * 4
+    assert five - two == 2 * latent_bytes
+    assert twelve == five
 
 
 def test_offloaded_components_leave_no_hooks_behind():
@@ -275,14 +276,14 @@ def test_a_pipeline_is_rebuilt_from_an_empty_allocator(backend):
 
 def test_a_sweep_replaces_spent_workers_and_finishes(tmp_path):
     """Through real worker processes: out of memory in the middle, and every other row as if it had not happened."""
-    jobs = (job(64, 64), job(256, 256), job(64, 128), job(320, 256), job(128, 64))
+    jobs = (job(64, 64), job(256, 256), job(128, 64))
     plan = Plan("few", "", 0, 2, jobs, "0" * 16, ())
     free = CudaBackend(**OPTIONS).measure(job(256, 256))
-    small = {"warm_up": False, **OPTIONS, "capacity_bytes": free["allocated_bytes"] - 4096}
+    small = {**OPTIONS, "capacity_bytes": free["allocated_bytes"] - 4096}
     outcome = sweep(plan, "cuda", small, tmp_path / "few.jsonl", workers=1)
-    assert (outcome.done, outcome.oom, outcome.crashed, outcome.complete) == (5, 2, 0, True)
+    assert (outcome.done, outcome.oom, outcome.crashed, outcome.complete) == (3, 1, 0, True)
     rows = read(tmp_path / "few.jsonl").records
-    assert [r.outcome for r in rows] == ["ok", "oom", "ok", "oom", "ok"]
+    assert [r.outcome for r in rows] == ["ok", "oom", "ok"]
     for row in rows:
         if row.outcome == "ok":
             assert row.stage_peaks_bytes == CudaBackend(**OPTIONS).measure(row.workload)["stage_peaks_bytes"]

@@ -113,7 +113,7 @@ def test_it_prints_as_text_latex_and_json(forms):
     form = forms()
     assert "1,536.375·B·A" in form.to_text()
     latex = form.to_latex()
-    assert r"1{,}536.375\,B\,A" in latex and latex.count("{") == latex.count("}") + 1  # \\left\\{
+    assert r"1{,}536.375\,B\,A" in latex and latex.count("{") == latex.count("}") + 1  # the brace of \left
     assert "·" not in latex
     told = json.loads(form.to_json())
     assert [p["coefficients_bytes"]["B*A"] for p in told["polynomials"] if p["stage"] == "vae_decoder_blocks"] == [

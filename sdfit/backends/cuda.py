@@ -35,11 +35,6 @@ from sdfit.required import STEP_BYTES, smallest_capacity
 from sdfit.stages import COMPONENTS, STAGES, watched
 from sdfit.workload import VariantKey, Workload
 
-WARM_UP_SIDE = 512
-"""Side of the image that a variant is warmed up with [pixels]: so that attention kernels meet shapes of real runs."""
-WARM_UP_TILES_SIDE = 640
-"""With tiling: more than one tile."""
-
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _REQUEST = re.compile(r"Tried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
 _ALLOCATION_FAILED = re.compile(r"out of memory|_ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
@@ -97,8 +92,9 @@ class CudaBackend:
         Cap of what the process may reserve, context not included. None: all there is.
     required : bool
         Also bisect for the smallest capacity of each workload that runs.
-    warm_up : bool
-        Run each variant once before its first workload.
+    warm_up_side : int
+        Side of the image [pixels] on which each variant is run once before its first workload; 0: it is not. With
+        tiling a quarter more, so that a tile of 512 is not all.
     seed : int
         Of the random weights.
     settings : dict, optional
@@ -120,14 +116,14 @@ class CudaBackend:
         num_inference_steps: int = 2,
         capacity_bytes: int | None = None,
         required: bool = False,
-        warm_up: bool = True,
+        warm_up_side: int = 512,
         seed: int = 0,
         settings: dict[str, dict[str, Any]] | None = None,
         device: str = "cuda",
     ) -> None:
         self.counters: Counters = CudaCounters(gpu) if device == "cuda" else CpuCounters()
         self.weights, self.num_inference_steps, self.capacity_bytes = weights, num_inference_steps, capacity_bytes
-        self.required, self.warm_up, self.seed, self.settings = required, warm_up, seed, settings
+        self.required, self.warm_up_side, self.seed, self.settings = required, warm_up_side, seed, settings
         self.spent = False
         self._facts = self.counters.facts()
         self._pipe: Any = None
@@ -256,9 +252,8 @@ class CudaBackend:
             self._drop()
             self._build(workload)
             self._pipe_key = key
-        # the size of the batch matters too: slices of a batch, and plans that only a batch has
-        if self.warm_up and workload.variant not in self._warm:
-            side = WARM_UP_TILES_SIDE if workload.vae_tiling else WARM_UP_SIDE
+        if self.warm_up_side and workload.variant not in self._warm:
+            side = self.warm_up_side * 5 // 4 if workload.vae_tiling else self.warm_up_side
             batch = 2 if workload.vae_slicing else 1
             small = replace(workload, height=side, width=side, prompt_length=77, batch_size=batch)
             if not self._run(self._pipe, small).failed:  # else the workload itself will say so

@@ -63,11 +63,11 @@ def describe(peak: Prediction) -> str:
 @json_option
 def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> int:
     """Say whether a run fits; exit code 3 if it does not."""
-    from sdfit.advise import SAFE_LEVEL, bound, options_that_fit
+    from sdfit.advise import bound, options_that_fit
     from sdfit.library import load
     from sdfit.units import parse_bytes
 
-    f, workload, level = load(gpu), workload_from(fields), SAFE_LEVEL if level is None else level
+    f, workload = load(gpu), workload_from(fields)
     peak, limit = bound(f, workload, None, level), parse_bytes(memory)
     answer = peak.upper <= limit
     others = [] if answer else options_that_fit(f, workload, memory=memory, level=level)
@@ -76,7 +76,9 @@ def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: An
         click.echo(json.dumps({"fits": answer, "memory_bytes": limit, **peak.to_dict(), "options": shown}, indent=2))
     else:
         verb = "fits" if answer else "does not fit"
-        click.echo(f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {level:g}) of {format_bytes(limit)}")
+        click.echo(
+            f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {peak.level:.3g}) of {format_bytes(limit)}"
+        )
         for option in others:
             change = ", ".join(f"{name}={value}" for name, value in option.change.items())
             click.echo(f"  would fit with {change}: up to {format_bytes(option.upper_bytes)}")
@@ -93,7 +95,6 @@ def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: An
 @json_option
 def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, as_json: bool, **fields: Any) -> None:
     """Find the largest size of an aspect ratio that fits."""
-    from sdfit.advise import SAFE_LEVEL
     from sdfit.library import load
 
     for name in ("height", "width"):
@@ -103,9 +104,7 @@ def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, 
         across, down = (int(part) for part in aspect.split(":"))
     except ValueError:
         raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
-    height, width = load(gpu).largest(
-        memory=memory, aspect=(across, down), step=step, level=SAFE_LEVEL if level is None else level, **fields
-    )
+    height, width = load(gpu).largest(memory=memory, aspect=(across, down), step=step, level=level, **fields)
     click.echo(json.dumps({"height": height, "width": width}) if as_json else f"{height}x{width} (height x width)")
 
 
@@ -117,11 +116,11 @@ def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, 
 @json_option
 def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> None:
     """Say what fits: this run, its largest batch, and which options help."""
-    from sdfit.advise import SAFE_LEVEL, NothingFits, bound, options_that_fit
+    from sdfit.advise import NothingFits, bound, options_that_fit
     from sdfit.library import load
     from sdfit.units import parse_bytes
 
-    f, workload, level = load(gpu), workload_from(fields), SAFE_LEVEL if level is None else level
+    f, workload = load(gpu), workload_from(fields)
     peak, limit = bound(f, workload, None, level), parse_bytes(memory)
     rest = {k: v for k, v in workload.to_dict().items() if k not in ("height", "width", "prompt_length", "batch_size")}
     try:
@@ -137,7 +136,7 @@ def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: 
         click.echo(json.dumps(answer, indent=2))
         return
     verb = "fits" if peak.upper <= limit else "does not fit"
-    click.echo(f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {level:g}) of {format_bytes(limit)}")
+    click.echo(f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {peak.level:.3g}) of {format_bytes(limit)}")
     click.echo(f"largest batch of this size: {batch}")
     for option in options:
         change = ", ".join(f"{name}={value}" for name, value in option.change.items())
