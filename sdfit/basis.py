@@ -9,13 +9,13 @@ Sizes
 -----
 B  images per call                       n  samples per UNet call: B, or 2·B with classifier-free guidance
 A  effective pixels of one image         L  tokens as the UNet sees them
-m  images per VAE pass: 1 with slicing   P  pixels per VAE pass: a tile with tiling
-T  pixels that the VAE's passes leave behind: the overlapping tiles with tiling, else A
+m  images per VAE pass: 1 with slicing   P  pixels per VAE pass: a tile with tiling, else A
+D  pixels that earlier VAE passes of the call left behind: slices and tiles that are done; else 0
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
@@ -30,11 +30,19 @@ TILE_PIXELS, TILE_STRIDE = 512, 384
 """Side of a VAE tile and the distance to the next one [pixels] (`tile_sample_min_size`, overlap 0.25)."""
 
 MANY_ELEMENTS = 2**31
-WIDEST_CHANNELS = 256
-"""Channels of the VAE's widest tensor at full resolution; past 2^31 elements its convolutions are split."""
+WIDEST_CHANNELS = {"vae_encoder_blocks": 128, "vae_decoder_blocks": 256}
+"""Channels of the widest tensor at full resolution; past 2^31 elements PyTorch runs its convolution image by image."""
 
-REGIMES = ("one image per pass", "several images per pass", "one, past 2^31 elements", "several, past 2^31 elements")
-"""cuDNN chooses other plans for a batch of one, and splits convolutions past 2^31 elements (FACTS: A100, 4090, T4)."""
+REGIMES = (
+    "one image per pass",
+    "several images per pass",
+    "past 2^31 elements",
+    "two images, past 2^32 elements",
+    "three images or more, past 2^32 elements",
+)
+"""cuDNN chooses other plans for one image than for several (published: A100, RTX 4090, T4). A convolution of more than
+2^31 elements runs image by image and needs copies of one only: first those of the widest tensors, at twice the size
+those of tensors half as wide. With two images the copies for one still count, with more the tensors outweigh them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +68,12 @@ _TERMS = (
     Term("A²",    "A*A",         "B/px²",                 "the scores of one slice: (H·W)², whatever the batch"),
     Term("n·L·A", "n*L*A",       "B/px/token",            "cross-attention scores, where materialised: L·H·W"),
     Term("n·L",   "n*L",         "B/token",               "the prompt's embeddings, their keys and values"),
-    Term("B·A",   "B*A",         "B/px",                  "images that wait while the checker runs: H·W"),
-    Term("B·T",   "B*T",         "B/px",                  "tiles and slices that are done and wait: H·W"),
+    Term("B·A",   "B*A",         "B/px",                  "images that wait for their turn: H·W"),
+    Term("D",     "D",           "B/px",                  "slices and tiles that are done and wait: H·W"),
 )  # fmt: skip
 TERMS = {term.name: term for term in _TERMS}
 
-_VAE = ("1", "m·A", "m·A²", "m", "n·L", "B·T")
+_VAE = ("1", "m·A", "m·A²", "m", "n·L", "n·A", "B·A", "D")
 STAGE_TERMS: dict[str, tuple[str, ...]] = {
     "text_encoder": ("1", "n", "n·L"),
     "vae_encoder_blocks": _VAE,
@@ -77,17 +85,20 @@ STAGE_TERMS: dict[str, tuple[str, ...]] = {
 }
 """Terms per stage, in the order in which the data may claim them when it cannot tell two apart."""
 
-_OPTIONS = ("vae", "vae_slicing", "vae_tiling")
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "text_encoder": ("dtype",),
-    "vae_encoder_blocks": ("dtype", *_OPTIONS),
-    "vae_encoder_mid": ("dtype", "attention", *_OPTIONS),
+    "vae_encoder_blocks": ("dtype", "vae"),
+    "vae_encoder_mid": ("dtype", "attention", "vae"),
     "unet": ("dtype", "attention"),
-    "vae_decoder_mid": ("dtype", "attention", *_OPTIONS),
-    "vae_decoder_blocks": ("dtype", *_OPTIONS),
+    "vae_decoder_mid": ("dtype", "attention", "vae"),
+    "vae_decoder_blocks": ("dtype", "vae"),
     "safety_checker": ("dtype",),
 }
-"""The discrete fields that a stage's activations depend on: variants that agree in these share coefficients."""
+"""The discrete fields that a stage's coefficients depend on: variants that agree in these share them.
+
+VAE slicing and tiling are not among them: they change the sizes m, P and D, and a pass over a slice or a tile is a pass
+over an image of that size.
+"""
 
 StageKey = tuple[str, ...]
 Numbers = Any  # a scalar or an array of float64
@@ -119,12 +130,10 @@ def stages_of(variant: VariantKey) -> tuple[str, ...]:
 
 
 def terms_of(key: StageKey) -> tuple[str, ...]:
-    """The terms of a stage: one slice's scores do not grow with the batch; without tiles or slices nothing waits."""
+    """The terms of a stage; with sliced attention the scores of one slice do not grow with the batch."""
     names = STAGE_TERMS[key[0]]
     if key[0] == "unet" and "sliced" in key:
         names = tuple("A²" if name == "n·A²" else name for name in names)
-    if key[0].startswith("vae") and "True" not in key:
-        names = tuple(name for name in names if name != "B·T")
     return names
 
 
@@ -150,7 +159,7 @@ class Sizes:
     L: Numbers
     m: Numbers
     P: Numbers
-    T: Numbers
+    D: Numbers
 
     @classmethod
     def of(
@@ -160,29 +169,44 @@ class Sizes:
         tokens: Numbers,
         batch: Numbers,
         unet_batch: Numbers,
-        slicing: bool,
-        tiling: bool,
+        slicing: Numbers,
+        tiling: Numbers,
     ) -> Sizes:
-        """Work the sizes out from effective sides [pixels], tokens, images and UNet samples."""
+        """Work the sizes out from effective sides [pixels], tokens, images, UNet samples and the VAE's two options."""
         pixels = height * width
-        passes = np.ones_like(batch) if slicing else batch
-        if not tiling:
-            return cls(batch, unet_batch, pixels, tokens, passes, pixels, pixels)
+        if not np.any(slicing) and not np.any(tiling):
+            return cls(batch, unet_batch, pixels, tokens, batch, pixels, 0 * pixels)
+        passes = np.where(slicing, 1, batch)
+        tiled = np.asarray(tiling, dtype=bool) & (np.maximum(height, width) > TILE_PIXELS)
         tile = np.minimum(height, TILE_PIXELS) * np.minimum(width, TILE_PIXELS)
-        held = np.where(np.maximum(height, width) > TILE_PIXELS, tiled_pixels(height) * tiled_pixels(width), pixels)
-        return cls(batch, unet_batch, pixels, tokens, passes, tile, held)
+        tile = np.where(tiled, tile, pixels)
+        covered = np.where(tiled, tiled_pixels(height) * tiled_pixels(width), pixels)
+        done = (batch - passes) * pixels + passes * (covered - tile)
+        return cls(batch, unet_batch, pixels, tokens, passes, tile, done)
 
     @classmethod
-    def of_workloads(cls, workloads: list[Workload], key: StageKey) -> Sizes:
-        """The sizes of workloads that share a stage's coefficients, as arrays of float64."""
-        columns = np.array(
-            [(w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch) for w in workloads],
-            dtype=float,
-        ).reshape(-1, 5)
-        flags = dict(zip(STAGE_FIELDS[key[0]], key[1:], strict=True))
-        height, width, tokens, batch, unet_batch = columns.T
-        slicing, tiling = flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True"
-        return cls.of(height, width, tokens, batch, unet_batch, slicing, tiling)
+    def of_workloads(cls, workloads: Sequence[Workload]) -> Sizes:
+        """The sizes of workloads, as arrays of float64."""
+        return cls.of(*size_columns(workloads).T)
+
+
+SIZE_COLUMNS = (
+    "effective_height",
+    "effective_width",
+    "tokens",
+    "batch_size",
+    "unet_batch",
+    "vae_slicing",
+    "vae_tiling",
+)
+"""What `Sizes.of` takes, and the columns of a regression's ``X``."""
+
+
+def size_columns(workloads: Sequence[Workload]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Rows of `SIZE_COLUMNS` for some workloads [pixels, tokens, images, samples, 0 or 1]."""
+    return np.array([[getattr(w, name) for name in SIZE_COLUMNS] for w in workloads], dtype=float).reshape(
+        -1, len(SIZE_COLUMNS)
+    )
 
 
 @cache
@@ -192,11 +216,11 @@ def _compiled(product: str) -> CodeType:
 
 def evaluate(name: str, sizes: Sizes) -> Numbers:
     """Evaluate one term."""
-    names = {"B": sizes.B, "n": sizes.n, "A": sizes.A, "L": sizes.L, "m": sizes.m, "P": sizes.P, "T": sizes.T}
+    names = {"B": sizes.B, "n": sizes.n, "A": sizes.A, "L": sizes.L, "m": sizes.m, "P": sizes.P, "D": sizes.D}
     return eval(_compiled(TERMS[name].product), {"__builtins__": {}}, names)
 
 
-def design_matrix(key: StageKey, workloads: list[Workload]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def design_matrix(key: StageKey, workloads: Sequence[Workload]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The columns of a stage's terms for some workloads.
 
     Parameters
@@ -217,21 +241,23 @@ def design_matrix(key: StageKey, workloads: list[Workload]) -> np.ndarray[Any, n
     >>> design_matrix(stage_key("unet", w.variant), [w])[0, :3].tolist()
     [1.0, 524288.0, 137438953472.0]
     """
-    sizes = Sizes.of_workloads(workloads, key)
+    sizes = Sizes.of_workloads(workloads)
     ones = np.ones(len(workloads))
     return np.column_stack([evaluate(name, sizes) * ones for name in terms_of(key)])
 
 
 def regime(key: StageKey, sizes: Sizes) -> Numbers:
     """The regime of a stage, an index into `REGIMES`; for the UNet by its samples, for the rest by images per pass."""
-    unet = key[0] == "unet"
-    images, pixels = (sizes.n, sizes.A) if unet else (sizes.m, sizes.P)
-    several = np.asarray(images) > 1
-    past = np.asarray(sizes.m * sizes.P) * WIDEST_CHANNELS >= MANY_ELEMENTS
-    return several * 1 + (past & (not unet)) * 2 + 0 * np.asarray(pixels, dtype=int)
+    images = np.asarray(sizes.n if key[0] == "unet" else sizes.m)
+    several = (images > 1) * 1
+    if key[0] not in WIDEST_CHANNELS:
+        return several
+    elements = images * sizes.P * WIDEST_CHANNELS[key[0]]
+    far = several * np.where(elements >= 2 * MANY_ELEMENTS, np.where(images > 2, 4, 3), 0)
+    return np.maximum(far, several * np.where(elements >= MANY_ELEMENTS, 2, 1))
 
 
-def domain_columns(workloads: list[Workload]) -> Mapping[str, list[int]]:
+def domain_columns(workloads: Sequence[Workload]) -> Mapping[str, list[int]]:
     """What a domain is measured in: pixels, images, images times pixels, tokens."""
     return {
         "A": [w.pixels for w in workloads],

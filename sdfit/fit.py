@@ -17,10 +17,10 @@ from sklearn.model_selection import GroupKFold
 import sdfit
 from sdfit import residuals
 from sdfit.artifact import Artifact, canonical
-from sdfit.basis import StageKey, domain_columns, stage_key, stages_of
+from sdfit.basis import StageKey, domain_columns, size_columns, stage_key, stages_of
 from sdfit.errors import FitError
 from sdfit.records import Record, RecordsFile
-from sdfit.stage_model import StageModel, matrix, nonnegative
+from sdfit.stage_model import StageModel, nonnegative
 from sdfit.stages import resident
 from sdfit.variant import METRICS, baseline_label, family, metric_features
 from sdfit.workload import Workload, variant_name
@@ -33,13 +33,17 @@ MOST_SCORES = 600
 """Scores kept per family; of more, evenly spaced ones in rank order, with both ends."""
 LISTED_ERROR = 0.01
 """A published row that the trace misses by more is named in the model's card."""
+LEAST_SHARE = 0.01
+"""A stage counts at least this much in its fit, however small it is beside the run's peak."""
+MOST_ROUNDS = 20
+"""Fits of one stage until the lower bounds that count are settled."""
 FEWEST_SCORES = 20
 """A family with fewer scores uses those of all variants."""
 
 
 @dataclass
 class Observations:
-    """What one set of coefficients is fitted on: rows of `sdfit.stage_model.COLUMNS` and what they took [bytes]."""
+    """What one set of coefficients is fitted on: rows of `sdfit.basis.SIZE_COLUMNS` and what they took [bytes]."""
 
     workloads: list[Workload] = field(default_factory=list)
     activation_bytes: list[float] = field(default_factory=list)
@@ -82,9 +86,13 @@ def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
                 record.workload.vae_tiling or record.workload.vae_slicing
             ):  # its visits to the VAE's stages are unfinished
                 peaks = {s: p for s, p in peaks.items() if s == failed or s[:5] != failed[:5]}
-        scale = float(max(peaks.values(), default=0))
+        top = float(max(peaks.values(), default=0))
+        activation = max((p - weights_of(record, s) for s, p in peaks.items()), default=0.0)
         for stage, peak in peaks.items():
             key = stage_key(stage, record.workload.variant)
+            # an error of a stage that is far below the run's peak spoils little: it counts by its share of the peak
+            share = max(peak - weights_of(record, stage), 1.0) / max(activation, 1.0)
+            scale = top / min(max(share, LEAST_SHARE), 1.0)
             found.setdefault(key, Observations()).add(
                 record.workload, peak - weights_of(record, stage), scale, stage == failed
             )
@@ -92,19 +100,18 @@ def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
 
 
 def fit_stage(key: StageKey, seen: Observations) -> StageModel:
-    """Fit one set of coefficients; lower bounds count only where the fit would lie below them."""
-    X, y, scale = matrix(seen.workloads), np.array(seen.activation_bytes), np.array(seen.scale_bytes)
+    """Fit one set of coefficients; a lower bound counts only where the fit lies below it, and pulls upwards only."""
+    X, y, scale = size_columns(seen.workloads), np.array(seen.activation_bytes), np.array(seen.scale_bytes)
     bound = np.array(seen.at_least)
-    use = ~bound
-    if not use.any():
-        use = np.ones_like(bound)
-    model = StageModel(key).fit(X[use], y[use], scale[use])
-    for _ in range(5):
-        violated = bound & ~use & (model.predict(X) < y)
-        if not violated.any():
-            break
-        use |= violated
+    use = ~bound if not bound.all() else bound
+    for _ in range(MOST_ROUNDS):
         model = StageModel(key).fit(X[use], y[use], scale[use])
+        # a bound that the fit has come to exceed must leave again, or it would pull the fit down
+        violated = bound & (model.predict(X) < y)
+        wanted = ~bound | violated if not bound.all() else bound
+        if (wanted == use).all():
+            break
+        use = wanted
     return model
 
 
@@ -118,7 +125,7 @@ def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Reco
     for key, places in wanted.items():
         if key not in models:
             continue
-        predicted = models[key].predict(matrix([records[i].workload for i, _ in places]))
+        predicted = models[key].predict(size_columns([records[i].workload for i, _ in places]))
         for (i, stage), value in zip(places, predicted, strict=True):
             peaks[i][stage] = float(value) + weights_of(records[i], stage)
     return peaks
@@ -129,15 +136,20 @@ def resolutions(records: Sequence[Record]) -> list[tuple[int, int]]:
     return [(r.workload.effective_height, r.workload.effective_width) for r in records]
 
 
-def cross_validate(records: Sequence[Record]) -> tuple[list[dict[str, float]], int]:
-    """Predict each record by models that never saw its resolution; returns stage peaks and the number of folds."""
+def cross_validate(records: Sequence[Record], failed: Sequence[Record] = ()) -> tuple[list[dict[str, float]], int]:
+    """Predict each record by models that never saw its resolution; returns stage peaks and the number of folds.
+
+    ``failed`` are runs out of memory: they help to fit, as in `fit`, and are not predicted.
+    """
     groups = np.unique(np.array([f"{h}x{w}" for h, w in resolutions(records)]), return_inverse=True)[1]
     folds = min(FOLDS, int(groups.max()) + 1)
     out: list[dict[str, float]] = [{} for _ in records]
     if folds < 2:
         return out, 0
+    sizes, rest = resolutions(records), list(zip(failed, resolutions(failed), strict=True))
     for train, test in GroupKFold(folds).split(groups, groups=groups):
-        seen = observe([records[i] for i in train])
+        held = {sizes[i] for i in test}
+        seen = observe([*(records[i] for i in train), *(r for r, size in rest if size not in held)])
         models = {key: fit_stage(key, obs) for key, obs in seen.items() if not all(obs.at_least)}
         for i, peaks in zip(test, predict_stages(models, [records[i] for i in test]), strict=True):
             # a stage that no training fold saw makes the whole prediction unknown, not small
@@ -178,7 +190,7 @@ def fit(data: RecordsFile, name: str | None = None, sources: Sequence[Mapping[st
     seen = observe(data.records)
     _enough_sizes(seen, ok)
     models = {key: fit_stage(key, obs) for key, obs in seen.items()}
-    held_out, folds = cross_validate(ok)
+    held_out, folds = cross_validate(ok, [r for r in data.records if r.outcome == "oom"])
     metrics, scores = _metrics(ok, models, held_out)
     environment = dict(data.environment)
     rests_on = provenance(environment)
@@ -291,10 +303,12 @@ def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
 
 
 def _stage(model: StageModel, obs: Observations) -> dict[str, Any]:
-    X = matrix(obs.workloads)
-    groups = [f"{w.effective_height}x{w.effective_width}" for w in obs.workloads]
-    low, high = model.bounds(X, obs.activation_bytes, obs.scale_bytes, groups)
-    certain = [w for w, bound in zip(obs.workloads, obs.at_least, strict=True) if not bound] or obs.workloads
+    X, y, bound = size_columns(obs.workloads), np.array(obs.activation_bytes), np.array(obs.at_least)
+    # a lower bound that the fit exceeds is no observation of the peak
+    use = ~bound | (model.predict(X) < y) if not bound.all() else bound
+    groups = np.array([f"{w.effective_height}x{w.effective_width}" for w in obs.workloads])
+    low, high = model.bounds(X[use], y[use], np.array(obs.scale_bytes)[use], groups[use])
+    certain = [w for w, unsure in zip(obs.workloads, bound, strict=True) if not unsure] or obs.workloads
     return {
         "terms": list(model.terms_),
         "regimes": model.regimes_,

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from sdfit.artifact import Artifact
-from sdfit.basis import TERMS, StageKey
+from sdfit.basis import TERMS, StageKey, regime, size_columns
 from sdfit.errors import FitError
 from sdfit.fit import Observations, fit_stage, observe
 from sdfit.records import Record
-from sdfit.stage_model import StageModel, matrix
+from sdfit.stage_model import StageModel
 from sdfit.units import format_bytes
 from sdfit.workload import CHUNK_TOKENS, Workload
 
@@ -64,15 +64,15 @@ class TermReport:
     term: str
     unit: str
     status: str
-    coef: float | None
-    low: float | None
-    high: float | None
-    vif: float | None
-    closest: str | None
-    correlation: float | None
-    most_bytes: int | None
-    next: str | None
-    gain: float | None
+    coef: float | None = None
+    low: float | None = None
+    high: float | None = None
+    vif: float | None = None
+    closest: str | None = None
+    correlation: float | None = None
+    most_bytes: int | None = None
+    next: str | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def variance_inflation(design: Array) -> Array:
 def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) -> StageReport:
     use = [i for i, bound in enumerate(seen.at_least) if not bound]
     workloads = [seen.workloads[i] for i in use]
-    X, model = matrix(workloads), fit_stage(key, seen)
+    X, model = size_columns(workloads), fit_stage(key, seen)
     design = model.design(model.sizes(X)) / np.maximum([seen.scale_bytes[i] for i in use], 1.0)[:, None]
     names = [name for name in model.terms_ if name not in model.unidentified_]
     kept = [model.terms_.index(name) for name in names]
@@ -193,25 +193,28 @@ def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) 
     terms = []
     for i, name in enumerate(model.terms_):
         close, cosine = _closest(design, i, kept, model.terms_)
-        common = {"term": name, "unit": TERMS[name].unit, "closest": close, "correlation": cosine}
         if name in model.unidentified_:
             text = _proposed(design, kept, i, proposals)[0] or model.unidentified_[name]
-            nothing = dict.fromkeys(("coef", "low", "high", "vif", "most_bytes", "gain"))
-            terms.append(TermReport(**common, status="not told apart", next=text, **nothing))
+            terms.append(
+                TermReport(name, TERMS[name].unit, "not told apart", closest=close, correlation=cosine, next=text)
+            )
             continue
-        weak = inflation[name] > WEAK
-        text, gain = _proposed(design, kept, i, proposals) if weak else (None, None)
+        weak = bool(inflation[name] > WEAK)
+        advice, gain = _proposed(design, kept, i, proposals) if weak else (None, None)
         zero = float(low[row, i]) <= 0
         terms.append(
             TermReport(
-                **common,
-                status="weakly" if weak else "no effect seen" if zero else "told apart",
+                name,
+                TERMS[name].unit,
+                "weakly" if weak else "no effect seen" if zero else "told apart",
                 coef=float(coef[row, i]),
                 low=float(low[row, i]),
                 high=float(high[row, i]),
                 vif=float(inflation[name]),
+                closest=close,
+                correlation=cosine,
                 most_bytes=round(float(coef[row, i] * worth[i])),
-                next=text,
+                next=advice,
                 gain=gain,
             )
         )
@@ -227,8 +230,6 @@ def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) 
 
 def _main_set(key: StageKey, model: StageModel, X: Array) -> int:
     """The row of coefficients that most rows use."""
-    from sdfit.basis import regime
-
     used = np.asarray(model.regimes_)[np.broadcast_to(regime(key, model.sizes(X)), len(X))]
     return int(np.bincount(used).argmax())
 
@@ -258,7 +259,7 @@ def _proposals(key: StageKey, like: Workload, model: StageModel, seen: Observati
                 "guidance_scale": guidance,
             }
             found.append(Workload.from_dict(options | sizes))
-    X = matrix(found)
+    X = size_columns(found)
     scale = np.maximum(model.predict(X), 0) + max(least, 1.0)
     return found, model.design(model.sizes(X)) / scale[:, None]
 
@@ -270,6 +271,7 @@ def _proposed(
     workloads, rows = proposals
     columns = [*(j for j in kept if j != i), i]
     length = np.linalg.norm(design[:, columns], axis=0)
+    length[length == 0] = 1.0
     scaled = design[:, columns] / length
     known = scaled.T @ scaled
     # a little of everything, so that what nothing is known of has a large but finite variance

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sdfit.artifact import Artifact
-from sdfit.basis import REGIMES, Sizes, StageKey, regime, stages_of, terms_of
+from sdfit.basis import REGIMES, Sizes, StageKey, regime, size_columns, stages_of, terms_of
 from sdfit.checks import check_censored, check_duplicates, check_equation
 from sdfit.errors import FitError, listed
 from sdfit.findings import Finding, HeldOut, Verdict, label, verdict
@@ -33,7 +33,7 @@ from sdfit.rowcheck import (
     leave_out,
     term_column,
 )
-from sdfit.stage_model import StageModel, matrix
+from sdfit.stage_model import StageModel
 from sdfit.workload import Workload
 
 __all__ = ["Finding", "HeldOut", "Verdict", "judge", "judge_table", "leave_one_resolution_out"]
@@ -183,7 +183,7 @@ def _stage_rows(records: Sequence[Record]) -> dict[StageKey, _Stage]:
     stages = {}
     for key, many in found.items():
         workloads = [w for _, w, _, _, _ in many]
-        X, model = matrix(workloads), StageModel(key)
+        X, model = size_columns(workloads), StageModel(key)
         sizes = model.sizes(X)
         rows = Rows(
             labels=tuple(label(records[i]) for i, *_ in many),

@@ -8,7 +8,6 @@ regime gets its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,20 @@ from scipy.optimize import nnls
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from sdfit.basis import REGIMES, STAGE_FIELDS, Sizes, StageKey, evaluate, regime, terms_of
+from sdfit.basis import REGIMES, SIZE_COLUMNS, Sizes, StageKey, evaluate, regime, size_columns, terms_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-COLUMNS = ("effective_height", "effective_width", "tokens", "batch_size", "unet_batch")
-"""The columns of ``X``."""
 COLLINEAR = 1e-5
 """A column is told apart from earlier ones if at least this share of its length is not in their span."""
 POOLED_MISFIT = 2e-4
 """Largest error, as a share of the run's peak, for which the regimes share one set of coefficients."""
+ENOUGH_ROWS = 6
+"""Different rows from which on a regime determines all of its coefficients."""
+SLOPES = ("m·A", "n·A", "B·A")
 RESAMPLES = 200
-_NEIGHBOURS = {0: (1, 2, 3), 1: (0, 3, 2), 2: (0, 3, 1), 3: (1, 2, 0)}
+_NEIGHBOURS = {0: (1, 2, 3, 4), 1: (0, 2, 3, 4), 2: (1, 0, 3, 4), 3: (2, 1, 4, 0), 4: (3, 2, 1, 0)}
+"""Where a regime without rows takes its coefficients from: the nearest that needs more rather than less."""
 
 
 class StageModel(RegressorMixin, BaseEstimator):
@@ -66,8 +67,8 @@ class StageModel(RegressorMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array, shape (rows, 5)
-            `COLUMNS`: pixels, pixels, tokens, images, samples.
+        X : array, shape (rows, 7)
+            `SIZE_COLUMNS`: pixels, pixels, tokens, images, samples, 0 or 1, 0 or 1; the last two may be left out.
         y : array, shape (rows,)
             Peak activations [bytes]: the stage's peak less the resident weights.
         scale_bytes : array, shape (rows,), optional
@@ -89,7 +90,7 @@ class StageModel(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> Array:
-        """Peak activations [bytes] for rows of `COLUMNS`."""
+        """Peak activations [bytes] for rows of `SIZE_COLUMNS`."""
         check_is_fitted(self, "coef_")
         sizes = self.sizes(np.asarray(X, dtype=float))
         rows = self.coef_[np.asarray(self.regimes_)[regime(self.key, sizes)]]
@@ -111,6 +112,10 @@ class StageModel(RegressorMixin, BaseEstimator):
         Notes
         -----
         The counters are deterministic, so the bounds show misfit and the choice of sizes, not noise.
+
+        The resampled fits have no bound at zero; the percentiles do. A coefficient whose neighbour is held at zero takes
+        over what that one would have been below it, and resampling bounded fits repeats this bias instead of showing it.
+        The spread is widened by the square root of groups / (groups - terms), for the terms that each draw has to fit.
         """
         check_is_fitted(self, "coef_")
         X, y = np.asarray(X, dtype=float), np.asarray(y, dtype=float)
@@ -127,17 +132,15 @@ class StageModel(RegressorMixin, BaseEstimator):
             if not mine.any():
                 continue
             drawn = _resampled(design[mine][:, keep], (y * weight)[mine], names[mine], rng)
-            # a bound never excludes the estimate itself
-            low[row, keep] = np.minimum(np.quantile(drawn, 0.025, axis=0), self.coef_[row, keep])
+            # a bound never excludes the estimate itself, and no coefficient is negative
+            low[row, keep] = np.clip(np.quantile(drawn, 0.025, axis=0), 0.0, self.coef_[row, keep])
             high[row, keep] = np.maximum(np.quantile(drawn, 0.975, axis=0), self.coef_[row, keep])
         return low, high
 
     def sizes(self, X: Array) -> Sizes:
-        """The sizes that the terms are products of, from rows of `COLUMNS`."""
-        flags = dict(zip(STAGE_FIELDS[self.key[0]], self.key[1:], strict=True))
-        height, width, tokens, batch, unet_batch = X.T
-        slicing, tiling = flags.get("vae_slicing") == "True", flags.get("vae_tiling") == "True"
-        return Sizes.of(height, width, tokens, batch, unet_batch, slicing, tiling)
+        """The sizes that the terms are products of, from rows of `SIZE_COLUMNS`."""
+        off = np.zeros(len(X))
+        return Sizes.of(*X.T, *([off, off] if X.shape[1] == len(SIZE_COLUMNS) - 2 else []))
 
     def design(self, sizes: Sizes) -> Array:
         """The columns of the terms."""
@@ -165,25 +168,40 @@ class StageModel(RegressorMixin, BaseEstimator):
         return missing, float(np.linalg.cond(scaled)) if kept else 0.0
 
     def _solve(self, design: Array, y: Array, weight: Array) -> Array:
-        keep = [i for i, name in enumerate(self.terms_) if name not in self.unidentified_]
+        weighted = design * weight[:, None]
+        missing, _ = self._unidentified(weighted)
+        keep = [i for i, name in enumerate(self.terms_) if name not in missing]
         coef = np.zeros(len(self.terms_))
-        coef[keep] = nonnegative(design[:, keep] * weight[:, None], y * weight)
+        coef[keep] = nonnegative(weighted[:, keep], y * weight)
         return coef
 
     def _split(self, design: Array, y: Array, weight: Array, found: Array) -> None:
-        sets: list[Array] = []
-        index: dict[int, int] = {}
-        for r in range(len(REGIMES)):
+        """Give each regime coefficients of its own; one with few rows only its own slope, the rest from a neighbour."""
+        own: dict[int, Array] = {}
+        few: list[int] = []
+        for r in np.unique(found):
             mine = found == r
-            if len(np.unique(design[mine], axis=0)) >= min(4, len(self.terms_)):
-                index[r] = len(sets)
-                sets.append(self._solve(design[mine], y[mine], weight[mine]))
-        if sets:
-            self.coef_ = np.array(sets)
-            self.regimes_ = [
-                index[r] if r in index else next(index[o] for o in _NEIGHBOURS[r] if o in index)
-                for r in range(len(REGIMES))
-            ]
+            if len(np.unique(design[mine], axis=0)) >= ENOUGH_ROWS:
+                own[int(r)] = self._solve(design[mine], y[mine], weight[mine])
+            else:
+                few.append(int(r))
+        if not own:
+            return
+        for r in few:
+            mine = found == r
+            coef = own[next(o for o in _NEIGHBOURS[r] if o in own)].copy()
+            slope = next((i for i, name in enumerate(self.terms_) if name in SLOPES), 0)
+            coef[slope] = 0.0
+            rest = (y - design @ coef)[mine] * weight[mine]
+            column = design[mine, slope] * weight[mine]
+            coef[slope] = max(float(column @ rest) / float(column @ column), 0.0)
+            own[r] = coef
+        index = {r: i for i, r in enumerate(sorted(own))}
+        self.coef_ = np.array([own[r] for r in sorted(own)])
+        self.regimes_ = [
+            index[r] if r in index else next(index[o] for o in _NEIGHBOURS[r] if o in index)
+            for r in range(len(REGIMES))
+        ]
 
 
 _WHAT_TELLS_APART = {
@@ -199,7 +217,7 @@ _WHAT_TELLS_APART = {
     "A²": "more resolutions",
     "n·L·A": "prompt_length above 77 at several resolutions",
     "n·L": "prompt_length above 77",
-    "B·T": "more resolutions and batch sizes",
+    "D": "vae_slicing or vae_tiling",
 }
 """What to sweep so that a term can be told apart from those before it."""
 
@@ -213,7 +231,7 @@ def nonnegative(design: Array, target: Array) -> Array:
 
 
 def _resampled(design: Array, target: Array, groups: Array, rng: np.random.Generator) -> Array:
-    """Coefficients of `RESAMPLES` draws of whole groups, through each group's normal equations."""
+    """Coefficients of `RESAMPLES` draws of whole groups, through each group's normal equations; they may be negative."""
     length = np.linalg.norm(design, axis=0)
     length[length == 0] = 1.0
     design = design / length
@@ -225,13 +243,11 @@ def _resampled(design: Array, target: Array, groups: Array, rng: np.random.Gener
     jitter = 1e-13 * np.eye(design.shape[1])
     for i, count in enumerate(counts):
         gram = np.tensordot(count, grams, axes=1)
-        root = np.linalg.cholesky(gram + jitter * np.trace(gram)).T
-        drawn[i] = nnls(root, np.linalg.solve(root.T, count @ sides))[0]
-    return drawn / length
+        drawn[i] = np.linalg.solve(gram + jitter * np.trace(gram), count @ sides)
+    free = max(len(names) - design.shape[1], 1)
+    middle = np.median(drawn, axis=0)
+    widened: Array = (middle + (drawn - middle) * np.sqrt(len(names) / free)) / length
+    return widened
 
 
-def matrix(workloads: Sequence[Any]) -> Array:
-    """Rows of `COLUMNS` for some workloads."""
-    return np.array(
-        [(w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch) for w in workloads], dtype=float
-    ).reshape(-1, len(COLUMNS))
+matrix = size_columns

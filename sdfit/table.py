@@ -24,6 +24,7 @@ from sdfit.workload import (
     VariantKey,
     Workload,
     check_keywords,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -132,17 +133,23 @@ def _numbers(name: str, column: Any, rows: int) -> Array:
 
 
 def _groups(columns: dict[str, Any], rows: int) -> list[tuple[VariantKey, Array | None]]:
-    """Rows by variant; None stands for all rows."""
+    """Rows by variant; None stands for all rows. Every option is checked, so a found key is a valid one."""
     code = np.zeros(rows, dtype=np.int64)
     levels: list[list[Any]] = []
     for name in VARIANT_FIELDS:
         column = columns[name]
         if np.ndim(column) == 0:
-            levels.append([column])
+            levels.append([one_of(name, column)])
             continue
-        names, inverse = np.unique(np.asarray(column), return_inverse=True)
-        levels.append([bool(v) if isinstance(v, np.bool_) else str(v) if isinstance(v, str) else v for v in names])
+        values = np.asarray(column)
+        try:
+            names, inverse = np.unique(values, return_inverse=True)
+        except TypeError:  # a missing value among text
+            names, inverse = values, np.arange(rows)
+        levels.append([one_of(name, v) for v in names])
         code = code * len(names) + inverse
+    if not rows:
+        return []
     if not code.any():
         return [(tuple(level[0] for level in levels), None)]
     groups: list[tuple[VariantKey, Array | None]] = []

@@ -51,6 +51,13 @@ class Variant:
                 )
             self.stages[stage] = found
             self.weights[stage] = sum(weights[label] for label in labels)
+            missing = artifact.stages["|".join(found)]["unidentified"]
+            if (self.slicing or self.tiling) and "D" in missing and stage.startswith("vae"):
+                raise UnknownVariant(
+                    f"'{artifact.name}' never saw VAE slicing or tiling in {values['dtype']}; swept: {listed(artifact.swept)}; to "
+                    f"add it: sdfit sweep --gpu {artifact.name} --grid FILE, then sdfit fit",
+                    variant=key,
+                )
         self.models = {stage: artifact.stages["|".join(found)] for stage, found in self.stages.items()}
         self.families = (family(key), "")
         self.domain: dict[str, tuple[float, float]] = {}

@@ -75,7 +75,7 @@ def one_of(name: str, value: object) -> Any:
     for choice in allowed:
         if type(choice) is type(plain) and choice == plain:
             return choice
-    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {value!r}", field=name, given=value)
+    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {plain!r}", field=name, given=value)
 
 
 @dataclass(frozen=True, slots=True)

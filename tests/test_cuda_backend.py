@@ -16,6 +16,7 @@ from sdfit.backends.follow import rounded
 from sdfit.basis import stages_of
 from sdfit.errors import DeviceError, SdfitError
 from sdfit.grid import Plan
+from sdfit.pipeline import build_pipeline
 from sdfit.records import Record, read
 from sdfit.required import STEP_BYTES
 from sdfit.sweep import sweep
@@ -206,7 +207,10 @@ def test_the_request_in_a_message_is_a_lower_bound(text, low, high):
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: out of memory"), False),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: out of memory"),
+            False,
+        ),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
@@ -274,6 +278,7 @@ def test_a_pipeline_is_rebuilt_from_an_empty_allocator(backend):
     assert again["baseline_bytes"] == first["baseline_bytes"]
 
 
+@pytest.mark.slow
 def test_a_sweep_replaces_spent_workers_and_finishes(tmp_path):
     """Through real worker processes: out of memory in the middle, and every other row as if it had not happened."""
     jobs = (job(64, 64), job(256, 256), job(128, 64))
@@ -367,3 +372,11 @@ def test_two_workers_never_take_the_same_card(tmp_path, monkeypatch):
         claimed([0, 1], uuids)
     first[1].close()
     assert claimed([0, 1], uuids)[0] == 0
+
+
+def test_a_folder_of_weights_is_measured_like_the_settings(tmp_path):
+    """--weights PATH goes the same way: an ok row with the same component bytes."""
+    build_pipeline(dtype="float32", settings=TINY).save_pretrained(tmp_path)
+    row = CudaBackend(weights=str(tmp_path), device="cpu", warm_up_side=64).measure(job())
+    assert row["outcome"] == "ok"
+    assert row["component_bytes"] == CudaBackend(**OPTIONS).measure(job())["component_bytes"]

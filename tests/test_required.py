@@ -66,7 +66,9 @@ def test_a_coarser_step_takes_fewer_runs():
     assert 70 * GIB <= found <= 71 * GIB
 
 
-@pytest.mark.parametrize("workload", [Workload(512, 512), Workload(1024, 1536, batch_size=4), Workload(768, 768, attention="eager")])
+@pytest.mark.parametrize(
+    "workload", [Workload(512, 512), Workload(1024, 1536, batch_size=4), Workload(768, 768, attention="eager")]
+)
 def test_the_made_up_card_gives_its_own_answer_back(workload):
     """Bisecting the made-up card's capacity finds the required bytes that it was made with, to one step."""
     free = FakeBackend().measure(workload)

@@ -136,7 +136,7 @@ class CudaCounters:
 
     def allocated(self) -> int:
         """See `Counters.allocated`."""
-        return torch.cuda.memory_allocated(self._index)
+        return int(torch.cuda.memory_allocated(self._index))
 
     def reset_peaks(self) -> None:
         """See `Counters.reset_peaks`."""

@@ -19,11 +19,11 @@ from sdfit.workload import DTYPE_BYTES, Workload
 
 COEFFICIENTS: dict[str, dict[str, float]] = {
     "text_encoder": {"1": 9_000_000, "n": 400_000, "n·L": 1536},
-    "vae_encoder_blocks": {"1": 9_000_000, "m·A": 1290.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
-    "vae_encoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
+    "vae_encoder_blocks": {"1": 9_000_000, "m·A": 1290.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
+    "vae_encoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "unet": {"1": 12_000_000, "n·A": 260.0, "n": 300_000, "n·L": 1600, "n·L·A": 0.0},
-    "vae_decoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
-    "vae_decoder_blocks": {"1": 9_000_000, "m·A": 2433.0, "m": 20_000, "n·L": 1536, "B·T": 8.0},
+    "vae_decoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
+    "vae_decoder_blocks": {"1": 9_000_000, "m·A": 2433.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "safety_checker": {"1": 9_000_000, "B": 3_000_000, "B·A": 24.0, "n·L": 1536},
 }
 """Bytes per unit of each term, for 16 bits and fused attention; materialised attention adds the terms below."""

@@ -11,6 +11,10 @@ from sdfit.cli.options import out_option, records_argument
 from sdfit.units import parse_duration
 
 
+MOST_FINDINGS = 12
+"""Findings of the fit's own judgement that are printed, the gravest first."""
+
+
 @click.command()
 @click.option("--gpu", default="auto", show_default=True, help="The card, as in 't4'; auto takes what is there.")
 @click.option("--grid", default="default", show_default=True, help="quick, default, holdout, or a .toml file.")
@@ -87,8 +91,10 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
             click.echo(f"note: {note}", err=True)
         click.echo(coefficient_table(result.artifact))
         click.echo(fit_summary(result.artifact))
-        for finding in result.findings:
+        for finding in result.findings[:MOST_FINDINGS]:
             click.echo(f"judged: {finding}", err=True)
+        if len(result.findings) > MOST_FINDINGS:
+            click.echo(f"judged: {len(result.findings) - MOST_FINDINGS} more findings of less weight", err=True)
         click.echo(f"wrote {result.path} and {result.path.with_suffix('.md').name}", err=True)
 
 
