@@ -301,7 +301,7 @@ def evaluate(
 
 def baseline_bytes(predictor: Predictor, workload: Workload) -> float | None:
     """What the artifact's plain four-term regression over whole runs says [bytes]; None if it was not fitted to it."""
-    from sdfit.fit import baseline_design
+    from sdfit.baseline import baseline_design
 
     found = predictor.artifact.baseline.get("variants", {}).get(variant_name(workload.variant))
     return None if found is None else float(np.dot(baseline_design([workload])[0], found["coef"]))

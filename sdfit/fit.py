@@ -17,28 +17,26 @@ from sklearn.model_selection import GroupKFold
 import sdfit
 from sdfit import residuals
 from sdfit.artifact import Artifact, canonical
+from sdfit.baseline import baseline
 from sdfit.basis import StageKey, domain_columns, size_columns, stage_key, stages_of
 from sdfit.errors import FitError
+from sdfit.metric_models import fit_metrics
 from sdfit.records import Record, RecordsFile
-from sdfit.stage_model import StageModel, nonnegative
-from sdfit.stages import resident
-from sdfit.variant import METRICS, baseline_label, family, metric_features
+from sdfit.scores import error_summary, published_scores
+from sdfit.stage_model import StageModel
+from sdfit.variant import baseline_label
 from sdfit.workload import Workload, variant_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 FOLDS = 10
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
-MOST_SCORES = 600
-"""Scores kept per family; of more, evenly spaced ones in rank order, with both ends."""
 LISTED_ERROR = 0.01
 """A published row that the trace misses by more is named in the model's card."""
 LEAST_SHARE = 0.01
 """A stage counts at least this much in its fit, however small it is beside the run's peak."""
 MOST_ROUNDS = 20
 """Fits of one stage until the lower bounds that count are settled."""
-FEWEST_SCORES = 20
-"""A family with fewer scores uses those of all variants."""
 
 
 @dataclass
@@ -56,16 +54,6 @@ class Observations:
         self.activation_bytes.append(max(activation_bytes, 0.0))
         self.scale_bytes.append(scale_bytes)
         self.at_least.append(at_least)
-
-
-def weights_of(record: Record, stage: str) -> int:
-    """The weights [bytes] that are resident in a stage of a record's run.
-
-    Without offload this is what was allocated before the run: the weights and what the allocator holds around them.
-    """
-    if record.workload.offload == "none" and record.baseline_bytes is not None:
-        return record.baseline_bytes
-    return sum(record.component_bytes.get(c, 0) for c in resident(stage, record.workload.offload))
 
 
 def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
@@ -87,14 +75,14 @@ def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
             ):  # its visits to the VAE's stages are unfinished
                 peaks = {s: p for s, p in peaks.items() if s == failed or s[:5] != failed[:5]}
         top = float(max(peaks.values(), default=0))
-        activation = max((p - weights_of(record, s) for s, p in peaks.items()), default=0.0)
+        activation = max((p - record.weights_bytes(s) for s, p in peaks.items()), default=0.0)
         for stage, peak in peaks.items():
             key = stage_key(stage, record.workload.variant)
             # an error of a stage that is far below the run's peak spoils little: it counts by its share of the peak
-            share = max(peak - weights_of(record, stage), 1.0) / max(activation, 1.0)
+            share = max(peak - record.weights_bytes(stage), 1.0) / max(activation, 1.0)
             scale = top / min(max(share, LEAST_SHARE), 1.0)
             found.setdefault(key, Observations()).add(
-                record.workload, peak - weights_of(record, stage), scale, stage == failed
+                record.workload, peak - record.weights_bytes(stage), scale, stage == failed
             )
     return found
 
@@ -127,7 +115,7 @@ def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Reco
             continue
         predicted = models[key].predict(size_columns([records[i].workload for i, _ in places]))
         for (i, stage), value in zip(places, predicted, strict=True):
-            peaks[i][stage] = float(value) + weights_of(records[i], stage)
+            peaks[i][stage] = float(value) + records[i].weights_bytes(stage)
     return peaks
 
 
@@ -191,12 +179,12 @@ def fit(data: RecordsFile, name: str | None = None, sources: Sequence[Mapping[st
     _enough_sizes(seen, ok)
     models = {key: fit_stage(key, obs) for key, obs in seen.items()}
     held_out, folds = cross_validate(ok, [r for r in data.records if r.outcome == "oom"])
-    metrics, scores = _metrics(ok, models, held_out)
+    metrics, scores = fit_metrics(ok, predict_stages(models, ok), held_out)
     environment = dict(data.environment)
     rests_on = provenance(environment)
     evaluation = _evaluation(ok, models, held_out, folds, data.records)
     if rests_on == "published":
-        scores = _published_scores(scores)
+        scores = published_scores(scores)
         evaluation["published"] = _published_rows(str(environment.get("name")))
     return Artifact(
         **canonical(
@@ -249,29 +237,6 @@ def _enough_sizes(seen: Mapping[StageKey, Observations], ok: Sequence[Record]) -
             )
 
 
-def _published_scores(traced: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Replace scores against the trace by scores against what was published.
-
-    Allocated memory has published numbers. The other metrics of a whole run have none: their scores are every sum of
-    one published score and one of the metric's own scores against the trace, which takes the model of the allocator
-    to be right.
-    """
-    known = np.array(residuals.scores())
-    found = {"allocated": {"": _thinned(known)}}
-    for metric, families in traced.items():
-        if metric != "allocated" and families.get(""):
-            found[metric] = {"": _thinned(np.add.outer(known, families[""]).ravel())}
-    return found
-
-
-def _thinned(scores: Any) -> list[float]:
-    """Scores in ascending order, of too many evenly spaced ones with both ends, to six digits."""
-    ranked = np.sort(np.asarray(scores, dtype=float))
-    if len(ranked) > MOST_SCORES:
-        ranked = ranked[np.linspace(0, len(ranked) - 1, MOST_SCORES).round().astype(int)]
-    return [float(f"{s:.6g}") for s in ranked]
-
-
 def _published_rows(card: str) -> dict[str, Any]:
     """The trace beside the published whole runs of a card; a row off by more than 1 % is listed."""
     rows = [r for r in residuals.read() if r.card == card and r.pipeline in ("img2img", "txt2img")]
@@ -319,147 +284,6 @@ def _stage(model: StageModel, obs: Observations) -> dict[str, Any]:
         "condition": model.condition_,
         "domain": {name: [min(v), max(v)] for name, v in domain_columns(certain).items()},
         "rows": len(certain),
-    }
-
-
-def _metrics(
-    ok: Sequence[Record], models: Mapping[StageKey, StageModel], held_out: Sequence[Mapping[str, float]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The models of reserved, device and required, and the conformal scores of all metrics."""
-    fitted = predict_stages(models, ok)
-    groups = np.unique(np.array([f"{h}x{w}" for h, w in resolutions(ok)]), return_inverse=True)[1]
-    metrics: dict[str, Any] = {}
-    scores: dict[str, Any] = {}
-    for metric in METRICS:
-        pairs: list[tuple[str, float]] = []
-        values = [getattr(r, f"{metric}_bytes") for r in ok]
-        rows = [i for i, v in enumerate(values) if v is not None and fitted[i]]
-        if metric == "allocated":
-            for i, peaks in enumerate(held_out):
-                if peaks:
-                    pairs.append(_score(ok[i], values[i], max(peaks.values()), peaks))
-        elif rows:
-            by_family: dict[str, list[int]] = {"": rows}
-            for i in rows:
-                by_family.setdefault(family(ok[i].workload.variant), []).append(i)
-            by_family = {f: r for f, r in by_family.items() if not f or len(r) >= FEWEST_SCORES}
-            metrics[metric] = {
-                f: {"coef": _fit_metric(ok, fitted, values, r).tolist(), "rows": len(r)} for f, r in by_family.items()
-            }
-            pairs = _metric_scores(ok, fitted, held_out, values, by_family, groups)
-        scores[metric] = _by_family(pairs)
-    return metrics, scores
-
-
-def _features(record: Record, peaks: Mapping[str, float]) -> tuple[list[float], float]:
-    weights = {stage: weights_of(record, stage) for stage in stages_of(record.workload.variant)}
-    return [float(x) for x in metric_features(peaks, weights)], float(max(weights.values()))
-
-
-def _fit_metric(
-    ok: Sequence[Record], peaks: Sequence[Mapping[str, float]], values: Sequence[int | None], rows: Sequence[int]
-) -> Array:
-    columns, target = [], []
-    for i in rows:
-        features, weights = _features(ok[i], peaks[i])
-        value = float(values[i] or 0)
-        columns.append([x / value for x in features])
-        target.append((value - weights) / value)
-    return nonnegative(np.array(columns), np.array(target))
-
-
-def _metric_scores(
-    ok: Sequence[Record],
-    fitted: Sequence[Mapping[str, float]],
-    held_out: Sequence[Mapping[str, float]],
-    values: Sequence[int | None],
-    by_family: Mapping[str, Sequence[int]],
-    groups: Any,
-) -> list[tuple[str, float]]:
-    """Scores of a metric on resolutions that neither its model nor the stages saw."""
-    pairs = []
-    folds = min(FOLDS, int(groups.max()) + 1)
-    if folds < 2:
-        return []
-    for train, test in GroupKFold(folds).split(groups, groups=groups):
-        inside = set(train.tolist())
-        coefs = {
-            f: _fit_metric(ok, fitted, values, kept)
-            for f, rows in by_family.items()
-            if (kept := [i for i in rows if i in inside])
-        }
-        for i in test:
-            own = family(ok[i].workload.variant)
-            if values[i] is None or not held_out[i] or not coefs:
-                continue
-            features, weights = _features(ok[i], held_out[i])
-            coef = coefs[own] if own in coefs else coefs[""]
-            predicted = weights + float(np.dot(coef, features))
-            predicted = max(predicted, *held_out[i].values())
-            pairs.append(_score(ok[i], float(values[i] or 0), predicted, held_out[i]))
-    return pairs
-
-
-def _score(record: Record, actual: float, predicted: float, peaks: Mapping[str, float]) -> tuple[str, float]:
-    least = min(weights_of(record, stage) for stage in stages_of(record.workload.variant))
-    activation = max(max(peaks.values()) - least, float(1 << 20))
-    return family(record.workload.variant), (actual - predicted) / activation
-
-
-def _by_family(pairs: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
-    table: dict[str, list[float]] = {"": []}
-    for name, score in pairs:
-        table[""].append(score)
-        table.setdefault(name, []).append(score)
-    kept = {}
-    for name, scores in table.items():
-        if name and len(scores) < FEWEST_SCORES:
-            continue
-        kept[name] = _thinned(scores)
-    return kept
-
-
-BASELINE_TERMS = ("1", "B·A", "B·A²", "n·L·A")
-BASELINE_UNITS = ("B", "B/px", "B/px²", "B/px/token")
-
-
-def baseline(ok: Sequence[Record]) -> dict[str, Any]:
-    """The plain four-term regression over whole runs, one per swept variant: constant, H·W, (H·W)², L·H·W.
-
-    Images multiply the activations; nothing else is known of stages. Its errors are in-sample: a bound on how well
-    that form can do.
-    """
-    found: dict[str, Any] = {}
-    for variant in sorted({r.workload.variant for r in ok}):
-        rows = [r for r in ok if r.workload.variant == variant]
-        y = np.array([r.allocated_bytes for r in rows], dtype=float)
-        design = baseline_design([r.workload for r in rows])
-        coef = nonnegative(design / y[:, None], np.ones(len(y)))
-        found[variant_name(variant)] = {
-            "coef": coef.tolist(),
-            "rows": len(rows),
-            **error_summary((design @ coef - y) / y),
-        }
-    return {"terms": list(BASELINE_TERMS), "units": list(BASELINE_UNITS), "variants": found}
-
-
-def baseline_design(workloads: Sequence[Workload]) -> Array:
-    """The baseline's columns: 1, B·A, B·A², n·L·A."""
-    return np.array(
-        [
-            (1.0, w.batch_size * w.pixels, w.batch_size * w.pixels**2, w.unet_batch * w.tokens * w.pixels)
-            for w in workloads
-        ]
-    )
-
-
-def error_summary(relative: Any) -> dict[str, float]:
-    """Median, 95th percentile and worst of the absolute relative errors."""
-    size = np.abs(np.asarray(relative, dtype=float))
-    return {
-        "median": float(np.median(size)),
-        "p95": float(np.quantile(size, 0.95)),
-        "worst": float(size.max()),
     }
 
 

@@ -21,8 +21,9 @@ from sdfit.basis import REGIMES, Sizes, StageKey, regime, size_columns, stages_o
 from sdfit.checks import check_censored, check_duplicates, check_equation
 from sdfit.errors import FitError, listed
 from sdfit.findings import Finding, HeldOut, Verdict, label, verdict
-from sdfit.fit import observe, weights_of
+from sdfit.fit import observe
 from sdfit.records import Record
+from sdfit.robust import MATERIAL, SCALES, trimmed_fit
 from sdfit.rowcheck import (
     REGIME_WORDS,
     Rows,
@@ -190,7 +191,7 @@ def _stage_rows(records: Sequence[Record]) -> dict[StageKey, _Stage]:
             resolution=tuple(f"{w.effective_height}x{w.effective_width}" for w in workloads),
             design=model.design(sizes),
             activation=np.array([a for _, _, a, _, _ in many]),
-            weights=np.array([float(weights_of(records[i], stage)) for i, *_, stage in many]),
+            weights=np.array([float(records[i].weights_bytes(stage)) for i, *_, stage in many]),
             scale=np.array([s for *_, s, _ in many]),
             pixels=np.array([float(w.pixels) for w in workloads]),
             candidates=candidate_columns(terms_of(key), sizes, X[:, 0], X[:, 1]),
@@ -220,11 +221,32 @@ def _check_stage(key: StageKey, stage: _Stage) -> tuple[list[Finding], Array]:
     findings = []
     for one in np.unique(sets):
         mine = sets == one
-        if mine.sum() >= fewest:
-            names = listed(REGIMES[r] for r in np.unique(stage.regimes[mine]))
+        names = listed(REGIMES[r] for r in np.unique(stage.regimes[mine]))
+        if mine.sum() < fewest:
+            findings += _unchecked(where, names, rows, mine, fewest)
+        else:
             found_here, far[mine], _ = check_rows(f"{where}, {names}", rows.where(mine), stage.regimes[mine])
             findings += found_here
     return findings, far
+
+
+def _unchecked(where: str, names: str, rows: Rows, mine: Array, fewest: int) -> list[Finding]:
+    """A regime with too few rows to check its coefficients: does it follow those of the others?"""
+    design, target = rows.design / rows.scale[:, None], rows.activation / rows.scale
+    if (~mine).sum() < fewest:
+        return []
+    others = trimmed_fit(design[~mine], target[~mine])
+    miss = np.where(mine, target - design @ others.coef, 0.0)
+    worst = int(np.argmax(np.abs(miss)))
+    if abs(miss[worst]) <= max(MATERIAL, SCALES * others.scale):
+        return []
+    actual = rows.weights[worst] + rows.activation[worst]
+    off = float(actual / max(actual - miss[worst] * rows.scale[worst], 1.0) - 1)
+    text = (
+        f"its {mine.sum()} row(s) with {names} do not follow the equation of the others ({rows.labels[worst]} by "
+        f"{off:+.1%}), and are too few to check one of their own; sweep {fewest - mine.sum()} more there"
+    )
+    return [Finding("warning", "regime", where, rows.labels[worst], off, text)]
 
 
 def _held_out(

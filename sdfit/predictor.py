@@ -250,7 +250,7 @@ offload, safety_checker
         check_metric(metric)
         conformal.check_level(level)
         found = self.variant(workload.variant)
-        value = float(found.metric(found.stage_peaks(workload), metric))
+        value = float(found.metric(found.stage_peaks(workload), metric, found.sizes(workload)))
         return _prediction(value, found, workload, metric, level)
 
     def predict(self, table: Any, *, metric: str = "allocated") -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdfit.errors import RecordsError, listed
-from sdfit.stages import COMPONENTS, STAGES
+from sdfit.stages import COMPONENTS, STAGES, resident
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
@@ -86,6 +86,15 @@ class Record:
     stage_s: dict[str, float] = field(default_factory=dict)
     attention_kernel: str | None = None
     message: str | None = None
+
+    def weights_bytes(self, stage: str) -> int:
+        """The weights that are on the card in a stage of this run.
+
+        Without offload this is what was allocated before the run: the weights and what the allocator holds around them.
+        """
+        if self.workload.offload == "none" and self.baseline_bytes is not None:
+            return self.baseline_bytes
+        return sum(self.component_bytes.get(c, 0) for c in resident(stage, self.workload.offload))
 
     def to_json(self) -> str:
         """One line, keys in the order of the fields."""

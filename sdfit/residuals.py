@@ -69,8 +69,20 @@ def read(file: Path | None = None) -> tuple[Residual, ...]:
     path = file or shipped("data/published") / FILE
     with path.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    names = [f.name for f in fields(Residual)]
-    return tuple(Residual(*(row[n] if n in names[:3] else int(row[n]) for n in names)) for row in rows)
+    return tuple(
+        Residual(
+            row["id"],
+            row["card"],
+            row["pipeline"],
+            int(row["height"]),
+            int(row["width"]),
+            int(row["batch_size"]),
+            int(row["published_bytes"]),
+            int(row["traced_bytes"]),
+            int(row["activation_bytes"]),
+        )
+        for row in rows
+    )
 
 
 def scores() -> list[float]:

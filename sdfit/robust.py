@@ -27,11 +27,12 @@ MATERIAL = 0.005
 SCALES = 8.0
 """... and by this many times what the other rows miss by (1.4826 times their median absolute residual)."""
 MOST_SUBSETS = 200
-STARTS, STEPS, FINALISTS = 40, 2, 4
+STARTS, STEPS, FINALISTS = 120, 2, 6
 TERM_MISFIT = 0.002
 """Held-out misfit (root mean square, share of the run's peak) above which a lacking term is looked for."""
 TERM_GAIN = 3.0
 """A term is lacking if it divides that misfit by at least this."""
+ROWS_PER_TERM = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,8 @@ def lacking_term(design: Array, target: Array, groups: Any, candidates: Mapping[
         Scaled like the columns of ``design``. Its coefficient may have either sign. One that is not zero in fewer
         than three rows or two groups is passed over: it could absorb a bad row.
 
+        With fewer than `ROWS_PER_TERM` rows per term nothing is looked for: some candidate always fits a few rows.
+
     Returns
     -------
     LackingTerm or None
@@ -179,7 +182,7 @@ def lacking_term(design: Array, target: Array, groups: Any, candidates: Mapping[
     >>> found.name, round(found.coef, 6)
     ('A²', 1.0)
     """
-    if len(np.unique(groups)) < 3:
+    if len(np.unique(groups)) < 3 or len(target) < ROWS_PER_TERM * design.shape[1]:
         return None
     before = held_out_misfit(design, target, groups)
     if before < TERM_MISFIT:

@@ -77,7 +77,7 @@ def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: flo
         unet_batch = batch * np.where(part["guidance_scale"][cut] > 1, 2.0, 1.0)
         sizes = Sizes.of(height, width, tokens, batch, unet_batch, found.slicing, found.tiling)
         peaks = found.stage_arrays(sizes)
-        value[cut] = found.metric(peaks, metric)
+        value[cut] = found.metric(peaks, metric, sizes)
         if level is not None:
             pixels = height * width
             values = {"A": pixels, "B": batch, "B·A": batch * pixels, "L": tokens}

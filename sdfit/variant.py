@@ -103,12 +103,14 @@ class Variant:
         values = {"A": w.pixels, "B": w.batch_size, "B·A": w.batch_size * w.pixels, "L": w.tokens}
         return max(1.0, *(max(values[c] / high, low / values[c]) for c, (low, high) in self.domain.items()))
 
-    def features(self, peaks: Mapping[str, Any]) -> list[Any]:
-        """The columns of `METRIC_FEATURES` for some stage peaks [bytes]."""
-        return metric_features(peaks, self.weights)
+    def metric(self, peaks: Mapping[str, Any], metric: str, sizes: Sizes) -> Any:
+        """A metric from the stage peaks [bytes] of some sizes.
 
-    def metric(self, peaks: Mapping[str, Any], metric: str) -> Any:
-        """A metric from the stage peaks [bytes]."""
+        Raises
+        ------
+        UnknownVariant
+            If the model was fitted on records without that metric.
+        """
         top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
         if metric == "allocated":
             return top
@@ -119,9 +121,13 @@ class Variant:
                 f"{listed(['allocated', *(m for m, found in self.artifact.metrics.items() if found)])}",
                 metric=metric,
             )
-        coef = next(models[f] for f in self.families if f in models)["coef"]
+        regimes = np.asarray(regime(DECODER, sizes))
         columns = metric_features(peaks, self.weights)
-        value = max(self.weights.values()) + sum(c * x for c, x in zip(coef, columns, strict=True))
+        value = np.zeros_like(top)
+        for which in np.unique(regimes):
+            coef = next(models[g] for g in metric_groups(self.families[0], int(which)) if g in models)["coef"]
+            found = sum(c * x for c, x in zip(coef, columns, strict=True))
+            value = np.where(regimes == which, max(self.weights.values()) + found, value)
         return np.maximum(value, top)  # no counter can be below what is live
 
     def width(self, w: Workload, metric: str, level: float, rule: Callable[[Any, float], float]) -> float:
@@ -149,6 +155,26 @@ def baseline_label(vae: str, safety_checker: bool) -> str:
     'all/kl/checked'
     """
     return f"all/{vae}/{'checked' if safety_checker else 'unchecked'}"
+
+
+DECODER: StageKey = ("vae_decoder_blocks", "", "")
+"""Its regimes are those of the metrics: its convolutions are the largest."""
+
+
+def metric_regime(workload: Workload) -> Any:
+    """The regime of a workload's metrics, an index into `sdfit.basis.REGIMES`."""
+    return np.asarray(regime(DECODER, Sizes.of_workloads([workload]))).item()
+
+
+def metric_groups(family_name: str, which: int) -> tuple[str, ...]:
+    """The groups whose coefficients a metric may use, the narrowest first.
+
+    Examples
+    --------
+    >>> metric_groups("float16|sdpa|kl|False|False", 1)
+    ('float16|sdpa|kl|False|False#1', '#1', 'float16|sdpa|kl|False|False', '')
+    """
+    return (f"{family_name}#{which}", f"#{which}", family_name, "")
 
 
 def metric_features(peaks: Mapping[str, Any], weights: Mapping[str, int]) -> list[Any]:

@@ -144,7 +144,7 @@ def test_intervals_cover_what_they_promise() -> None:
 
 
 def test_out_of_memory_rows_are_bounds_not_gaps() -> None:
-    """On a card of 8 GiB the coefficients still come back, and the failed runs are predicted above its capacity."""
+    """On a card of 8 GiB the coefficients still come back, and the failed runs are predicted to need more."""
     data = measured(SDPA, capacity_bytes=8 << 30)
     failed = [r for r in data.records if r.outcome == "oom"]
     assert 5 < len(failed) < len(SDPA) / 2
@@ -152,7 +152,8 @@ def test_out_of_memory_rows_are_bounds_not_gaps() -> None:
     assert artifact.evaluation["oom_rows"] == len(failed)
     f = Predictor(artifact)
     for record in failed:
-        assert f.predict_workload(record.workload) > 8 << 30
+        assert f.predict_workload(record.workload) >= (record.oom_bytes or 0) * (1 - 1e-6)
+        assert f.predict_workload(record.workload, metric="required") > 8 << 30
         assert float(f.predict_workload(record.workload)) == pytest.approx(
             max(FakeBackend().stage_peaks(record.workload).values()), rel=1e-4
         )

@@ -50,12 +50,16 @@ def test_misfit_alone_names_no_row(misfit):
 def test_bad_rows_are_named_and_do_not_hide_each_other():
     """Two spoiled rows of one stage, one too high and one too low, are both named, with how far; no other row is."""
     records = run(World(noise=0.002), WORKLOADS)
-    records[7] = spoiled(records[7], "unet", 1.4)
-    records[20] = spoiled(records[20], "unet", 0.9)
+    high, low = (
+        next(r.index for r in records if r.workload.height == side and r.workload.batch_size == 2)
+        for side in (384, 768)
+    )
+    records[high] = spoiled(records[high], "unet", 1.4)
+    records[low] = spoiled(records[low], "unet", 0.93)
     found = judge(records)
-    assert blamed(found) == {7, 20}
+    assert blamed(found) == {high, low}
     offs = {int(f.row.split()[1]): f.off for f in found if f.kind == "outlier"}
-    assert offs[7] == pytest.approx(0.40, abs=0.01) and offs[20] == pytest.approx(-0.10, abs=0.01)
+    assert offs[high] == pytest.approx(0.40, abs=0.01) and offs[low] == pytest.approx(-0.07, abs=0.01)
     assert all(f.severity == "error" and f.where == "unet float16 sdpa" for f in found if f.kind == "outlier")
     assert max(abs(line.worst) for line in found.held_out) < 0.01, "held-out errors are those of the sound rows"
 
@@ -76,13 +80,13 @@ def test_a_lacking_term_is_named_and_no_row_is():
     class Quadratic(World):
         def stage_peaks(self, workload):
             peaks = super().stage_peaks(workload)
-            extra = round(0.0005 * workload.batch_size * workload.pixels**2)
+            extra = round(0.002 * workload.batch_size * workload.pixels**2)
             return peaks | {"safety_checker": peaks["safety_checker"] + extra}
 
     found = judge(run(Quadratic(), WORKLOADS))
     lacking = [f for f in found if f.kind == "term"]
     assert [f.where for f in lacking] == ["safety_checker float16"]
-    assert "m·A²: with 0.0005 B" in lacking[0].message
+    assert "m·A²: with 0.002 B" in lacking[0].message
     assert not blamed(found)
 
 
@@ -114,7 +118,7 @@ def test_a_regime_with_too_few_rows_is_named():
     records = run(card, [w for w in WORKLOADS if w.batch_size > 1] + [Workload(512, 512)])
     found = judge(records, fit(file_of(card, records)))
     assert [f.kind for f in found if f.severity != "note"] == ["regime"]
-    assert "one image per pass" in found[0].message and "sweep that regime" in found[0].message
+    assert "one image per pass" in found[0].message and "more there" in found[0].message
     assert judge(run(card, WORKLOADS)).sound, "with rows enough it has coefficients of its own"
 
 
@@ -183,7 +187,7 @@ def test_negative_bytes_are_found():
     artifact = fit(file_of(card, run(card, WORKLOADS)))
     stages = {k: s | {"coef": [[-c for c in row] for row in s["coef"]]} for k, s in artifact.stages.items()}
     found = check_equation(replace(artifact, stages=stages))
-    assert "sign" in {f.kind for f in found} and all(f.severity == "error" for f in found)
+    assert {f.kind for f in found} == {"sign", "monotone"} and "error" in {f.severity for f in found}
 
 
 def test_the_verdict_is_plain_and_ordered():

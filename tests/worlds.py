@@ -36,7 +36,9 @@ class World(FakeBackend):
         for stage, peak in exact.items():
             weights = sum(parts.get(c, 0) for c in resident(stage, workload.offload))
             factor = self.scale[stage]
-            factor *= 1 + self._draw(self.wobble, [stage, size]) + self._draw(self.run_noise, [stage, workload.to_dict()])
+            factor *= (
+                1 + self._draw(self.wobble, [stage, size]) + self._draw(self.run_noise, [stage, workload.to_dict()])
+            )
             if stage == "vae_decoder_blocks" and workload.batch_size == 1:
                 factor *= 1 + self.first
             peaks[stage] = weights + round((peak - weights) * factor)

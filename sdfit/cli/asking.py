@@ -148,11 +148,17 @@ def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: 
 def models(as_json: bool) -> None:
     """List the models that can be loaded, and what each rests on."""
     from sdfit.artifact import load_artifact
+    from sdfit.errors import ArtifactError
     from sdfit.library import available
     from sdfit.predictor import Predictor
     from sdfit.report import models_table
 
-    found = {name: Predictor(load_artifact(path), path) for name, path in available().items()}
+    found = {}
+    for name, path in available().items():
+        try:
+            found[name] = Predictor(load_artifact(path), path)
+        except ArtifactError as error:  # one damaged file does not hide the others
+            click.echo(f"note: {error}", err=True)
     if as_json:
         rows = {
             name: {

@@ -10,7 +10,6 @@ import click
 from sdfit.cli.options import out_option, records_argument
 from sdfit.units import parse_duration
 
-
 MOST_FINDINGS = 12
 """Findings of the fit's own judgement that are printed, the gravest first."""
 
@@ -85,6 +84,8 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
     from sdfit.report import coefficient_table, fit_summary
 
     jobs = {gpu or "": list(files)} if files else swept_files(Path("data"), gpu)
+    if out is not None and len(jobs) > 1:
+        raise click.UsageError(f"--out is one file and there are records of {', '.join(jobs)}; choose one with --gpu")
     for name, paths in jobs.items():
         result = fit_files(paths, name or None, out)
         for note in result.notes:
