@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all bench lint models figures clean
+.PHONY: demo test test-all bench lint models sums clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sdfit needs Python 3.11 or newer; type: make PYTHON=python3.11")'
@@ -28,9 +28,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The shipped models, made again from the records under data/.
+# The shipped models, made again from the records under data/, and the registry of both folders.
 models: $(READY)
 	$(BIN)/sdfit fit
+	$(MAKE) sums
+
+sums:
+	for d in data models; do \
+	  (cd $$d && find . -type f ! -name SHA256SUMS -printf '%P\n' | LC_ALL=C sort | xargs -d '\n' sha256sum > SHA256SUMS); \
+	done
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

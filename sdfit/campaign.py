@@ -2,10 +2,10 @@
 
     python -m sdfit.campaign --gpu h200 --folder data/h200 --budget 9m
 
-Parts, in the order of what would be missed most: the default grid, the holdout, the required capacities, the proofs
-(`sdfit.proofs`), then the fit and the card as a smaller one (`sdfit.capped`). Each record is on the disk before the
-next run starts; a part skips what the folder holds. Tables come last. ``--dry-run`` prints the plan;
-``--backend fake`` or ``trace`` rehearse it without a card.
+Parts, in the order of what would be missed most: the default grid and the holdout without their largest runs, the
+required capacities, the proofs (`sdfit.proofs`), the largest runs, then the fit and the card as a smaller one
+(`sdfit.capped`). Each record is on the disk before the next run starts; a part skips what the folder holds. Tables come
+last. ``--dry-run`` prints the plan; ``--backend fake`` or ``trace`` rehearse it without a card.
 """
 
 from __future__ import annotations
@@ -19,25 +19,34 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sdfit import capped, proofs
-from sdfit.advise import SAFE_LEVEL
+from sdfit import campaign_tables, capped, proofs
+from sdfit.basis import StageKey, stage_key
+from sdfit.campaign_tables import GRIDS
 from sdfit.errors import GridError, SdfitError, listed
 from sdfit.grid import Plan, load
 from sdfit.predictor import Predictor
-from sdfit.records import METRICS, Record, RecordsFile, pool, read
-from sdfit.sweep import Progress, sweep
-from sdfit.text import aligned, percent
+from sdfit.records import Record, RecordsFile, pool, read
+from sdfit.sweep import Progress, sweep, workloads_left
 from sdfit.units import format_bytes, parse_duration
+from sdfit.workload import Workload
 
-GRIDS = ("default", "holdout", "required")
-PARTS = (*GRIDS, "proofs", "fit", "capped")
-BUDGETS_S = {"default": 540.0, "holdout": 300.0, "required": 420.0, "proofs": 240.0, "fit": 60.0, "capped": 300.0}
+LARGEST = "-largest"
+LARGEST_PIXELS = 8_000_000
+"""Pixels times UNet samples from which a run is one of the largest: few, and they take most of the time."""
+BUDGETS_S = {
+    "default": 540.0,
+    "holdout": 300.0,
+    "required": 420.0,
+    "proofs": 240.0,
+    "default-largest": 540.0,
+    "holdout-largest": 240.0,
+    "fit": 120.0,
+    "capped": 300.0,
+}
 """The most that a part may take in one call, so that none eats the call alone; the rest comes with the next one."""
+PARTS = tuple(BUDGETS_S)
 SIDE = Path("proofs")
 """Subfolder of files that are never fitted: proofs, and runs under caps."""
-RATE_PIXELS = 1024 * 1024
 
 
 @dataclass
@@ -99,6 +108,17 @@ class Campaign:
         """Where the fit goes: beside the records, until somebody ships it."""
         return self.folder / f"{self.folder.name}.joblib"
 
+    def predictor(self) -> Predictor | None:
+        """The model, if it was fitted."""
+        from sdfit.artifact import load_artifact
+
+        return Predictor(load_artifact(self.model), self.model) if self.model.exists() else None
+
+    def side_file(self, name: str) -> Path:
+        """A file that is never fitted, whatever the date on which it was begun."""
+        known = sorted((self.folder / SIDE).glob(f"*-{name}.jsonl"))
+        return known[-1] if known else self.folder / SIDE / f"{date.today().isoformat()}-{name}.jsonl"
+
 
 def run(campaign: Campaign, parts: Sequence[str]) -> None:
     """Run the parts for which there is time; what fails in one is noted, and the next one begins."""
@@ -108,7 +128,7 @@ def run(campaign: Campaign, parts: Sequence[str]) -> None:
             continue
         print(f"-- {part}, up to {campaign.left_s(part):.0f} s", file=sys.stderr, flush=True)
         try:
-            if part in GRIDS:
+            if part.removesuffix(LARGEST) in GRIDS:
                 _grid(campaign, part)
             else:
                 _OTHER[part](campaign)
@@ -120,8 +140,12 @@ def run(campaign: Campaign, parts: Sequence[str]) -> None:
             )
 
 
-def _grid(campaign: Campaign, grid: str) -> None:
+def _grid(campaign: Campaign, part: str) -> None:
+    grid = part.removesuffix(LARGEST)
     plan = campaign.plan(grid)
+    wanted = set(_unfinished(campaign, part))
+    if not wanted:
+        return  # without starting a worker
     last = [0.0]
 
     def report(progress: Progress) -> None:
@@ -133,38 +157,59 @@ def _grid(campaign: Campaign, grid: str) -> None:
 
     options = campaign.options(required=grid == "required")
     sweep(
-        plan, campaign.backend, options, campaign.file(grid), workers=1, budget_s=campaign.left_s(grid), report=report
+        plan,
+        campaign.backend,
+        options,
+        campaign.file(grid),
+        workers=1,
+        budget_s=campaign.left_s(part),
+        only=wanted.__contains__,
+        report=report,
     )
 
 
+def is_large(workload: Workload) -> bool:
+    """Whether a run is one of the largest, which come last.
+
+    Examples
+    --------
+    >>> is_large(Workload(2048, 2048)), is_large(Workload(2048, 2048, guidance_scale=1))
+    (True, False)
+    """
+    return workload.unet_batch * workload.pixels > LARGEST_PIXELS
+
+
+def _unfinished(campaign: Campaign, part: str) -> list[Workload]:
+    grid = part.removesuffix(LARGEST)
+    found = campaign.records(grid)
+    left = workloads_left(campaign.plan(grid), found.records if found else [])
+    return [w for w in left if f"{grid}{LARGEST}" not in PARTS or is_large(w) == (part != grid)]
+
+
 def _proofs(campaign: Campaign) -> None:
-    log = proofs.Log(_dated(campaign, "proofs"))
+    log = proofs.Log(campaign.side_file("proofs"))
     workloads = campaign.plan("proofs").workloads
     if not proofs.prove(log, workloads, campaign.backend, campaign.options(), campaign.in_time("proofs")):
         campaign.notes.append("proofs: unfinished")
 
 
-def _dated(campaign: Campaign, name: str) -> Path:
-    home = campaign.folder / SIDE
-    known = sorted(home.glob(f"*-{name}.jsonl"))
-    return known[-1] if known else home / f"{date.today().isoformat()}-{name}.jsonl"
-
-
 def _fit(campaign: Campaign) -> None:
-    from sdfit.fit import fit
+    from sdfit.fit import FEWEST_SIZES, fit
 
-    files = [f for f in (campaign.records("default"), campaign.records("required")) if f is not None]
-    fit(pool(files)).save(campaign.model)
-
-
-def _predictor(campaign: Campaign) -> Predictor | None:
-    from sdfit.artifact import load_artifact
-
-    return Predictor(load_artifact(campaign.model), campaign.model) if campaign.model.exists() else None
+    data = pool([f for f in (campaign.records("default"), campaign.records("required")) if f is not None])
+    sizes: dict[StageKey, set[int]] = {}
+    for record in data.records:
+        if record.outcome == "ok":
+            sizes.setdefault(stage_key("unet", record.workload.variant), set()).add(record.workload.pixels)
+    # a sweep that was cut short must still give a model of what it saw enough of
+    thin = {key for key, seen in sizes.items() if len(seen) < FEWEST_SIZES}
+    kept = [r for r in data.records if stage_key("unet", r.workload.variant) not in thin]
+    campaign.notes += [f"fit: too few sizes yet of {' '.join(key[1:])}; left out" for key in sorted(thin)]
+    fit(replace(data, records=kept)).save(campaign.model)
 
 
 def _capped(campaign: Campaign) -> None:
-    predictor = _predictor(campaign)
+    predictor = campaign.predictor()
     if predictor is None:
         raise SdfitError("there is no model yet; the part 'fit' makes it")
     if campaign.backend == "trace":
@@ -178,131 +223,21 @@ def _capped(campaign: Campaign) -> None:
 _OTHER: dict[str, Callable[[Campaign], None]] = {"proofs": _proofs, "fit": _fit, "capped": _capped}
 
 
-# -- tables --
-
-
-def tables(campaign: Campaign) -> str:
-    """Everything that is known so far, as text."""
-    parts = [_state(campaign), _speed(campaign), _proof_table(campaign)]
-    predictor, held = _predictor(campaign), campaign.records("holdout")
-    if predictor is not None and held is not None:
-        parts.append(_holdout_table(predictor, held))
-    if predictor is not None:
-        parts.append(_capped_table(campaign, predictor))
-    return "\n\n".join(p for p in [*parts, *campaign.notes] if p)
-
-
-def _state(campaign: Campaign) -> str:
-    lines: list[Sequence[str]] = [("part", "done", "of", "oom", "crash", "required")]
-    for grid in GRIDS:
-        found = campaign.records(grid)
-        rows = found.records if found else []
-        counts = [sum(r.outcome == o for r in rows) for o in ("ok", "oom", "crash")]
-        required = sum(r.required_bytes is not None for r in rows)
-        total = len(campaign.plan(grid).workloads)
-        lines.append((grid, *(str(n) for n in (counts[0] + counts[1], total, counts[1], counts[2], required))))
-    title = "measured" if campaign.backend == "cuda" else f"SIMULATED (--backend {campaign.backend}): a rehearsal"
-    return f"{title}, {campaign.folder}\n" + aligned(lines)
-
-
-def _speed(campaign: Campaign) -> str:
-    """How fast this call was, without the bisected runs."""
-    plain = [(r, s) for r, s in campaign.runs if r.outcome == "ok" and r.required_bytes is None and r.stage_s]
-    small = [s for r, s in plain if r.workload.pixels <= RATE_PIXELS and r.workload.batch_size == 1]
-    own = sum(sum(r.stage_s.values()) for r, _ in plain)
-    if not small or not own:
-        return ""
-    total = sum(s for _, s in plain)
-    return (
-        f"this call: {60 * len(small) / sum(small):.0f} workloads a minute at single images up to 1024²; "
-        f"{total / own:.2f} x the pipeline's own time over all {len(plain)}"
-    )
-
-
-def _proof_table(campaign: Campaign) -> str:
-    path = _dated(campaign, "proofs")
-    if not path.exists():
-        return ""
-    rows = proofs.Log(path).rows
-    lines: list[Sequence[str]] = [("condition - reference [B]", "runs", "stages", "allocated", "reserved", "baseline")]
-    for entry in proofs.compared(rows):
-        cells = [_span(entry[name]) for name in ("stages", "allocated", "reserved", "baseline")]
-        lines.append((entry["condition"], str(entry["runs"]), *cells))
-    text = [aligned(lines)]
-    for row in rows:
-        context = row.get("environment", {}).get("context_bytes")
-        if row["condition"] == proofs.REFERENCE and row["index"] == 0 and context is not None:
-            text.append(f"CUDA context, bare: {format_bytes(context)}")
-        if "kernels" in row:
-            text += [
-                f"{k['dtype']} head_dim {k['head_dim']} rows {k['rows']}: {k['choice']}"
-                for k in row["kernels"]
-                if "choice" in k
-            ]
-    return "\n".join(text)
-
-
-def _span(span: tuple[int, int] | None) -> str:
-    if span is None:
-        return "-"
-    return str(span[0]) if span[0] == span[1] else f"{span[0]} .. {span[1]}"
-
-
-def _holdout_table(predictor: Predictor, held: RecordsFile) -> str:
-    lines: list[Sequence[str]] = [("holdout", "rows", "median", "worst", "in 95 %", "over 0.99 bound", "reserves more")]
-    ok = [r for r in held.records if r.outcome == "ok"]
-    for metric in METRICS:
-        rows = [r for r in ok if getattr(r, f"{metric}_bytes") is not None]
-        if not rows or (metric != "allocated" and not predictor.artifact.metrics.get(metric)):
-            continue
-        judged = [_judged(predictor, r, metric) for r in rows]
-        errors, inside, over, more = (np.array(column) for column in zip(*judged, strict=True))
-        cells = (np.median(errors), errors.max(), inside.mean(), over.mean(), more.mean())
-        lines.append((metric, str(len(rows)), *(percent(float(c)) for c in cells)))
-    return aligned(lines)
-
-
-def _judged(predictor: Predictor, record: Record, metric: str) -> tuple[float, bool, bool, float]:
-    actual = float(getattr(record, f"{metric}_bytes"))
-    guess = predictor.predict_workload(record.workload, metric=metric, level=0.95)
-    low, high = guess.interval[:2]
-    bound = predictor.predict_workload(record.workload, metric=metric, level=SAFE_LEVEL).upper
-    return abs(guess / actual - 1), low <= actual <= high, actual > bound, bound / actual - 1
-
-
-def _capped_table(campaign: Campaign, predictor: Predictor) -> str:
-    planned = capped.tries(predictor)
-    found: list[Record] = []
-    for path in sorted((campaign.folder / SIDE).glob("*-capped-*.jsonl")):
-        rows = read(path).records
-        try:
-            capped.verdict(planned, rows)
-        except SdfitError:
-            continue  # of an earlier model
-        found = rows
-    if not found:
-        return ""
-    lines: list[Sequence[str]] = [("cap", "batch", "must run", "", "must fail", "")]
-    right = 0
-    for one, ran, failed in capped.verdict(planned, found):
-        right += ran == "ok" and failed == "oom"
-        sizes = [f"{w.height}x{w.width}" for w in (one.must_run, one.must_fail)]
-        lines.append((format_bytes(one.cap_bytes), str(one.must_run.batch_size), sizes[0], ran, sizes[1], failed))
-    return f"{aligned(lines)}\n{right} of {len(planned)} tries came out as the model said"
-
-
 def dry_run(campaign: Campaign, parts: Sequence[str]) -> str:
     """Say what each part would run, and what is there already."""
     lines = []
     for part in parts:
+        lines.append(f"{part}: at most {BUDGETS_S[part]:.0f} s a call")
+        if part.removesuffix(LARGEST) in GRIDS:
+            lines[-1] += f", {len(_unfinished(campaign, part))} runs left"
         if part in (*GRIDS, "proofs"):
-            lines.append(f"{part} (at most {BUDGETS_S[part]:.0f} s a call)\n{campaign.plan(part).summary()}")
+            lines[-1] += f"\n{campaign.plan(part).summary()}"
     runs = len(campaign.plan("proofs").workloads)
     lines += [f"proofs, {runs} workloads each: {c.name}: {c.question}" for c in proofs.CONDITIONS if "proofs" in parts]
     if "capped" in parts:
         count = len(capped.CAPS_BYTES) * len(capped.SHAPES)
         lines.append(f"capped: {count} tries of two runs, at {listed(format_bytes(c) for c in capped.CAPS_BYTES)}")
-    return "\n\n".join([*lines, _state(campaign)])
+    return "\n\n".join([*lines, campaign_tables.state(campaign)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -328,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(dry_run(campaign, parts))
             return 0
         run(campaign, parts)
-        print(tables(campaign), flush=True)
+        print(campaign_tables.tables(campaign), flush=True)
     except SdfitError as error:
         print(f"sdfit: {error}", file=sys.stderr)
         return error.exit_code

@@ -17,7 +17,7 @@ import numpy as np
 from sdfit import conformal
 from sdfit.errors import RecordsError, UnknownVariant, listed
 from sdfit.predictor import Prediction, Predictor
-from sdfit.records import METRICS, Record
+from sdfit.records import METRICS, Record, RecordsFile
 from sdfit.workload import Workload, variant_name
 
 UPPER_LEVEL = 0.99
@@ -167,7 +167,8 @@ class Evaluation:
     artifact, provenance : str
         Name of the artifact and what it rests on.
     backend : str
-        Of the records where the caller says it: ``trace`` means that the "actual" values are simulated.
+        Of the records: ``cuda``, ``trace`` or ``fake`` (then what predictions are held against is simulated), or
+        ``unknown``.
     level : float
         Of the two-sided intervals.
     points : tuple of Point
@@ -190,8 +191,13 @@ class Evaluation:
 
     @property
     def simulated(self) -> bool:
-        """Whether the values that predictions are held against come from a trace or a made-up card."""
-        return self.backend != "cuda"
+        """Whether what predictions are held against comes from a trace or a made-up card."""
+        return self.backend in ("trace", "fake")
+
+    @property
+    def source(self) -> str:
+        """What the records are, in a word: ``measured``, ``simulated``, or ``recorded`` where nobody said which."""
+        return "simulated" if self.simulated else "measured" if self.backend == "cuda" else "recorded"
 
     def line(self, metric: str = "allocated", group: str = "all", name: str = "all") -> Line:
         """One line by its names.
@@ -229,20 +235,17 @@ class Evaluation:
         return text(self)
 
 
-def evaluate(
-    predictor: Predictor, records: Iterable[Record], level: float = 0.95, *, backend: str = "unknown"
-) -> Evaluation:
+def evaluate(predictor: Predictor, records: RecordsFile | Iterable[Record], level: float = 0.95) -> Evaluation:
     """Hold an artifact against records.
 
     Parameters
     ----------
     predictor : Predictor
-    records : iterable of Record
-        Crashed rows, and variants that the artifact does not have, are counted and passed over.
+    records : RecordsFile, or iterable of Record
+        Crashed rows, and variants that the artifact does not have, are counted and passed over. Only the file says
+        whether its rows were measured.
     level : float
         Of the two-sided intervals; the one-sided bounds are at `UPPER_LEVEL`.
-    backend : str
-        ``RecordsFile.environment["backend"]``; says whether the records are simulated.
 
     Returns
     -------
@@ -256,6 +259,9 @@ def evaluate(
         If the level does not lie between 0 and 1.
     """
     conformal.check_level(level)
+    backend = "unknown"
+    if isinstance(records, RecordsFile):
+        backend, records = str(records.environment.get("backend", backend)), records.records
     points: list[Point] = []
     failed: list[OomPoint] = []
     stage_errors: dict[str, list[float]] = {}

@@ -28,9 +28,8 @@ HEAD = (
 
 def text(evaluation: Evaluation) -> str:
     """Write the lines, then stages, runs out of memory and rows passed over."""
-    what = "simulated records" if evaluation.simulated else "measured records"
     parts = [
-        f"{evaluation.artifact} ({evaluation.provenance}) against {what}; intervals at {evaluation.level:g}, "
+        f"{evaluation.artifact} ({evaluation.provenance}) against {evaluation.source} records; intervals at {evaluation.level:g}, "
         "bounds at 0.99"
     ]
     if evaluation.lines:

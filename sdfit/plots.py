@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdfit.errors import RecordsError, SdfitError, needs
-from sdfit.evaluate import Evaluation, Point
+from sdfit.evaluate import Evaluation, Point, evaluate
+from sdfit.predictor import Predictor
+from sdfit.records import RecordsFile
 from sdfit.units import GIB
 from sdfit.workload import variant_name
 
@@ -71,9 +73,9 @@ def predicted_against_actual(evaluation: Evaluation, path: Path | str, *, metric
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_aspect("equal")
-    axes.set_xlabel(f"{_what(evaluation)} peak of {metric} memory [GiB]")
+    axes.set_xlabel(f"{evaluation.source} peak of {metric} memory [GiB]")
     axes.set_ylabel("predicted peak [GiB]")
-    _dress(axes, evaluation, f"{evaluation.artifact}: predicted against {_what(evaluation)}", points)
+    _dress(axes, evaluation, f"{evaluation.artifact}: predicted against {evaluation.source}", points)
     return _save(figure, path)
 
 
@@ -110,7 +112,7 @@ def residuals(evaluation: Evaluation, path: Path | str, *, metric: str = "alloca
     axes.yaxis.set_major_locator(MaxNLocator(7, symmetric=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
     axes.set_xlabel("pixels of one image, log scale")
-    axes.set_ylabel(f"predicted / {_what(evaluation)} - 1")
+    axes.set_ylabel(f"predicted / {evaluation.source} - 1")
     level = f"{100 * evaluation.level:g} % interval"
     _dress(
         axes, evaluation, f"{evaluation.artifact}: relative error of {metric}, with its {level}", points, beside=True
@@ -118,15 +120,40 @@ def residuals(evaluation: Evaluation, path: Path | str, *, metric: str = "alloca
     return _save(figure, path)
 
 
-def _what(evaluation: Evaluation) -> str:
-    return "simulated" if evaluation.simulated else "measured"
+def draw_all(predictor: Predictor, data: RecordsFile, folder: Path | str, level: float = 0.95) -> list[Path]:
+    """Draw both figures of every metric that the records and the artifact have, into a folder.
+
+    Returns
+    -------
+    list of Path
+        ``<artifact>-<metric>-predicted.png`` and ``<artifact>-<metric>-residuals.png``.
+
+    Raises
+    ------
+    RecordsError
+        If the artifact can be held against none of the rows.
+    SdfitError
+        If the folder cannot be made or written to.
+    """
+    evaluation, folder = evaluate(predictor, data, level), Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SdfitError(
+            f"cannot make the folder {folder}: {error.strerror}; name another", path=str(folder)
+        ) from error
+    paths = []
+    for metric in dict.fromkeys(point.metric for point in evaluation.points):
+        stem = f"{evaluation.artifact}-{metric}"
+        paths.append(predicted_against_actual(evaluation, folder / f"{stem}-predicted.png", metric=metric))
+        paths.append(residuals(evaluation, folder / f"{stem}-residuals.png", metric=metric))
+    return paths
 
 
 def simulated_words(evaluation: Evaluation) -> str:
     """What a figure must say of its records: nothing for measurements."""
-    return {"cuda": "", "trace": "simulated (trace)", "fake": "simulated (made-up card)"}.get(
-        evaluation.backend, f"simulated ({evaluation.backend})"
-    )
+    words = {"trace": "simulated (trace)", "fake": "simulated (made-up card)", "unknown": "records of unknown origin"}
+    return words.get(evaluation.backend, "")
 
 
 def _chosen(evaluation: Evaluation, metric: str) -> list[Point]:

@@ -12,8 +12,8 @@ from sdfit.basis import stages_of
 from sdfit.records import Record
 from sdfit.variant import family
 
-MOST_SCORES = 600
-"""Scores kept per family; of more, evenly spaced ones in rank order, with both ends."""
+MOST_SCORES, MOST_FAMILY_SCORES = 600, 120
+"""Scores kept of all variants and of one family; of more, evenly spaced ones in rank order, with both ends."""
 FEWEST_SCORES = 20
 """A family with fewer scores uses those of all variants."""
 LEAST_ACTIVATION_BYTES = 1 << 20
@@ -33,10 +33,14 @@ def by_family(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
     for name, value in pairs:
         table[""].append(value)
         table.setdefault(name, []).append(value)
-    return {name: thinned(values) for name, values in table.items() if not name or len(values) >= FEWEST_SCORES}
+    return {
+        name: thinned(values, MOST_FAMILY_SCORES if name else MOST_SCORES)
+        for name, values in table.items()
+        if not name or len(values) >= FEWEST_SCORES
+    }
 
 
-def thinned(scores: Any) -> list[float]:
+def thinned(scores: Any, most: int = MOST_SCORES) -> list[float]:
     """Scores in ascending order, of too many evenly spaced ones with both ends, to six digits.
 
     Examples
@@ -45,8 +49,8 @@ def thinned(scores: Any) -> list[float]:
     [-1.0, 0.25]
     """
     ranked = np.sort(np.asarray(scores, dtype=float))
-    if len(ranked) > MOST_SCORES:
-        ranked = ranked[np.linspace(0, len(ranked) - 1, MOST_SCORES).round().astype(int)]
+    if len(ranked) > most:
+        ranked = ranked[np.linspace(0, len(ranked) - 1, most).round().astype(int)]
     return [float(f"{s:.6g}") for s in ranked]
 
 
@@ -64,7 +68,8 @@ def published_scores(traced: Mapping[str, Mapping[str, Sequence[float]]]) -> dic
             continue
         for name, own in families.items():
             if own:
-                found.setdefault(metric, {})[name] = thinned(np.add.outer(known, own).ravel())
+                every = np.add.outer(known, own).ravel()
+                found.setdefault(metric, {})[name] = thinned(every, MOST_FAMILY_SCORES if name else MOST_SCORES)
     return found
 
 

@@ -175,8 +175,20 @@ class StageModel(RegressorMixin, BaseEstimator):
         coef[keep] = nonnegative(weighted[:, keep], y * weight)
         return coef
 
+    def _with_few_rows(self, design: Array, y: Array, weight: Array, neighbour: Array) -> list[Array]:
+        """What a regime's few rows may say: nothing new, another slope, or a constant and a slope alone."""
+        slope = next((i for i, name in enumerate(self.terms_) if name in SLOPES), 0)
+        another = neighbour.copy()
+        another[slope] = 0.0
+        rest, column = (y - design @ another) * weight, design[:, slope] * weight
+        another[slope] = max(float(column @ rest) / float(column @ column), 0.0)
+        alone = np.zeros(len(self.terms_))
+        use = sorted({0, slope}) if len(np.unique(design[:, slope])) > 2 else [slope]
+        alone[use] = nonnegative(design[:, use] * weight[:, None], y * weight)
+        return [neighbour, another, alone]
+
     def _split(self, design: Array, y: Array, weight: Array, found: Array) -> None:
-        """Give each regime coefficients of its own; one with few rows only its own slope, the rest from a neighbour."""
+        """Give each regime coefficients of its own; one with few rows what fits them best of three simple choices."""
         own: dict[int, Array] = {}
         few: list[int] = []
         for r in np.unique(found):
@@ -189,13 +201,10 @@ class StageModel(RegressorMixin, BaseEstimator):
             return
         for r in few:
             mine = found == r
-            coef = own[next(o for o in _NEIGHBOURS[r] if o in own)].copy()
-            slope = next((i for i, name in enumerate(self.terms_) if name in SLOPES), 0)
-            coef[slope] = 0.0
-            rest = (y - design @ coef)[mine] * weight[mine]
-            column = design[mine, slope] * weight[mine]
-            coef[slope] = max(float(column @ rest) / float(column @ column), 0.0)
-            own[r] = coef
+            neighbour = own[next(o for o in _NEIGHBOURS[r] if o in own)]
+            choices = self._with_few_rows(design[mine], y[mine], weight[mine], neighbour)
+            misfits = [float(np.max(np.abs(design[mine] @ coef - y[mine]) * weight[mine])) for coef in choices]
+            own[r] = choices[int(np.argmin(misfits))]
         index = {r: i for i, r in enumerate(sorted(own))}
         self.coef_ = np.array([own[r] for r in sorted(own)])
         self.regimes_ = [

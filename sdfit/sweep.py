@@ -76,6 +76,7 @@ def sweep(
     engine: str = "local",
     workers: int | None = None,
     budget_s: float | None = None,
+    only: Callable[[Workload], bool] = lambda workload: True,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Run what a plan still lacks.
@@ -93,6 +94,8 @@ def sweep(
         None: one per card, or per processor for a trace.
     budget_s : float, optional
         Start no further workload after this many seconds.
+    only : callable
+        ``only(workload)``: leave out the others this time; they are still part of the plan.
     report : callable
         Called after each record.
 
@@ -115,12 +118,19 @@ def sweep(
         }
         path = out or default_path(str(environment["name"]), plan)
         with Writer(path, environment) as writer:
-            return _run(plan, pool, writer, budget_s, report)
+            return _run(plan, pool, writer, budget_s, only, report)
     finally:
         pool.close()
 
 
-def _run(plan: Plan, pool: Any, writer: Writer, budget_s: float | None, report: Callable[[Progress], None]) -> Outcome:
+def _run(
+    plan: Plan,
+    pool: Any,
+    writer: Writer,
+    budget_s: float | None,
+    only: Callable[[Workload], bool],
+    report: Callable[[Progress], None],
+) -> Outcome:
     started = time.monotonic()
     known = {r.index: r for r in writer.done if r.outcome != "crash"}
     foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
@@ -131,7 +141,7 @@ def _run(plan: Plan, pool: Any, writer: Writer, budget_s: float | None, report: 
 
     def jobs() -> Iterator[Job]:
         for index, workload in enumerate(plan.workloads):
-            if index in known:
+            if index in known or not only(workload):
                 continue
             if budget_s is not None and time.monotonic() - started > budget_s:
                 return

@@ -96,7 +96,7 @@ class Variant:
     def breakdown(self, w: Workload, stage: str) -> dict[str, float]:
         """The resident weights and each term of a stage [bytes]."""
         terms = self.terms(stage, self.sizes(w))
-        return {"weights": float(self.weights[stage])} | {name: float(v) for name, v in terms.items()}
+        return {"weights": float(self.weights[stage])} | {name: float(v) for name, v in terms.items() if v > 0}
 
     def stretch(self, w: Workload) -> float:
         """How far outside the swept domain a workload lies: 1 inside, otherwise the largest ratio to its edge."""

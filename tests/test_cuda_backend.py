@@ -205,7 +205,7 @@ def test_the_request_in_a_message_is_a_lower_bound(text, low, high):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), False),
         (RuntimeError("CUDA error: out of memory"), True),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: out of memory"),
@@ -219,6 +219,13 @@ def test_the_request_in_a_message_is_a_lower_bound(text, low, high):
 def test_only_the_devices_memory_counts_as_out_of_memory(error, known):
     """A library's failed allocation is one; the host's memory, or another failure, is not."""
     assert is_out_of_memory(error) is known
+
+
+def test_cudnn_without_a_plan_is_out_of_memory_only_if_requests_failed():
+    """The same words stand for a shape that cuDNN cannot do and for plans that did not fit."""
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    assert is_out_of_memory(error, failures=3)
+    assert not is_out_of_memory(error, failures=0)
 
 
 def test_another_failure_is_a_crash_row_and_the_worker_is_spent(backend, monkeypatch):

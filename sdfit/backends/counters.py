@@ -90,7 +90,8 @@ class CudaCounters:
         self._properties = torch.cuda.get_device_properties(index)
         torch.empty(1, device=self.device)
         self.synchronise()
-        self.idle_bytes = before.get(_uuid(index), None)
+        alone = next(iter(before.values())) if len(before) == 1 else None
+        self.idle_bytes = before.get(_uuid(index), alone)
         used = self.used()
         known = used is not None and self.idle_bytes is not None
         self.context_bytes = used - self.idle_bytes - torch.cuda.memory_reserved(index) if known else None  # type: ignore[operator]

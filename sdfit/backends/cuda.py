@@ -37,7 +37,8 @@ from sdfit.workload import VariantKey, Workload
 
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _REQUEST = re.compile(r"Tried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
-_ALLOCATION_FAILED = re.compile(r"out of memory|_ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
+_ALLOCATION_FAILED = re.compile(r"out of memory|_ALLOC_FAILED", re.IGNORECASE)
+_NO_ENGINE = re.compile(r"unable to find an engine", re.IGNORECASE)
 _HOST = re.compile(r"DefaultCPUAllocator", re.IGNORECASE)
 
 
@@ -58,11 +59,17 @@ def requested_bytes(message: str) -> int:
     return int((float(match[1]) - (0.005 if unit > 1 else 0)) * unit)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException, failures: int = 0) -> bool:
     """Whether a failure means that the device had too little memory.
 
-    Besides PyTorch's own error, libraries report in their words that an allocation of theirs failed, and cuDNN that no
-    plan was left, after all that need memory were tried.
+    Besides PyTorch's own error, libraries report in their words that an allocation of theirs failed. cuDNN says that
+    there is no plan both where none exists and where none fitted: it is the latter if requests failed on the way.
+
+    Parameters
+    ----------
+    error : BaseException
+    failures : int
+        Requests that the allocator could not serve during the run.
 
     Examples
     --------
@@ -74,7 +81,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and bool(_ALLOCATION_FAILED.search(text)) and not _HOST.search(text)
+    if not isinstance(error, RuntimeError) or _HOST.search(text):
+        return False
+    return bool(_ALLOCATION_FAILED.search(text) or (failures and _NO_ENGINE.search(text)))
 
 
 class CudaBackend:
@@ -205,7 +214,7 @@ class CudaBackend:
                 pipe(**call_arguments(workload, num_inference_steps=steps, device=self.counters.device, width=width))
                 run.leave()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error, self.counters.troubles()[1] - troubles[1]):
                 self.spent = True  # nobody knows what it left behind
                 raise
             run.fail(error)

@@ -42,6 +42,8 @@ def predict(gpu: str, image: Path | None, metric: str, level: float | None, as_j
 
 def describe(peak: Prediction) -> str:
     """A prediction in a few lines of text."""
+    from sdfit.basis import TERMS
+
     w = peak.workload
     low, high = peak.interval
     lines = [
@@ -49,7 +51,9 @@ def describe(peak: Prediction) -> str:
         f"{100 * peak.level:g} % interval: {amount(low)} to {amount(high)}; upper bound: {amount(peak.upper)}",
         f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)",
     ]
-    lines += [f"  {format_bytes(amount):>12}  {name}" for name, amount in peak.breakdown.items()]
+    for name, share in peak.breakdown.items():
+        meaning = TERMS[name].meaning if name in TERMS else "of what is on the card in that stage"
+        lines.append(f"  {format_bytes(share):>11}  {name:8} {meaning}")
     if peak.extrapolated:
         lines.append("outside the swept domain: the interval is widened by guess")
     return "\n".join(lines)
