@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,7 @@ def check_equation(artifact: Artifact) -> list[Finding]:
     """Check that each swept variant's peak is above its weights, and never falls as height, width or batch grows.
 
     Heights in steps of 8 pixels, a few widths, every batch size to 24 and the shortest and longest prompt, with and
-    without guidance, as far as they lie in the swept domain. Reported once per variant and direction, where it is worst.
+    without guidance, as far as they lie in the swept domain. Falls are reported once per direction, where they are worst.
 
     Notes
     -----
@@ -154,6 +155,7 @@ def check_equation(artifact: Artifact) -> list[Finding]:
     cuDNN takes other plans. It is reported, since `largest` and `max_batch_size` search upwards.
     """
     findings = []
+    falls: dict[tuple[str, str], list[Finding]] = {}
     predictor = Predictor(artifact)
     for name in artifact.swept:
         key = variant_key(name)
@@ -179,7 +181,12 @@ def check_equation(artifact: Artifact) -> list[Finding]:
             edge = any(_regime(found, k, before) != _regime(found, k, after) for k in found.stages.values())
             text = f"the peak falls by {format_bytes(drop)} ({off:.1%}) as the {side} grows from {_size(before)} to {_size(after)}"
             text += ", where one regime ends and another begins" if edge else ""
-            findings.append(Finding("warning" if edge else "error", "monotone", name, None, off, text))
+            severity = "warning" if edge else "error"
+            falls.setdefault((side, severity), []).append(Finding(severity, "monotone", name, None, off, text))
+    for found_falls in falls.values():
+        worst = min(found_falls, key=lambda f: f.off or 0.0)
+        more = f"; so it does in {len(found_falls) - 1} other variants" if len(found_falls) > 1 else ""
+        findings.append(replace(worst, message=worst.message + more))
     return findings
 
 
