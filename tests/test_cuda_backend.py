@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import TINY
 
-from sdfit.backends import counters, cuda
+from sdfit.backends import counters, cuda, kernels
 from sdfit.backends.counters import chosen, claimed
-from sdfit.backends.cuda import CudaBackend, is_out_of_memory, requested_bytes
+from sdfit.backends.cuda import CudaBackend
 from sdfit.backends.follow import rounded
+from sdfit.backends.oom import is_out_of_memory, requested_bytes
 from sdfit.basis import stages_of
 from sdfit.errors import DeviceError, SdfitError
 from sdfit.grid import Plan
@@ -118,7 +119,7 @@ def test_materialised_attention_is_told_from_fused(backend):
 def test_noting_the_kernel_takes_no_memory(backend, monkeypatch):
     """The peaks are the same to the byte with and without it."""
     noted = backend.measure(job())["stage_peaks_bytes"]
-    monkeypatch.setattr(cuda, "first_attentions", lambda pipe: {})
+    monkeypatch.setattr(kernels, "first_attentions", lambda pipe: {})
     assert backend.measure(job())["stage_peaks_bytes"] == noted
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from sdfit.backends.follow import FollowStorages, Meter, rounded
+from sdfit.backends.nvml import Nvml
 from sdfit.cards import card_slug
 from sdfit.errors import DeviceError, listed
 from sdfit.units import MIB
@@ -76,7 +77,7 @@ class CudaCounters:
     """
 
     def __init__(self, gpu: str = ANY_CARD) -> None:
-        before = _Nvml.used_of_all()  # before PyTorch makes a context
+        before = Nvml.used_of_all()  # before PyTorch makes a context
         if not torch.cuda.is_available():
             raise DeviceError(
                 "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace", gpu=gpu
@@ -86,7 +87,7 @@ class CudaCounters:
         self.device, self.name = f"cuda:{index}", names[index]
         torch.cuda.set_device(index)
         self._index = index
-        self._nvml = _Nvml.open(_uuid(index), index)
+        self._nvml = Nvml.open(_uuid(index), index)
         self._properties = torch.cuda.get_device_properties(index)
         torch.empty(1, device=self.device)
         self.synchronise()
@@ -281,61 +282,3 @@ def claimed(candidates: list[int], uuids: list[str]) -> tuple[int, Any]:
 
 def _uuid(index: int) -> str:
     return f"GPU-{getattr(torch.cuda.get_device_properties(index), 'uuid', index)}"
-
-
-class _Nvml:
-    """One card's NVML handle."""
-
-    def __init__(self, library: Any, handle: Any) -> None:
-        self._library, self._handle = library, handle
-        driver = library.nvmlSystemGetDriverVersion()
-        self.driver = driver.decode() if isinstance(driver, bytes) else str(driver)
-
-    @classmethod
-    def open(cls, uuid: str, index: int) -> _Nvml | None:
-        """None where NVML is not there, or does not know the card (a slice of a MIG card)."""
-        handles = cls._handles()
-        library = _library()
-        if library is None or not handles:
-            return None
-        found = handles.get(uuid) or (next(iter(handles.values())) if len(handles) == 1 else None)
-        return cls(library, found) if found is not None else None
-
-    @classmethod
-    def used_of_all(cls) -> dict[str, int]:
-        """Bytes in use on each card, by its uuid."""
-        library = _library()
-        return {uuid: _used(library, handle) for uuid, handle in cls._handles().items()}
-
-    @classmethod
-    def _handles(cls) -> dict[str, Any]:
-        library = _library()
-        if library is None:
-            return {}
-        found = {}
-        for i in range(library.nvmlDeviceGetCount()):
-            handle = library.nvmlDeviceGetHandleByIndex(i)
-            uuid = library.nvmlDeviceGetUUID(handle)
-            found[uuid.decode() if isinstance(uuid, bytes) else uuid] = handle
-        return found
-
-    def used(self) -> int:
-        return _used(self._library, self._handle)
-
-
-def _used(library: Any, handle: Any) -> int:
-    version = getattr(library, "nvmlMemory_v2", None)
-    try:  # version 2 leaves out what the driver keeps for itself, as nvidia-smi does
-        return int(library.nvmlDeviceGetMemoryInfo(handle, version=version).used)
-    except (library.NVMLError, TypeError):
-        return int(library.nvmlDeviceGetMemoryInfo(handle).used)
-
-
-def _library() -> Any:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library: device memory is then unknown, and recorded as such
-        return None
-    return pynvml

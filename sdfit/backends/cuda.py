@@ -15,75 +15,20 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
-
-import torch
-from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 
 from sdfit.backends.counters import ANY_CARD, Counters, CpuCounters, CudaCounters
 from sdfit.backends.follow import rounded
+from sdfit.backends.kernels import kernels_noted
+from sdfit.backends.oom import is_out_of_memory
+from sdfit.backends.run import Run
 from sdfit.backends.trace_backend import software
 from sdfit.errors import SdfitError
 from sdfit.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
 from sdfit.required import STEP_BYTES, smallest_capacity
-from sdfit.stages import COMPONENTS, STAGES, watched
+from sdfit.stages import COMPONENTS, watched
 from sdfit.workload import VariantKey, Workload
-
-_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_REQUEST = re.compile(r"Tried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
-_ALLOCATION_FAILED = re.compile(r"out of memory|_ALLOC_FAILED", re.IGNORECASE)
-_NO_ENGINE = re.compile(r"unable to find an engine", re.IGNORECASE)
-_HOST = re.compile(r"DefaultCPUAllocator", re.IGNORECASE)
-
-
-def requested_bytes(message: str) -> int:
-    """The request that failed, from PyTorch's message: the least that its rounded text allows; 0 if it names none.
-
-    Examples
-    --------
-    >>> requested_bytes("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
-    2142114938
-    >>> requested_bytes("Tried to allocate 512 bytes.")
-    512
-    """
-    match = _REQUEST.search(message)
-    if match is None:
-        return 0
-    unit = _UNITS[match[2]]
-    return int((float(match[1]) - (0.005 if unit > 1 else 0)) * unit)
-
-
-def is_out_of_memory(error: BaseException, failures: int = 0) -> bool:
-    """Whether a failure means that the device had too little memory.
-
-    Besides PyTorch's own error, libraries report in their words that an allocation of theirs failed. cuDNN says that
-    there is no plan both where none exists and where none fitted: it is the latter if requests failed on the way.
-
-    Parameters
-    ----------
-    error : BaseException
-    failures : int
-        Requests that the allocator could not serve during the run.
-
-    Examples
-    --------
-    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
-    True
-    >>> is_out_of_memory(ValueError("out of memory"))
-    False
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    if not isinstance(error, RuntimeError) or _HOST.search(text):
-        return False
-    return bool(_ALLOCATION_FAILED.search(text) or (failures and _NO_ENGINE.search(text)))
 
 
 class CudaBackend:
@@ -200,8 +145,8 @@ class CudaBackend:
 
     # -- one run --
 
-    def _run(self, pipe: Any, workload: Workload) -> _Run:
-        run = _Run(self.counters)
+    def _run(self, pipe: Any, workload: Workload) -> Run:
+        run = Run(self.counters)
         steps, width = self.num_inference_steps, pipe.text_encoder.config.hidden_size
         troubles = self.counters.troubles()
         try:
@@ -223,7 +168,7 @@ class CudaBackend:
         run.retries, run.failures = (now - then for now, then in zip(self.counters.troubles(), troubles, strict=True))
         return run
 
-    def _settle(self, run: _Run, baseline: int) -> None:
+    def _settle(self, run: Run, baseline: int) -> None:
         """Bring the allocator back, and see whether the process can go on."""
         self.counters.settle()
         self._baseline_bytes = self.counters.allocated()
@@ -311,62 +256,6 @@ class _StateLost(Exception):
     """A try under a cap left memory behind."""
 
 
-@dataclass
-class _Run:
-    """What one call of the pipeline does to the counters, stage by stage."""
-
-    counters: Counters
-    stage: str = ""
-    stage_peaks: dict[str, int] = field(default_factory=dict)
-    stage_s: dict[str, float] = field(default_factory=dict)
-    reserved_bytes: int = 0
-    device_bytes: int | None = None
-    retries: int = 0
-    failures: int = 0
-    failed: bool = False
-    oom_bytes: int | None = None
-    message: str | None = None
-    kernels: dict[str, str] = field(default_factory=dict)
-    _since: float = 0.0
-
-    def enter(self, stage: str) -> None:
-        """Close the stage before and begin one."""
-        self.leave()
-        self.stage = stage
-        self.counters.reset_peaks()
-        self._since = time.perf_counter()
-
-    def leave(self) -> None:
-        """Read the counters of the stage that ends; resetting them for the next one resets both, so both are kept."""
-        if not self.stage:
-            return
-        self.counters.synchronise()
-        seconds = time.perf_counter() - self._since
-        allocated, reserved = self.counters.peaks()
-        self.stage_peaks[self.stage] = max(allocated, self.stage_peaks.get(self.stage, 0))
-        self.stage_s[self.stage] = self.stage_s.get(self.stage, 0.0) + seconds
-        self.reserved_bytes = max(reserved, self.reserved_bytes)
-        # reserved only grows within a stage, unless the allocator gave its cache back: its end shows the most
-        used = self.counters.used()
-        if used is not None:
-            self.device_bytes = max(used, self.device_bytes or 0)
-
-    def fail(self, error: BaseException) -> None:
-        """Take down where memory ended. The error still holds the frames, and they what was live."""
-        live = self.counters.allocated()
-        self.failed, self.message = True, str(error).splitlines()[0]
-        if not self.stage:  # it failed while the prompt's embeddings were made
-            self.stage = STAGES[0]
-        self.leave()
-        self.oom_bytes = max(self.stage_peaks[self.stage], live + requested_bytes(str(error)))
-
-    @property
-    def attention_kernel(self) -> str | None:
-        """The UNet's kernel, and the VAE's where it is another one."""
-        unet, vae = self.kernels.get("unet"), self.kernels.get("vae")
-        return unet if vae is None or vae == unet else f"{unet}; vae: {vae}"
-
-
 def component_bytes(pipe: Any) -> dict[str, int]:
     """Bytes of each component's parameters and buffers, every tensor rounded up as the allocator rounds it."""
     parts = {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name) is not None}
@@ -379,61 +268,3 @@ def component_bytes(pipe: Any) -> dict[str, int]:
 def _convolutions(workload: Workload) -> tuple[Any, ...]:
     """What two workloads share if they may share a convolution's plan: more coarse than the plans' own key."""
     return (workload.dtype, workload.vae, workload.effective_height, workload.effective_width)
-
-
-@contextmanager
-def kernels_noted(pipe: Any, found: dict[str, str]) -> Iterator[None]:
-    """Note which kernel runs the first attention of the UNet and the VAE, on the tensors of the run itself.
-
-    PyTorch is asked for its choice (`torch._fused_sdp_choice`, what `scaled_dot_product_attention` itself asks), which
-    takes no memory. A processor that does not call it multiplies matrices itself and is noted as ``materialised``.
-    """
-    handles = []
-    modes: list[_NoteChoice] = []
-
-    def begin(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            if name not in found and not modes:
-                modes.append(_NoteChoice())
-                modes[-1].__enter__()
-
-        return hook
-
-    def end(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            if modes and name not in found:
-                mode = modes.pop()
-                mode.__exit__(None, None, None)
-                found[name] = mode.choice or "materialised"
-
-        return hook
-
-    for name, module in first_attentions(pipe).items():
-        handles.append(module.register_forward_pre_hook(begin(name)))
-        handles.append(module.register_forward_hook(end(name)))
-    try:
-        yield
-    finally:
-        for mode in modes:  # the attention itself ran out of memory
-            mode.__exit__(None, None, None)
-        for handle in handles:
-            handle.remove()
-
-
-def first_attentions(pipe: Any) -> dict[str, Any]:
-    """The UNet's first self-attention, the largest one, and the VAE's, where it has one."""
-    found = {"unet": next(m for n, m in pipe.unet.named_modules() if n.endswith("attn1"))}
-    mid = getattr(pipe.vae.decoder, "mid_block", None)
-    if mid is not None and mid.attentions and mid.attentions[0] is not None:
-        found["vae"] = mid.attentions[0]
-    return found
-
-
-class _NoteChoice(TorchFunctionMode):
-    choice: str | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.choice = SDPBackend(torch._fused_sdp_choice(*args, **kwargs)).name.lower()
-        return func(*args, **kwargs)

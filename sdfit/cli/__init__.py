@@ -16,7 +16,7 @@ import click
 from sdfit import __version__
 from sdfit.cli.asking import advise, fits, largest, models, predict, report
 from sdfit.cli.running import demo, fit, sweep
-from sdfit.cli.study import compare, derive, evaluate, explain
+from sdfit.cli.study import compare, derive, evaluate, explain, identify
 from sdfit.errors import SdfitError
 
 
@@ -27,7 +27,7 @@ def cli() -> None:
 
 
 for _command in (
-    sweep, fit, predict, fits, largest, advise, explain, derive, compare, evaluate, models, report, demo,
+    sweep, fit, predict, fits, largest, advise, explain, derive, compare, evaluate, identify, models, report, demo,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -104,10 +104,25 @@ def evaluate(gpu: str, files: tuple[Path, ...], level: float | None, figures: Pa
     from sdfit.predictor import DEFAULT_LEVEL
 
     data, f = read_pooled(files), load(gpu)
-    result = judged(f, data.records, level=DEFAULT_LEVEL if level is None else level)
+    level = DEFAULT_LEVEL if level is None else level
+    result = judged(f, data, level=level)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
     if figures is not None:
         from sdfit.plots import draw_all
 
-        for path in draw_all(f, data, figures):
+        for path in draw_all(f, data, figures, level=level):
             click.echo(f"wrote {path}", err=True)
+
+
+@click.command()
+@records_argument
+@click.option("--gpu", default=None, help="Also say it of this model's coefficients.")
+@json_option
+def identify(files: tuple[Path, ...], gpu: str | None, as_json: bool) -> None:
+    """Say which terms records can tell apart, L·H·W above all, and what to sweep next."""
+    from sdfit.fitting import read_pooled
+    from sdfit.identify import identifiability
+    from sdfit.library import load
+
+    result = identifiability(read_pooled(files).records, load(gpu).artifact if gpu else None)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
