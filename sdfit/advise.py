@@ -144,14 +144,14 @@ def largest(
         sides = k * step, max(round(k * long / short), 1) * step
         return sides if down <= across else (sides[1], sides[0])
 
-    def good(k: int) -> bool:
-        return bound(predictor, Workload(*size(k), **options), metric, level).upper <= limit
+    def upper(k: int) -> float:
+        return bound(predictor, Workload(*size(k), **options), metric, level).upper
 
     first = -(-MIN_SIDE // step)
     last = max(MAX_SIDE * short // (long * step), first)
     while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
         last -= 1
-    return size(_last_good(good, first, last, f"no size of {across}:{down} fits {format_bytes(limit)}"))
+    return size(_last_below(limit, upper, first, last, f"no size of {across}:{down} fits {format_bytes(limit)}"))
 
 
 def max_batch_size(
@@ -175,11 +175,11 @@ def max_batch_size(
     check_keywords(options)
     limit = parse_bytes(memory)
 
-    def good(batch: int) -> bool:
-        workload = Workload(height, width, prompt_length, batch, **options)
-        return bound(predictor, workload, metric, level).upper <= limit
+    def upper(batch: int) -> float:
+        return bound(predictor, Workload(height, width, prompt_length, batch, **options), metric, level).upper
 
-    return _last_good(good, 1, MAX_BATCH_SIZE, f"not even one image of {height}x{width} fits {format_bytes(limit)}")
+    complaint = f"not even one image of {height}x{width} fits {format_bytes(limit)}"
+    return _last_below(limit, upper, 1, MAX_BATCH_SIZE, complaint)
 
 
 _CHANGES: tuple[dict[str, Any], ...] = (
@@ -231,12 +231,27 @@ def _pair(aspect: Any) -> tuple[Any, Any]:
     return across, down
 
 
-def _last_good(good: Callable[[int], bool], first: int, last: int, complaint: str) -> int:
-    """The largest k from first to last with ``good(k)``, which must not become true again once it is false."""
-    if not good(first):
+LARGEST_DROP = 2.0
+"""How far beyond the limit to look on: inside a swept domain no bound falls by more where a regime begins (of four
+tensors per pixel three remain)."""
+
+
+def _last_below(limit: float, upper: Callable[[int], float], first: int, last: int, complaint: str) -> int:
+    """The largest k from first to last with ``upper(k) <= limit``.
+
+    The bound rises with k, but for drops where a regime begins (past 2^31 elements convolutions are split): beyond the
+    first k that is too large there may be others that are not.
+    """
+    if upper(first) > limit:
         raise NothingFits(complaint)
     low, high = first, last
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if good(middle) else (low, middle - 1)
+        low, high = (middle, high) if upper(middle) <= limit else (low, middle - 1)
+    for k in range(low + 1, last + 1):
+        needed = upper(k)
+        if needed <= limit:
+            low = k
+        elif needed > LARGEST_DROP * limit:
+            break
     return low

@@ -201,7 +201,7 @@ def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) 
 
 
 def published_cases(
-    metric: str = "allocated", models: Mapping[str, Predictor] | None = None, *, level: float = 0.99
+    metric: str = "allocated", models: Mapping[str, Predictor] | None = None, *, level: float = 0.95
 ) -> tuple[Case, ...]:
     """Make a case of every published whole-pipeline row of one metric.
 
@@ -236,7 +236,7 @@ def published_cases(
 
 
 def record_cases(
-    records: Iterable[Record], predictor: Predictor | None = None, *, level: float = 0.99
+    records: Iterable[Record], predictor: Predictor | None = None, *, level: float = 0.95
 ) -> tuple[Case, ...]:
     """Make a case of every record that succeeded, with what a model says of it.
 

@@ -64,7 +64,7 @@ class Record:
     stage_s : dict
         Seconds spent in each stage.
     attention_kernel : str or None
-        The kernel that really ran for the UNet's first self-attention.
+        The kernels that really ran for the UNet's and the VAE's self-attention.
     message : str or None
         Why it failed.
     """

@@ -73,6 +73,28 @@ def test_the_largest_batch_is_the_largest(noisy: Predictor, options: dict[str, A
     assert noisy.max_batch_size(256, 256, memory=1e15, level=0.9) == MAX_BATCH_SIZE
 
 
+def test_beyond_a_drop_the_largest_is_still_found(noisy: Predictor) -> None:
+    """Where a regime begins the bound may fall: what fits again beyond the drop is found, for sizes and for batches."""
+    key = "vae_decoder_blocks|float16|kl"
+    stage = noisy.artifact.stages[key]
+    split = [
+        [c * (0.75 if name == "m·A" else 1) for name, c in zip(stage["terms"], row, strict=True)]
+        for row in stage["coef"]
+    ]
+    half = len(stage["coef"])
+    regimes = [*stage["regimes"][:2], *(index + half for index in stage["regimes"][2:])]
+    changed = stage | {"coef": [*stage["coef"], *split], "regimes": regimes}
+    f = Predictor(replace(noisy.artifact, stages=noisy.artifact.stages | {key: changed}))
+    found = 0
+    for memory in range(12 * GIB, 40 * GIB, 2 * GIB):
+        sides = [s for s in range(64, 6400, 64) if f.fits(s, s, batch_size=2, memory=memory, level=0.9)]
+        batches = [b for b in range(1, 200) if f.fits(800, 800, batch_size=b, memory=memory, level=0.9)]
+        assert f.largest(memory=memory, batch_size=2, level=0.9) == (sides[-1], sides[-1])
+        assert f.max_batch_size(800, 800, memory=memory, level=0.9) == batches[-1]
+        found += (len(sides) < sides[-1] // 64) + (len(batches) < batches[-1])
+    assert found > 0  # there was a drop to look beyond
+
+
 def test_fits_compares_the_upper_bound_with_the_memory(noisy: Predictor) -> None:
     """At exactly the bound it fits, at one byte less it does not; a higher level asks for more."""
     w = Workload(768, 768, batch_size=2)

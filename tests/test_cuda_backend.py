@@ -4,6 +4,7 @@ The same class runs on a card; only its counters are others (`sdfit.backends.cou
 """
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -388,3 +389,72 @@ def test_a_folder_of_weights_is_measured_like_the_settings(tmp_path):
     row = CudaBackend(weights=str(tmp_path), device="cpu", warm_up_side=64).measure(job())
     assert row["outcome"] == "ok"
     assert row["component_bytes"] == CudaBackend(**OPTIONS).measure(job())["component_bytes"]
+
+
+class Nvml:
+    """NVML of one made-up card: 500 MiB in use before the context, 900 after."""
+
+    nvmlMemory_v2 = 2
+    NVMLError = ValueError
+
+    def __init__(self):
+        self.answers = iter([500 * MIB])
+
+    def nvmlSystemGetDriverVersion(self):
+        return b"580.1"
+
+    def nvmlDeviceGetCount(self):
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return "handle"
+
+    def nvmlDeviceGetUUID(self, handle):
+        return "GPU-1234"
+
+    def nvmlDeviceGetMemoryInfo(self, handle, version=None):
+        if version is not None:
+            raise ValueError("an old driver")
+        return SimpleNamespace(used=next(self.answers, 900 * MIB))
+
+
+def test_the_counters_of_a_card_ask_pytorch_and_nvml(monkeypatch, tmp_path):
+    """Each counter reads the function it should, in bytes, of the card chosen: held against stand-ins for both."""
+    library, caps = Nvml(), []
+    monkeypatch.setattr("sdfit.backends.nvml._library", lambda: library)
+    monkeypatch.setattr(counters.tempfile, "gettempdir", lambda: str(tmp_path))
+    card = SimpleNamespace(uuid="1234", major=9, minor=0, total_memory=100 * 1024 * MIB)
+    stand_ins = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_name": lambda i: "NVIDIA H200",
+        "get_device_properties": lambda i: card,
+        "set_device": lambda i: None,
+        "synchronize": lambda i: None,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda i: 2 * MIB,
+        "memory_allocated": lambda i: 5,
+        "max_memory_allocated": lambda i: 6,
+        "max_memory_reserved": lambda i: 7,
+        "reset_peak_memory_stats": lambda i: None,
+        "memory_stats": lambda i: {"num_alloc_retries": 3, "num_ooms": 1},
+        "set_per_process_memory_fraction": lambda share, i: caps.append(share),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    with monkeypatch.context() as inside:
+        inside.setattr(torch, "empty", lambda *_, **__: None)
+        made = counters.CudaCounters("h200")
+    facts = made.facts()
+    assert (facts["name"], facts["gpu"], facts["compute_capability"]) == ("h200", "NVIDIA H200", "9.0")
+    assert (facts["driver"], facts["idle_bytes"], facts["context_bytes"]) == ("580.1", 500 * MIB, 398 * MIB)
+    assert (made.allocated(), made.peaks(), made.used(), made.troubles()) == (5, (6, 7), 900 * MIB, (3, 1))
+    made.cap(25 * 1024 * MIB)
+    made.cap(None)
+    assert caps == [0.25, 1.0]
+    for act in (made.settle, made.forget, made.synchronise, made.reset_peaks):
+        act()
+    with made.watching():
+        pass
+    made._claim.close()

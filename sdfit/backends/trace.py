@@ -147,6 +147,8 @@ class Tracer:
         if task not in TASKS:
             raise InvalidWorkload(f"there is no task '{task}'{nearest(task, TASKS)}", given=task)
         pipe = self.pipeline(workload)
+        # a scheduler keeps tensors of its last run, and moves its table to the device once
+        pipe.scheduler = HostTimesteps.from_config(pipe.scheduler.config)
         meter = Meter(keep_events=keep_events)
         parts = COMPONENTS if task in ("img2img", "txt2img") else ("vae",)
         weights = {name: _tensors(getattr(pipe, name)) for name in parts if getattr(pipe, name) is not None}
@@ -191,7 +193,9 @@ class Tracer:
             enter("")
             meter.leave()
         components = {name: sum(parts) for name, parts in sizes.items()}
-        return Traced(components, meter.stage_peaks, seconds, meter.events, standing + unsplit, unsplit)
+        # what outlives the run dies later and is no part of it
+        events = None if meter.events is None else list(meter.events)
+        return Traced(components, meter.stage_peaks, seconds, events, standing + unsplit, unsplit)
 
 
 def _img2img(pipe: Any, workload: Workload, steps: int) -> None:
