@@ -36,7 +36,8 @@ WIDEST_CHANNELS = {"vae_encoder_blocks": 128, "vae_decoder_blocks": 256}
 REGIMES = (
     "one image per pass",
     "several images per pass",
-    "past 2^31 elements",
+    "two images, past 2^31 elements",
+    "three images or more, past 2^31 elements",
     "two images, past 2^32 elements",
     "three images or more, past 2^32 elements",
 )
@@ -249,12 +250,12 @@ def design_matrix(key: StageKey, workloads: Sequence[Workload]) -> np.ndarray[An
 def regime(key: StageKey, sizes: Sizes) -> Numbers:
     """The regime of a stage, an index into `REGIMES`; for the UNet by its samples, for the rest by images per pass."""
     images = np.asarray(sizes.n if key[0] == "unet" else sizes.m)
-    several = (images > 1) * 1
+    several = (images > 1).astype(int)
     if key[0] not in WIDEST_CHANNELS:
         return several
     elements = images * sizes.P * WIDEST_CHANNELS[key[0]]
-    far = several * np.where(elements >= 2 * MANY_ELEMENTS, np.where(images > 2, 4, 3), 0)
-    return np.maximum(far, several * np.where(elements >= MANY_ELEMENTS, 2, 1))
+    group = np.where(images > 2, 3, 2) + 2 * (elements >= 2 * MANY_ELEMENTS)
+    return np.where((images > 1) & (elements >= MANY_ELEMENTS), group, several)
 
 
 def domain_columns(workloads: Sequence[Workload]) -> Mapping[str, list[int]]:

@@ -24,6 +24,7 @@ TOP_KEYS = ("description", "seed", "num_inference_steps", "block")
 AXES = WORKLOAD_FIELDS[2:]
 BLOCK_KEYS = ("name", "why", "shapes", "workloads", "random", "keep", "max_batch_pixels", *AXES)
 RANDOM_KEYS = ("count", "min_side", "max_side")
+MOST_DRAWN = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,8 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
     if kinds == ["workloads"]:
         found = [Workload.from_dict(item) for item in _axis("workloads", block["workloads"])]
     elif kinds == ["random"]:
+        if "keep" in block:
+            raise GridError("keep does not go with random; its count says how many")
         return _drawn(block["random"], axes, cap, rng)
     else:
         shapes = [_shape(item) for item in _axis("shapes", block["shapes"])]
@@ -162,8 +165,8 @@ def _thinned(found: list[Workload], keep: int, rng: random.Random) -> list[Workl
 def _drawn(wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: random.Random) -> list[Workload]:
     _known(wanted, RANDOM_KEYS, "random")
     count, low, high = (wanted.get(k) for k in RANDOM_KEYS)
-    if not all(isinstance(v, int) and v > 0 for v in (count, low, high)) or low > high:  # type: ignore[operator]
-        raise GridError(f"random needs count, min_side <= max_side as whole numbers, not {wanted}")
+    if not all(isinstance(v, int) and v > 0 for v in (count, low, high)) or low > high or count > MOST_DRAWN:  # type: ignore[operator]
+        raise GridError(f"random needs count (up to {MOST_DRAWN}), min_side <= max_side as whole numbers, not {wanted}")
     found: list[Workload] = []
     tries = 0
     while len(found) < count:  # type: ignore[operator]

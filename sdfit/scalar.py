@@ -58,7 +58,7 @@ def _regime(stage: str) -> str:
     if stage not in WIDEST_CHANNELS:
         return f"{images} > 1"
     many = MANY_ELEMENTS // WIDEST_CHANNELS[stage]
-    return f"0 if m == 1 else 1 if m * P < {many} else 2 if m * P < {2 * many} else 3 if m == 2 else 4"
+    return f"0 if m == 1 else 1 if m * P < {many} else (2 if m == 2 else 3) + 2 * (m * P >= {2 * many})"
 
 
 def _covered(stage: str, other: str, models: Mapping[str, Mapping[str, Any]], weights: Mapping[str, int]) -> bool:

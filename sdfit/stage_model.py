@@ -23,11 +23,17 @@ COLLINEAR = 1e-5
 """A column is told apart from earlier ones if at least this share of its length is not in their span."""
 POOLED_MISFIT = 2e-4
 """Largest error, as a share of the run's peak, for which the regimes share one set of coefficients."""
-ENOUGH_ROWS = 6
-"""Different rows from which on a regime determines all of its coefficients."""
-SLOPES = ("m·A", "n·A", "B·A")
+ANCHOR = 1e-3
+"""How strongly a regime's coefficients hold to its neighbour's where its own rows leave them open, beside the rows."""
 RESAMPLES = 200
-_NEIGHBOURS = {0: (1, 2, 3, 4), 1: (0, 2, 3, 4), 2: (1, 0, 3, 4), 3: (2, 1, 4, 0), 4: (3, 2, 1, 0)}
+_NEIGHBOURS = {
+    0: (1, 2, 3, 4, 5),
+    1: (0, 2, 3, 4, 5),
+    2: (1, 3, 0, 4, 5),
+    3: (2, 1, 5, 4, 0),
+    4: (2, 5, 3, 1, 0),
+    5: (3, 4, 2, 1, 0),
+}
 """Where a regime without rows takes its coefficients from: the nearest that needs more rather than less."""
 
 
@@ -167,44 +173,26 @@ class StageModel(RegressorMixin, BaseEstimator):
         scaled = design[:, kept] / length[kept]
         return missing, float(np.linalg.cond(scaled)) if kept else 0.0
 
-    def _solve(self, design: Array, y: Array, weight: Array) -> Array:
-        weighted = design * weight[:, None]
-        missing, _ = self._unidentified(weighted)
-        keep = [i for i, name in enumerate(self.terms_) if name not in missing]
+    def _solve(self, design: Array, y: Array, weight: Array, anchor: Array | None = None) -> Array:
+        """Non-negative least squares; what the rows leave open stays near the anchor."""
+        keep = [i for i, name in enumerate(self.terms_) if name not in self.unidentified_]
+        columns, target = design[:, keep] * weight[:, None], y * weight
+        if anchor is not None:
+            pull = np.diag(ANCHOR * np.linalg.norm(columns, axis=0))
+            columns, target = np.vstack([columns, pull]), np.concatenate([target, pull @ anchor[keep]])
         coef = np.zeros(len(self.terms_))
-        coef[keep] = nonnegative(weighted[:, keep], y * weight)
+        coef[keep] = nonnegative(columns, target)
         return coef
 
-    def _with_few_rows(self, design: Array, y: Array, weight: Array, neighbour: Array) -> list[Array]:
-        """What a regime's few rows may say: nothing new, another slope, or a constant and a slope alone."""
-        slope = next((i for i, name in enumerate(self.terms_) if name in SLOPES), 0)
-        another = neighbour.copy()
-        another[slope] = 0.0
-        rest, column = (y - design @ another) * weight, design[:, slope] * weight
-        another[slope] = max(float(column @ rest) / float(column @ column), 0.0)
-        alone = np.zeros(len(self.terms_))
-        use = sorted({0, slope}) if len(np.unique(design[:, slope])) > 2 else [slope]
-        alone[use] = nonnegative(design[:, use] * weight[:, None], y * weight)
-        return [neighbour, another, alone]
-
     def _split(self, design: Array, y: Array, weight: Array, found: Array) -> None:
-        """Give each regime coefficients of its own; one with few rows what fits them best of three simple choices."""
-        own: dict[int, Array] = {}
-        few: list[int] = []
-        for r in np.unique(found):
+        """Give each regime coefficients of its own, starting from the one with most rows."""
+        present, counts = np.unique(found, return_counts=True)
+        first = int(present[np.argmax(counts)])
+        own = {first: self._solve(design[found == first], y[found == first], weight[found == first])}
+        for r in (int(r) for r in present if r != first):
             mine = found == r
-            if len(np.unique(design[mine], axis=0)) >= ENOUGH_ROWS:
-                own[int(r)] = self._solve(design[mine], y[mine], weight[mine])
-            else:
-                few.append(int(r))
-        if not own:
-            return
-        for r in few:
-            mine = found == r
-            neighbour = own[next(o for o in _NEIGHBOURS[r] if o in own)]
-            choices = self._with_few_rows(design[mine], y[mine], weight[mine], neighbour)
-            misfits = [float(np.max(np.abs(design[mine] @ coef - y[mine]) * weight[mine])) for coef in choices]
-            own[r] = choices[int(np.argmin(misfits))]
+            anchor = own[next(o for o in _NEIGHBOURS[r] if o in own)]
+            own[r] = self._solve(design[mine], y[mine], weight[mine], anchor)
         index = {r: i for i, r in enumerate(sorted(own))}
         self.coef_ = np.array([own[r] for r in sorted(own)])
         self.regimes_ = [

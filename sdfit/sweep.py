@@ -50,13 +50,17 @@ class Outcome:
     notes: list[str]
 
 
-def default_path(name: str, plan: Plan, folder: Path | str = "data") -> Path:
-    """``data/<name>/<date>-<grid>.jsonl``: an unfinished file of the same grid is taken up again, whatever its date."""
+def default_path(name: str, plan: Plan, folder: Path | str = "data", backend: str = "cuda") -> Path:
+    """``data/<name>/<date>-<grid>.jsonl``; a trace's name ends in ``-trace``.
+
+    An unfinished file of the same grid is taken up again, whatever its date.
+    """
     home = Path(folder, name)
-    for path in sorted(home.glob(f"*-{plan.name}.jsonl"), reverse=True):
+    grid = f"{plan.name}-trace" if backend == "trace" else plan.name
+    for path in sorted(home.glob(f"*-{grid}.jsonl"), reverse=True):
         if _finished(path) < len(plan.workloads):
             return path
-    return home / f"{date.today().isoformat()}-{plan.name}.jsonl"
+    return home / f"{date.today().isoformat()}-{grid}.jsonl"
 
 
 def _finished(path: Path) -> int:
@@ -88,7 +92,7 @@ def sweep(
     options : mapping
         For the backend.
     out : Path, optional
-        The records file; None: ``data/<name>/<date>-<grid>.jsonl``.
+        The records file; None: `default_path`.
     engine : {'local', 'ray'}
     workers : int, optional
         None: one per card, or per processor for a trace.
@@ -116,7 +120,7 @@ def sweep(
             "seed": plan.seed,
             "num_inference_steps": plan.num_inference_steps,
         }
-        path = out or default_path(str(environment["name"]), plan)
+        path = out or default_path(str(environment["name"]), plan, backend=backend)
         with Writer(path, environment) as writer:
             return _run(plan, pool, writer, budget_s, only, report)
     finally:

@@ -57,7 +57,9 @@ def test_console_blocks_give_the_output_they_show(
         capsys.readouterr()
         main(words[1:])
         got = capsys.readouterr().out
-        assert doctest.OutputChecker().check_output(wanted, got, FLAGS), f"{command}\n--- shown\n{wanted}\n--- got\n{got}"
+        assert doctest.OutputChecker().check_output(wanted, got, FLAGS), (
+            f"{command}\n--- shown\n{wanted}\n--- got\n{got}"
+        )
 
 
 @pytest.mark.parametrize("text", blocks("toml"))

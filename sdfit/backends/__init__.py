@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sdfit.errors import InvalidWorkload, listed
+from sdfit.errors import DeviceError, InvalidWorkload, listed, needs
 from sdfit.workload import Workload
 
 BACKENDS = ("cuda", "trace", "fake")
@@ -33,6 +33,24 @@ class Backend(Protocol):
         ...
 
 
+def a_card_is_there(gpu: str) -> None:
+    """Refuse to go on without a CUDA card.
+
+    Raises
+    ------
+    DeviceError
+        Naming both ways on: another machine, or a trace.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise needs("sweep", "torch") from error
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace", gpu=gpu
+        )
+
+
 def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
     """Make a backend in this process.
 
@@ -48,6 +66,8 @@ def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
 
         return TraceBackend(**options)
     if name == "cuda":
+        if options.get("device", "cuda") == "cuda":
+            a_card_is_there(options.get("gpu", "auto"))  # before the imports that take seconds
         from sdfit.backends.cuda import CudaBackend
 
         return CudaBackend(**options)

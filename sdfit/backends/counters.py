@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sdfit.backends import a_card_is_there
 from sdfit.backends.follow import FollowStorages, Meter, rounded
 from sdfit.backends.nvml import Nvml
 from sdfit.cards import card_slug
@@ -78,10 +79,7 @@ class CudaCounters:
 
     def __init__(self, gpu: str = ANY_CARD) -> None:
         before = Nvml.used_of_all()  # before PyTorch makes a context
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace", gpu=gpu
-            )
+        a_card_is_there(gpu)
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         index, self._claim = claimed(chosen(gpu, names), [_uuid(i) for i in range(len(names))])
         self.device, self.name = f"cuda:{index}", names[index]
