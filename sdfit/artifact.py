@@ -225,7 +225,7 @@ def _check_stage(key: str, stage: Any) -> None:
 
 def _check_tables(value: dict[str, Any]) -> None:
     """Check what a prediction computes with, beside the stages: weights, metrics, scores."""
-    from sdfit.variant import METRIC_FEATURES
+    from sdfit.metrics import METRIC_FEATURES
 
     try:
         sizes = [size for table in value["components"].values() for size in table.values()]

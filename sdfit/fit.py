@@ -15,10 +15,10 @@ import numpy as np
 from sklearn.model_selection import GroupKFold
 
 import sdfit
-from sdfit import residuals
 from sdfit.artifact import Artifact, canonical
 from sdfit.baseline import baseline
 from sdfit.basis import StageKey, domain_columns, size_columns, stage_key, stages_of
+from sdfit.comparison import residuals
 from sdfit.errors import FitError
 from sdfit.metric_models import fit_metrics
 from sdfit.records import Record, RecordsFile

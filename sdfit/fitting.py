@@ -81,7 +81,7 @@ def fit_files(paths: Sequence[Path], name: str | None = None, out: Path | None =
     RecordsError, FitError
     """
     from sdfit.fit import fit
-    from sdfit.judge import judge
+    from sdfit.judging.judge import judge
 
     files = [read(path) for path in paths]
     grids = [str(f.environment.get("grid")) for f in files]

@@ -13,7 +13,8 @@ import numpy as np
 from sklearn.model_selection import GroupKFold
 
 from sdfit.basis import stages_of
-from sdfit.records import METRICS, Record
+from sdfit.metrics import METRICS
+from sdfit.records import Record
 from sdfit.scores import by_family, score
 from sdfit.stage_model import nonnegative
 from sdfit.variant import family, metric_features, metric_groups, metric_regime

@@ -14,7 +14,8 @@ import numpy as np
 from sdfit import conformal
 from sdfit.artifact import Artifact
 from sdfit.errors import InvalidWorkload, listed
-from sdfit.variant import METRICS, Variant
+from sdfit.metrics import METRICS
+from sdfit.variant import Variant
 from sdfit.workload import (
     CHUNK_TOKENS,
     MAX_BATCH_SIZE,

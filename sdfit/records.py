@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdfit.errors import RecordsError, listed
+from sdfit.metrics import METRICS
 from sdfit.stages import COMPONENTS, STAGES, resident
 from sdfit.workload import Workload
 
@@ -26,7 +27,6 @@ FORMAT = 1
 _HEAD = b'{"sdfit_records":'
 """How a records file begins."""
 OUTCOMES = ("ok", "oom", "crash")
-METRICS = ("allocated", "reserved", "device", "required")
 
 MATTERS = (
     "backend", "gpu", "compute_capability", "total_memory_bytes", "cuda", "cudnn", "torch", "diffusers", "transformers",

@@ -101,7 +101,7 @@ def _published(found: dict[str, Any]) -> list[str]:
         "from how well the equation follows the trace."
     ]
     lines += [
-        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: see `T4_EXCESS` in sdfit/workspaces.py."
+        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: see `T4_EXCESS` in sdfit/memory/workspaces.py."
         if miss["id"].startswith("COL")
         else f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: not explained."
         for miss in found["misses"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sdfit import residuals
 from sdfit.basis import stages_of
+from sdfit.comparison import residuals
 from sdfit.records import Record
 from sdfit.variant import family
 

@@ -15,13 +15,10 @@ import numpy as np
 from sdfit.artifact import Artifact
 from sdfit.basis import Sizes, StageKey, evaluate, regime, stage_key, stages_of, terms_of
 from sdfit.errors import UnknownVariant, listed
+from sdfit.metrics import METRIC_FEATURES
 from sdfit.scalar import compile_peak
 from sdfit.stages import resident
 from sdfit.workload import VARIANT_FIELDS, VariantKey, Workload, variant_name
-
-METRICS = ("allocated", "reserved", "device", "required")
-METRIC_FEATURES = ("1", "peak", "vae_encoder_blocks", "unet", "vae_decoder_blocks")
-"""What reserved, device and required are linear in, above the weights [bytes]: a constant, the peak, three stages."""
 
 
 class Variant:

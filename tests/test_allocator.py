@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdfit.allocator import Replay, replay, required
 from sdfit.errors import SdfitError
-from sdfit.segments import Block, CachingAllocator, rounded, segment_bytes
+from sdfit.memory.allocator import Replay, replay, required
+from sdfit.memory.segments import Block, CachingAllocator, rounded, segment_bytes
 from sdfit.units import KIB, MIB
 
 

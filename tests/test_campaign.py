@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from sdfit import capped, grid, proofs
-from sdfit.campaign import BUDGETS_S, PARTS, Campaign, main, run
-from sdfit.campaign_tables import tables
+from sdfit import grid
+from sdfit.campaign import capped, proofs
+from sdfit.campaign.plan import BUDGETS_S, PARTS, Campaign, main, run
+from sdfit.campaign.tables import tables
 from sdfit.errors import SdfitError
 from sdfit.records import Record, read
 from sdfit.units import GIB
@@ -84,7 +85,7 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatc
     def broken(_):
         raise RuntimeError("singular matrix")
 
-    monkeypatch.setitem(sys.modules["sdfit.campaign"]._OTHER, "fit", broken)
+    monkeypatch.setitem(sys.modules["sdfit.campaign.plan"]._OTHER, "fit", broken)
     one = campaign(tmp_path / "h200", take=4)
     run(one, ("default", "fit", "default-largest", "capped"))
     assert one.failed == ["fit", "capped"]

@@ -9,10 +9,10 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from sdfit import published
-from sdfit.compare import Case, compare, figure, published_cases
+from sdfit.comparison import published
+from sdfit.comparison.compare import Case, compare, figure, published_cases
+from sdfit.comparison.peers import PEERS, Peer
 from sdfit.errors import InvalidWorkload, RecordsError, SdfitError, UnknownModel
-from sdfit.peers import PEERS, Peer
 from sdfit.workload import Workload
 
 W = Workload(512, 512)

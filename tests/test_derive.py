@@ -6,8 +6,8 @@ import random
 import pytest
 
 from sdfit.backends.trace import Tracer
-from sdfit.closed_form import last_passes, vae_passes
-from sdfit.derive import derive
+from sdfit.derivation.closed_form import last_passes, vae_passes
+from sdfit.derivation.derive import derive
 from sdfit.errors import FitError
 from sdfit.workload import Workload
 

@@ -8,13 +8,13 @@ import pytest
 from worlds import World, drawn, file_of, generator, grid, run
 
 from sdfit.errors import InvalidWorkload, RecordsError, SdfitError
-from sdfit.evaluate import BASELINE, UPPER_LEVEL, evaluate, size_class
 from sdfit.fit import fit
+from sdfit.judging.evaluate import BASELINE, UPPER_LEVEL, evaluate, size_class
 from sdfit.predictor import Predictor
 from sdfit.records import Record
 from sdfit.workload import Workload
 
-plots = pytest.importorskip("sdfit.plots")
+plots = pytest.importorskip("sdfit.judging.plots")
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 
 from sdfit.backends.observe import observed
 from sdfit.backends.trace import Tracer
-from sdfit.closed_form import Polynomial
-from sdfit.explain import explain
-from sdfit.timeline import timeline
+from sdfit.derivation.closed_form import Polynomial
+from sdfit.derivation.explain import explain
+from sdfit.derivation.timeline import timeline
 from sdfit.workload import Workload
 
 WORKLOADS = [

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sdfit.judge import judge_table
+from sdfit.judging.judge import judge_table
 from sdfit.paths import shipped
 from sdfit.stage_model import nonnegative
 

@@ -6,7 +6,7 @@ import pytest
 from worlds import World, grid, run
 
 from sdfit.errors import FitError
-from sdfit.identify import identifiability
+from sdfit.judging.identify import identifiability
 from sdfit.records import Record
 from sdfit.workload import Workload
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from worlds import World, drawn, file_of, generator, grid, run
 
-from sdfit.checks import check_censored, check_duplicates, check_equation, variant_key
 from sdfit.errors import ArtifactError, FitError
 from sdfit.fit import fit
-from sdfit.judge import judge, judge_table
+from sdfit.judging.checks import check_censored, check_duplicates, check_equation, variant_key
+from sdfit.judging.judge import judge, judge_table
+from sdfit.judging.robust import lacking_term, trimmed_fit
 from sdfit.records import Record
-from sdfit.robust import lacking_term, trimmed_fit
 from sdfit.stage_model import nonnegative
 from sdfit.workload import Workload, variant_name
 

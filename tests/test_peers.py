@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdfit import published
-from sdfit.components import COMPONENT_BYTES, PARAMETERS, component_bytes, weights_bytes
-from sdfit.errors import UnknownModel
-from sdfit.peers import (
+from sdfit.comparison import published
+from sdfit.comparison.peers import (
     PEERS,
     comfyui_bytes,
     forge_bytes,
@@ -22,6 +20,8 @@ from sdfit.peers import (
     peer,
     split_attention_bytes,
 )
+from sdfit.components import COMPONENT_BYTES, PARAMETERS, component_bytes, weights_bytes
+from sdfit.errors import UnknownModel
 from sdfit.units import GIB
 from sdfit.workload import Workload
 

@@ -15,21 +15,21 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from sdfit import published  # noqa: E402
-from sdfit.allocator import replay  # noqa: E402
 from sdfit.backends.trace import Traced, Tracer  # noqa: E402
+from sdfit.comparison import published  # noqa: E402
+from sdfit.comparison.residuals import trace_published  # noqa: E402
 from sdfit.errors import InvalidWorkload, SdfitError  # noqa: E402
-from sdfit.units import GIB, MIB  # noqa: E402
-from sdfit.workload import Workload  # noqa: E402
-from sdfit.workspaces import (  # noqa: E402
+from sdfit.memory.allocator import replay  # noqa: E402
+from sdfit.memory.workspaces import (  # noqa: E402
     ARCHITECTURES,
     LOAD_ORDER,
     T4_EXCESS,
     convolution_bytes,
-    trace_published,
     unsplit_bytes,
     workspaces_for,
 )
+from sdfit.units import GIB, MIB  # noqa: E402
+from sdfit.workload import Workload  # noqa: E402
 
 GIVEN = {r.id: r for r in published.rows() if r.metric == "allocated"}
 OTHER = {r.id: r for r in published.read(published.path().with_name("other.csv"))}

@@ -24,10 +24,10 @@ from PIL import Image
 
 from sdfit.backends.follow import FollowStorages, FusedAttention, Meter, Operation, Span, rounded
 from sdfit.errors import InvalidWorkload, nearest
+from sdfit.memory.workspaces import unsplit_bytes
 from sdfit.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.stages import COMPONENTS, resident, watched
 from sdfit.workload import VAE_SCALE, Workload
-from sdfit.workspaces import unsplit_bytes
 
 TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")
 """What can be traced; the last three are there to compare with published measurements of them."""

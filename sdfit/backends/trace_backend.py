@@ -1,7 +1,7 @@
 """The backend ``trace``: records from meta tensors, on any machine.
 
 Allocated memory is traced; reserved and required memory come from replaying the traced allocations through a model of
-the caching allocator (`sdfit.allocator`); device memory adds the CUDA context, where one was published for the card.
+the caching allocator (`sdfit.memory.allocator`); device memory adds the CUDA context, where one was published for the card.
 Nothing here is measured, and the records say so.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from sdfit.allocator import replay, required
 from sdfit.backends.trace import Tracer
 from sdfit.errors import SdfitError
+from sdfit.memory.allocator import replay, required
+from sdfit.memory.workspaces import Workspaces, workspaces_for
 from sdfit.records import fingerprint
 from sdfit.units import MIB
 from sdfit.workload import Workload
-from sdfit.workspaces import Workspaces, workspaces_for
 
 CONTEXT_BYTES = {"t4": 180 * MIB}
 """CUDA context and libraries by card [bytes], as published; grows as kernels load, so it is a lower bound."""

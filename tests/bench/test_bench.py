@@ -100,7 +100,7 @@ def test_artifact_sizes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_accuracy_on_unseen_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Errors of the shipped T4 model on the traced holdout, none of whose shapes it was fitted on."""
-    from sdfit.evaluate import evaluate
+    from sdfit.judging.evaluate import evaluate
     from sdfit.library import load
     from sdfit.records import read
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sdfit.backends.observe import PIPELINE, OperationName, Pass, observed
 from sdfit.backends.trace import Tracer
-from sdfit.closed_form import (
+from sdfit.derivation.closed_form import (
     VAE_STAGES,
     WHEN,
     Derivation,

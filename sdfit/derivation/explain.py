@@ -15,7 +15,7 @@ from typing import Any
 
 from sdfit.backends.observe import LiveTensor, observed
 from sdfit.backends.trace import Tracer
-from sdfit.closed_form import Derivation, Polynomial, tensor_lines
+from sdfit.derivation.closed_form import Derivation, Polynomial, tensor_lines
 from sdfit.stages import STAGES, resident
 from sdfit.units import format_bytes
 from sdfit.workload import Workload, variant_name
@@ -158,7 +158,7 @@ def explain(
     tracer : Tracer, optional
         One with ``workspace`` lists kernel workspaces as a part of their own. By default a bare one.
     equation : Derivation, Polynomial or mapping of str to float, optional
-        What to take the terms from: the closed form of `sdfit.derive`, one polynomial of it, or terms in bytes that
+        What to take the terms from: the closed form of `sdfit.derivation.derive`, one polynomial of it, or terms in bytes that
         are worked out already (a fitted model's breakdown). None leaves them out.
 
     Returns

@@ -4,7 +4,7 @@ Two columns of the design matrix that grow together share their coefficients' cr
 L·H·W above all: the tokenizer pads every prompt to 77 tokens, so without longer ``prompt_embeds`` that term is the
 H·W term times a constant, whatever the number of runs.
 
-What it does not know: misfit. A coefficient can be well told apart and wrong, if its equation lacks a term (`sdfit.judge`).
+What it does not know: misfit. A coefficient can be well told apart and wrong, if its equation lacks a term (`sdfit.judging.judge`).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Identifiability:
 
     def table(self) -> str:
         """L·H·W first; then each stage's condition number and terms, and what to sweep next."""
-        from sdfit.evaluate_text import aligned
+        from sdfit.judging.evaluate_text import aligned
 
         parts = ["\n".join(self.prompts())]
         head = ("", "term", "status", "coefficient", "95 % bounds", "VIF", "closest", "at most")

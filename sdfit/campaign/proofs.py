@@ -201,7 +201,9 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def kernels_in_a_process(backend: str) -> list[dict[str, Any]]:
     """`attention_kernels` in a process of its own, so that its context does not count in anybody's device memory."""
     device = "cuda" if backend == "cuda" else "cpu"
-    done = subprocess.run([sys.executable, "-m", "sdfit.proofs", device], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdfit.campaign.proofs", device], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return [{"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}]
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """What a check says: a finding, and the verdict that they make together.
 
-Nothing is decided here. `sdfit.judge` looks at rows, `sdfit.checks` at equations and at runs that failed; both report in
+Nothing is decided here. `sdfit.judging.judge` looks at rows, `sdfit.judging.checks` at equations and at runs that failed; both report in
 these words.
 """
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sdfit.units import format_bytes
 
 if TYPE_CHECKING:
-    from sdfit.evaluate import Evaluation, Line
+    from sdfit.judging.evaluate import Evaluation, Line
 
 HEAD = (
     "metric",

@@ -2,9 +2,9 @@
 
 `judge` looks at records and the artifact that was fitted to them, `judge_table` at a plain table of sizes and peaks such
 as others publish. Both name the row, say how far it is off, and say what else could explain it. The checks of a fitted
-equation and of the runs that failed are in `sdfit.checks`.
+equation and of the runs that failed are in `sdfit.judging.checks`.
 
-Rows are named by least trimmed squares (`sdfit.robust`), because a plain fit bends towards its worst row and then blames
+Rows are named by least trimmed squares (`sdfit.judging.robust`), because a plain fit bends towards its worst row and then blames
 the others. Held-out errors are those of fits without the named rows.
 """
 
@@ -18,13 +18,12 @@ import numpy as np
 
 from sdfit.artifact import Artifact
 from sdfit.basis import REGIMES, Sizes, StageKey, regime, size_columns, stages_of, terms_of
-from sdfit.checks import check_censored, check_duplicates, check_equation
 from sdfit.errors import FitError, listed
-from sdfit.findings import Finding, HeldOut, Verdict, label, verdict
 from sdfit.fit import observe
-from sdfit.records import Record
-from sdfit.robust import MATERIAL, SCALES, trimmed_fit
-from sdfit.rowcheck import (
+from sdfit.judging.checks import check_censored, check_duplicates, check_equation
+from sdfit.judging.findings import Finding, HeldOut, Verdict, label, verdict
+from sdfit.judging.robust import MATERIAL, SCALES, trimmed_fit
+from sdfit.judging.rowcheck import (
     REGIME_WORDS,
     Rows,
     by_resolution,
@@ -34,6 +33,7 @@ from sdfit.rowcheck import (
     leave_out,
     term_column,
 )
+from sdfit.records import Record
 from sdfit.stage_model import StageModel
 from sdfit.workload import Workload
 

@@ -1,6 +1,6 @@
 """Checks of a fitted equation over its domain, of runs that failed, and of runs that were repeated.
 
-`sdfit.judge.judge` calls them all; each also stands alone.
+`sdfit.judging.judge.judge` calls them all; each also stands alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from sdfit.artifact import Artifact
 from sdfit.basis import StageKey, regime
 from sdfit.errors import ArtifactError, UnknownVariant
-from sdfit.findings import DUPLICATES, GRAVE, Finding, label
+from sdfit.judging.findings import DUPLICATES, GRAVE, Finding, label
+from sdfit.judging.robust import MATERIAL
 from sdfit.predictor import Predictor
 from sdfit.records import Record
-from sdfit.robust import MATERIAL
 from sdfit.units import format_bytes
 from sdfit.workload import CHOICES, MAX_SIDE, MIN_SIDE, VAE_SCALE, VARIANT_FIELDS, VariantKey, Workload, variant_name
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sdfit.derivation.explain import Explanation, explain
 from sdfit.errors import SdfitError, needs
-from sdfit.explain import Explanation, explain
 from sdfit.stages import resident
 from sdfit.units import GIB, format_bytes
 from sdfit.workload import Workload, variant_name

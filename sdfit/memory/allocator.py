@@ -2,7 +2,7 @@
 
 A trace gives the bytes that are live. What `torch.cuda.max_memory_reserved` reads, and the smallest cap under which
 the run succeeds, also depend on how the caching allocator packs blocks into segments. `replay` sends the events of a
-trace through a model of it (`sdfit.segments`), and `required` bisects the cap. Both need the standard library only;
+trace through a model of it (`sdfit.memory.segments`), and `required` bisects the cap. Both need the standard library only;
 the 10,000 events of a run take about 10 ms.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdfit.errors import SdfitError
-from sdfit.segments import LARGE_SEGMENT_BYTES, Block, CachingAllocator, rounded
+from sdfit.memory.segments import LARGE_SEGMENT_BYTES, Block, CachingAllocator, rounded
 from sdfit.units import MIB
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from sdfit import conformal
 from sdfit.errors import RecordsError, UnknownVariant, listed
+from sdfit.metrics import METRICS
 from sdfit.predictor import Prediction, Predictor
-from sdfit.records import METRICS, Record, RecordsFile
+from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload, variant_name
 
 UPPER_LEVEL = 0.99
@@ -230,7 +231,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The lines as aligned text, then stages, runs out of memory and rows passed over."""
-        from sdfit.evaluate_text import text
+        from sdfit.judging.evaluate_text import text
 
         return text(self)
 

@@ -3,8 +3,8 @@
     python -m sdfit.campaign --gpu h200 --folder data/h200 --budget 9m
 
 Parts, in the order of what would be missed most: the default grid and the holdout without their largest runs, the
-required capacities, the proofs (`sdfit.proofs`), the largest runs, then the fit and the card as a smaller one
-(`sdfit.capped`). Each record is on the disk before the next run starts; a part skips what the folder holds. Tables come
+required capacities, the proofs (`sdfit.campaign.proofs`), the largest runs, then the fit and the card as a smaller one
+(`sdfit.campaign.capped`). Each record is on the disk before the next run starts; a part skips what the folder holds. Tables come
 last. ``--dry-run`` prints the plan; ``--backend fake`` or ``trace`` rehearse it without a card.
 """
 
@@ -19,9 +19,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sdfit import campaign_tables, capped, proofs
 from sdfit.basis import StageKey, stage_key
-from sdfit.campaign_tables import GRIDS
+from sdfit.campaign import capped, proofs, tables
+from sdfit.campaign.tables import GRIDS
 from sdfit.errors import GridError, SdfitError, listed
 from sdfit.grid import Plan, load
 from sdfit.predictor import Predictor
@@ -237,7 +237,7 @@ def dry_run(campaign: Campaign, parts: Sequence[str]) -> str:
     if "capped" in parts:
         count = len(capped.CAPS_BYTES) * len(capped.SHAPES)
         lines.append(f"capped: {count} tries of two runs, at {listed(format_bytes(c) for c in capped.CAPS_BYTES)}")
-    return "\n\n".join([*lines, campaign_tables.state(campaign)])
+    return "\n\n".join([*lines, tables.state(campaign)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(dry_run(campaign, parts))
             return 0
         run(campaign, parts)
-        print(campaign_tables.tables(campaign), flush=True)
+        print(tables.tables(campaign), flush=True)
     except SdfitError as error:
         print(f"sdfit: {error}", file=sys.stderr)
         return error.exit_code

@@ -17,15 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdfit.errors import SdfitError, nearest
-from sdfit.segments import CachingAllocator, rounded
-from sdfit.workload import DTYPE_BYTES, Workload
-
-if TYPE_CHECKING:
-    from sdfit.backends.trace import Traced, Tracer
-    from sdfit.published import PublishedRow
+from sdfit.memory.segments import CachingAllocator, rounded
+from sdfit.workload import Workload
 
 HALF = ("float16", "bfloat16")
 PAD_BYTES = 512
@@ -101,7 +97,7 @@ class Architecture:
     name : str
         Compute capability, as ``sm75``.
     gpus : tuple of str
-        Cards of it that have published rows, by the names of `sdfit.published`.
+        Cards of it that have published rows, by the names of `sdfit.comparison.published`.
     rules : tuple of Rule
         The first that fits a convolution holds; none fits: no workspace.
     cublas_bytes : int
@@ -283,38 +279,3 @@ def unsplit_bytes(sizes: Mapping[str, Sequence[int]], order: Sequence[str] = LOA
             allocator.malloc(size)
             requested += rounded(size)
     return allocator.allocated_bytes - requested
-
-
-def trace_published(row: PublishedRow, tracer: Tracer) -> tuple[int, Traced]:
-    """Trace what a published row measured, with the workspaces of its card; return the bytes to compare and the trace.
-
-    Parameters
-    ----------
-    row : PublishedRow
-    tracer : Tracer
-        Its ``workspace`` is replaced. One tracer for many rows saves building its pipelines again.
-
-    Notes
-    -----
-    The `above_weights` rows took their baseline with cuBLAS warm and the image to encode on the card, so both are
-    taken off; the latents to decode were scaled into a second tensor, so they are not.
-    """
-    tracer.workspace = workspaces_for(row.card)
-    workload = Workload(
-        row.height,
-        row.width,
-        batch_size=row.batch_size,
-        guidance_scale=7.5 if row.guidance_scale is None else row.guidance_scale,
-        dtype=row.dtype,
-        attention=row.attention,
-        vae_tiling=row.vae_tiling,
-        offload=row.offload,
-        safety_checker=row.safety_checker,
-    )
-    traced = tracer.run(workload, task=row.pipeline)
-    expected_bytes = traced.peak_bytes
-    if row.scope == "above_weights":
-        expected_bytes -= traced.weights_bytes + traced.standing_bytes
-        if row.pipeline == "vae_encode":
-            expected_bytes -= 3 * workload.pixels * workload.batch_size * DTYPE_BYTES[row.dtype]
-    return expected_bytes, traced

@@ -1,6 +1,6 @@
 """How far the calibrated trace lies from what others measured: the scores of models that rest on published numbers.
 
-`python -m sdfit.residuals` traces every published row of allocated memory with the workspaces of its card and writes
+`python -m sdfit.comparison.residuals` traces every published row of allocated memory with the workspaces of its card and writes
 ``data/published/residuals.csv``; `scores` reads that file. A model of provenance ``published`` takes its intervals
 from here and not from how well its equation follows the trace, which is a hundred times better and beside the point.
 
@@ -14,9 +14,15 @@ import csv
 import sys
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sdfit import published
+from sdfit.comparison import published
+from sdfit.memory.workspaces import workspaces_for
 from sdfit.paths import shipped
+from sdfit.workload import DTYPE_BYTES, Workload
+
+if TYPE_CHECKING:
+    from sdfit.backends.trace import Traced, Tracer
 
 FILE = "residuals.csv"
 LEAST_ACTIVATION_BYTES = 1 << 20
@@ -29,7 +35,7 @@ class Residual:
     Parameters
     ----------
     id, card, pipeline : str
-        As in `sdfit.published.PublishedRow`.
+        As in `sdfit.comparison.published.PublishedRow`.
     height, width, batch_size : int
     published_bytes, traced_bytes : int
         What was measured by others, and what the trace with kernel workspaces gives.
@@ -90,10 +96,44 @@ def scores() -> list[float]:
     return sorted(r.score for r in read())
 
 
+def trace_published(row: published.PublishedRow, tracer: Tracer) -> tuple[int, Traced]:
+    """Trace what a published row measured, with the workspaces of its card; return the bytes to compare and the trace.
+
+    Parameters
+    ----------
+    row : PublishedRow
+    tracer : Tracer
+        Its ``workspace`` is replaced. One tracer for many rows saves building its pipelines again.
+
+    Notes
+    -----
+    The `above_weights` rows took their baseline with cuBLAS warm and the image to encode on the card, so both are
+    taken off; the latents to decode were scaled into a second tensor, so they are not.
+    """
+    tracer.workspace = workspaces_for(row.card)
+    workload = Workload(
+        row.height,
+        row.width,
+        batch_size=row.batch_size,
+        guidance_scale=7.5 if row.guidance_scale is None else row.guidance_scale,
+        dtype=row.dtype,
+        attention=row.attention,
+        vae_tiling=row.vae_tiling,
+        offload=row.offload,
+        safety_checker=row.safety_checker,
+    )
+    traced = tracer.run(workload, task=row.pipeline)
+    expected_bytes = traced.peak_bytes
+    if row.scope == "above_weights":
+        expected_bytes -= traced.weights_bytes + traced.standing_bytes
+        if row.pipeline == "vae_encode":
+            expected_bytes -= 3 * workload.pixels * workload.batch_size * DTYPE_BYTES[row.dtype]
+    return expected_bytes, traced
+
+
 def trace_all() -> tuple[Residual, ...]:
     """Trace every published row of allocated memory; takes about a minute."""
     from sdfit.backends.trace import Tracer
-    from sdfit.workspaces import trace_published
 
     tracer, found = Tracer(), []
     rows = (*published.rows(), *published.read(shipped("data/published") / "other.csv"))

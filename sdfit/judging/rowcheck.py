@@ -1,6 +1,6 @@
 """The rows that one set of coefficients has to describe, and what is wrong with them.
 
-One core for a stage of records and for a plain table: rows are named by least trimmed squares (`sdfit.robust`), and
+One core for a stage of records and for a plain table: rows are named by least trimmed squares (`sdfit.judging.robust`), and
 before a row is blamed a term is looked for that would explain it.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from sdfit.basis import REGIMES, TERMS, Sizes, evaluate
 from sdfit.errors import FitError, listed
-from sdfit.findings import GRAVE, MOST_NAMED, Finding, HeldOut
-from sdfit.robust import MATERIAL, lacking_term, trimmed_fit
+from sdfit.judging.findings import GRAVE, MOST_NAMED, Finding, HeldOut
+from sdfit.judging.robust import MATERIAL, lacking_term, trimmed_fit
 from sdfit.stage_model import nonnegative
 from sdfit.units import format_bytes
 from sdfit.workload import VAE_SCALE

@@ -20,7 +20,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sdfit.compare import Comparison, Summary
+    from sdfit.comparison.compare import Comparison, Summary
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; the marker's shape says the same once more
 SAFE, DEAD = "#0072B2", "#D55E00"

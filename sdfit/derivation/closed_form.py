@@ -1,6 +1,6 @@
 """The closed form of the peak, as values: polynomials in the sizes of a workload, and how to print them.
 
-`sdfit.derive` finds them; this module only knows what they are, so it needs numpy and the standard library alone.
+`sdfit.derivation.derive` finds them; this module only knows what they are, so it needs numpy and the standard library alone.
 
 Sizes
 -----

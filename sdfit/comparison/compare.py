@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from sdfit import published
+from sdfit.comparison import published
+from sdfit.comparison.peers import PEERS, Peer, peer
 from sdfit.errors import RecordsError, UnknownModel, UnknownVariant, listed
-from sdfit.peers import PEERS, Peer, peer
 from sdfit.records import Record
 from sdfit.text import aligned
 from sdfit.units import format_bytes
@@ -162,7 +162,7 @@ def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) 
     ----------
     cases : iterable of Case
     systems : sequence of str or Peer, optional
-        Names from `sdfit.peers.PEERS`, ``sdfit`` or ``sdfit_upper``, or peers of your own; by default sdfit, where the
+        Names from `sdfit.comparison.peers.PEERS`, ``sdfit`` or ``sdfit_upper``, or peers of your own; by default sdfit, where the
         cases carry its estimates, and all of `PEERS`.
 
     Returns
@@ -287,7 +287,7 @@ def figure(comparison: Comparison, path: Path | str, *, title: str = "Predicted 
     SdfitError
         If the file cannot be written.
     """
-    from sdfit.compare_figure import draw
+    from sdfit.comparison.compare_figure import draw
 
     return draw(comparison, Path(path), title)
 

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdfit import capped, proofs
 from sdfit.advise import SAFE_LEVEL
+from sdfit.campaign import capped, proofs
 from sdfit.errors import SdfitError, UnknownVariant, listed
+from sdfit.metrics import METRICS
 from sdfit.predictor import Predictor
-from sdfit.records import METRICS, Record, RecordsFile, read
+from sdfit.records import Record, RecordsFile, read
 from sdfit.text import aligned, percent
 from sdfit.units import format_bytes
 
 if TYPE_CHECKING:
-    from sdfit.campaign import Campaign
+    from sdfit.campaign.plan import Campaign
 
 GRIDS = ("default", "holdout", "required")
 RATE_PIXELS = 1024 * 1024

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdfit.errors import RecordsError, SdfitError, needs
-from sdfit.evaluate import Evaluation, Point, evaluate
+from sdfit.judging.evaluate import Evaluation, Point, evaluate
 from sdfit.predictor import Predictor
 from sdfit.records import RecordsFile
 from sdfit.units import GIB

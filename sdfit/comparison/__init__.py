@@ -1,0 +1,1 @@
+"""What others predict and what others measured, beside sdfit."""

@@ -1,0 +1,1 @@
+"""What lies below the tensors: kernel workspaces, and PyTorch's caching allocator."""
