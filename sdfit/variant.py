@@ -18,7 +18,7 @@ from sdfit.errors import UnknownVariant, listed
 from sdfit.metrics import METRIC_FEATURES
 from sdfit.scalar import compile_peak
 from sdfit.stages import resident
-from sdfit.workload import VARIANT_FIELDS, VariantKey, Workload, variant_name
+from sdfit.workload import CHOICES, VARIANT_FIELDS, VariantKey, Workload, variant_name
 
 
 class Variant:
@@ -29,7 +29,7 @@ class Variant:
         values = dict(zip(VARIANT_FIELDS, key, strict=True))
         self.offload = str(values["offload"])
         self.slicing, self.tiling = bool(values["vae_slicing"]), bool(values["vae_tiling"])
-        weights = artifact.components.get(str(values["dtype"]), {})
+        weights = with_both_baselines(artifact.components.get(str(values["dtype"]), {}))
         names = {"vae": f"vae/{values['vae']}"}
         held = baseline_label(str(values["vae"]), bool(values["safety_checker"]))
         self.stages: dict[str, StageKey] = {}
@@ -141,6 +141,29 @@ class Variant:
         """The scale of the conformal scores: the peak above the weights, at least 1 MiB."""
         top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
         return np.maximum(top - min(self.weights.values()), float(1 << 20))
+
+
+def with_both_baselines(weights: Mapping[str, int]) -> dict[str, int]:
+    """Add what was allocated with or without the checker where only the other was swept: the checker's weights apart.
+
+    What the allocator holds around the weights then differs from the truth by a few MB.
+
+    Examples
+    --------
+    >>> with_both_baselines({"safety_checker": 10, "all/kl/checked": 105})["all/kl/unchecked"]
+    95
+    """
+    found = dict(weights)
+    if "safety_checker" not in weights:
+        return found
+    checker = weights["safety_checker"]
+    for vae in CHOICES["vae"]:
+        checked, unchecked = baseline_label(str(vae), True), baseline_label(str(vae), False)
+        if checked in weights:
+            found.setdefault(unchecked, weights[checked] - checker)
+        if unchecked in weights:
+            found.setdefault(checked, weights[unchecked] + checker)
+    return found
 
 
 def baseline_label(vae: str, safety_checker: bool) -> str:

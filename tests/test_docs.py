@@ -55,7 +55,9 @@ def test_console_blocks_give_the_output_they_show(
         words = shlex.split(command, comments=True)
         assert words[0] == "sdfit", f"only sdfit's own commands can be shown as run, not '{command}'"
         capsys.readouterr()
-        main(words[1:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SimulatedModelWarning)
+            main(words[1:])
         got = capsys.readouterr().out
         assert doctest.OutputChecker().check_output(wanted, got, FLAGS), (
             f"{command}\n--- shown\n{wanted}\n--- got\n{got}"

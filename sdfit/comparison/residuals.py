@@ -142,7 +142,7 @@ def trace_all() -> tuple[Residual, ...]:
             continue
         expected, traced = trace_published(row, tracer)
         # under offload the peak holds fewer weights than there are; what is left then is the floor of the scale
-        weights = traced.weights_bytes if row.scope == "total" and row.offload == "none" else 0
+        weights = traced.weights_bytes + traced.unsplit_bytes if row.scope == "total" and row.offload == "none" else 0
         activation = max(expected - weights, LEAST_ACTIVATION_BYTES)
         found.append(
             Residual(
