@@ -96,7 +96,7 @@ def scores() -> list[float]:
     return sorted(r.score for r in read())
 
 
-def trace_published(row: published.PublishedRow, tracer: Tracer) -> tuple[int, Traced]:
+def trace_published(row: published.PublishedRow, tracer: Tracer, *, keep_events: bool = False) -> tuple[int, Traced]:
     """Trace what a published row measured, with the workspaces of its card; return the bytes to compare and the trace.
 
     Parameters
@@ -122,7 +122,7 @@ def trace_published(row: published.PublishedRow, tracer: Tracer) -> tuple[int, T
         offload=row.offload,
         safety_checker=row.safety_checker,
     )
-    traced = tracer.run(workload, task=row.pipeline)
+    traced = tracer.run(workload, task=row.pipeline, keep_events=keep_events)
     expected_bytes = traced.peak_bytes
     if row.scope == "above_weights":
         expected_bytes -= traced.weights_bytes + traced.standing_bytes

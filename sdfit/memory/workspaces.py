@@ -52,6 +52,9 @@ class Rule:
         Images in the convolution's input from which on the rule holds.
     channels : (int, int), optional
         Only convolutions with these input and output channels.
+    only : {'all', 'aligned', 'square'}
+        ``aligned``: 3x3 convolutions whose channels are multiples of 8 both ways; ``square``: 3x3 convolutions with as
+        many channels out as in.
     element_bytes : int, optional
         Bytes per element of the copies, where they are not of the operands' own dtype.
     """
@@ -62,6 +65,16 @@ class Rule:
     min_batch: int = 1
     channels: tuple[int, int] | None = None
     element_bytes: int | None = None
+    only: str = "all"
+
+    def holds(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+        """Whether a convolution of these shapes falls under the rule."""
+        outs, ins = weight[0], image[1]
+        if dtype not in self.dtypes or image[0] < self.min_batch or self.channels not in (None, (ins, outs)):
+            return False
+        if self.only == "all":
+            return True
+        return weight[-1] == 3 and (ins % 8 == outs % 8 == 0 if self.only == "aligned" else ins == outs)
 
 
 _BATCHED_UPSAMPLER = Rule(
@@ -71,21 +84,29 @@ _BATCHED_UPSAMPLER = Rule(
 )  # fmt: skip
 _BOTH_WAYS = Rule(
     HALF, ("input", "output", "weight"),
-    "OM-019 20 21 and their like on RTX 4090 and T4, to the byte; INV-001 3 9 11; bfloat16: SAY-006",
+    "OM-019 20 21 and their like on RTX 4090 and T4, to the byte; INV-001 3 9 11; bfloat16: SAY-006. That the first and "
+    "last convolution and those of 1x1 copy nothing shows in reserved memory: INV-002 4 10 12 14",
+    only="aligned",
 )  # fmt: skip
 _ONE_WAY = Rule(
     HALF, ("input", "weight"),
     "HFB-001 2 3 8 10 14 16: kernels that read channels-last and write NCHW (cuDNN's '..._nhwc2nchw_...')",
+    only="aligned",
 )  # fmt: skip
 _FLOAT32 = Rule(
-    ("float32",), ("input", "weight"), "INV-027 31 33 43 51 55 (RTX 4090), SAY-004 (A100), both with TF32 convolutions"
-)
+    ("float32",), ("input", "weight"),
+    "INV-027 31 33 43 51 55 (RTX 4090), SAY-004 (A100), both with TF32 convolutions. Which layers copy is unsettled: "
+    "these were chosen, of some twenty ways, by reserved memory: INV-044 46 52 54 56",
+    only="square",
+)  # fmt: skip
 _WIDENED = Rule(
     HALF, ("input", "output", "weight"),
     "GP-001 GP-004: float32 copies of everything, as cards without fast float16 arithmetic compute it",
     element_bytes=4,
 )  # fmt: skip
-_FLOAT32_UNSEEN = Rule(("float32",), ("input", "weight"), "none on this architecture; taken from sm80 and sm89")
+_FLOAT32_UNSEEN = Rule(
+    ("float32",), ("input", "weight"), "none on this architecture; taken from sm80 and sm89", only="square"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +220,7 @@ def convolution_bytes(
     135397888
     """
     for rule in architecture.rules:
-        if dtype in rule.dtypes and image[0] >= rule.min_batch and rule.channels in (None, (image[1], out[1])):
+        if rule.holds(dtype, image, weight):
             break
     else:
         return 0
