@@ -55,7 +55,7 @@ class Artifact:
         ``"<stage>|<fields>"`` -> ``terms``, ``regimes`` (regime index -> row of ``coef``), ``coef``, ``low``, ``high``
         (95 % bounds), ``unidentified`` (term -> why), ``domain`` (column -> [least, most]), ``rows``.
     metrics : dict
-        reserved, device, required -> family -> coefficients on `sdfit.predictor.METRIC_FEATURES`.
+        reserved, device, required -> family -> coefficients on `sdfit.metrics.METRIC_FEATURES`.
     scores : dict
         metric -> family -> conformal scores in ascending order; the family ``""`` holds all.
     swept : list of str

@@ -2,8 +2,9 @@
 
     peak = max over stages s of  W_s + sum over terms t of  c_(s,t) * t(B, n, A, L)
 
-with W_s the weights that are resident in the stage and non-negative coefficients c. The terms are the mission's four
-(constant, H·W, (H·W)², L·H·W), per image, and two that a batch of small images shows (per image, per token).
+with W_s the weights that are resident in the stage and non-negative coefficients c. The terms are a constant, H·W, (H·W)²
+and L·H·W, multiplied by the images or samples that a stage holds at once, and three that a batch of small images shows
+(per image, per sample, per token). `TERMS` says what each one counts.
 
 Sizes
 -----

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 
 from sdfit.errors import InvalidWorkload
 
+LEAST_ACTIVATION_BYTES = 1 << 20
+"""Floor of the scale of a score: activations below it would make any error look large."""
+
 
 def check_level(level: float) -> float:
     """Check that a level lies strictly between 0 and 1."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -48,12 +47,11 @@ def run_demo(folder: Path) -> str:
     Parameters
     ----------
     folder : Path
-        Emptied first; the records, the model and its card are left there.
+        The records, the model and its card are left there; those of an earlier demo are replaced.
     """
     started = time.monotonic()
     for old in ("records.jsonl", "unseen.jsonl", "model.joblib", "model.md"):
         (folder / old).unlink(missing_ok=True)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
     backend, options = _backend()
     plan = grid.load("quick")
     unseen = Plan("unseen", "not in the grid", 0, 2, UNSEEN, fingerprint([w.to_dict() for w in UNSEEN]), ())

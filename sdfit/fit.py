@@ -20,7 +20,7 @@ from sdfit.baseline import baseline
 from sdfit.basis import StageKey, domain_columns, size_columns, stage_key, stages_of
 from sdfit.comparison import residuals
 from sdfit.errors import FitError
-from sdfit.metric_models import fit_metrics
+from sdfit.metric_models import FOLDS, fit_metrics
 from sdfit.records import Record, RecordsFile
 from sdfit.scores import error_summary, published_scores
 from sdfit.stage_model import StageModel
@@ -28,7 +28,6 @@ from sdfit.variant import baseline_label
 from sdfit.workload import Workload, variant_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-FOLDS = 10
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
 LISTED_ERROR = 0.01

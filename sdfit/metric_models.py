@@ -22,6 +22,7 @@ from sdfit.variant import family, metric_features, metric_groups, metric_regime
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Peaks = Mapping[str, float]
 FOLDS = 10
+"""Of the cross-validation by resolution, the stages' (`sdfit.fit`) as well as the metrics'."""
 FEWEST_ROWS = 12
 """A group with fewer rows leaves its workloads to a wider one."""
 

@@ -158,7 +158,7 @@ def build_pipeline(
     dtype, vae, safety_checker
         As in `Workload`.
     device : str
-        Where the components go. ``offload="model"`` is applied later, by `variant_applied`.
+        Where the components go. ``offload="model"`` is the caller's to switch on.
     seed : int
         For the random values; peak memory does not depend on it.
 

@@ -78,7 +78,11 @@ def model_card(artifact: Artifact) -> str:
     lines += ["| model | rows | median | 95th percentile | worst |", "| --- | --- | --- | --- | --- |"]
     lines.append(_row("stages, fitted", ev["fitted"], ev["rows"]))
     if "cross_validated" in ev:
-        lines.append(_row(f"stages, unseen resolutions, {ev['folds']} folds", ev["cross_validated"], ev["rows"]))
+        lines.append(
+            _row(
+                f"stages, unseen resolutions, {ev['folds']} folds", ev["cross_validated"], ev["cross_validated"]["rows"]
+            )
+        )
     for name, found in artifact.baseline["variants"].items():
         lines.append(_row(f"plain four-term baseline, {name}, fitted", found, found["rows"]))
     if "published" in ev:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sdfit.basis import stages_of
 from sdfit.comparison import residuals
+from sdfit.conformal import LEAST_ACTIVATION_BYTES
 from sdfit.records import Record
 from sdfit.variant import family
 
@@ -16,8 +17,6 @@ MOST_SCORES, MOST_FAMILY_SCORES = 600, 120
 """Scores kept of all variants and of one family; of more, evenly spaced ones in rank order, with both ends."""
 FEWEST_SCORES = 20
 """A family with fewer scores uses those of all variants."""
-LEAST_ACTIVATION_BYTES = 1 << 20
-"""Floor of the scale of a score."""
 
 
 def score(record: Record, actual_bytes: float, predicted_bytes: float, peaks: Mapping[str, float]) -> tuple[str, float]:

@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from sdfit.basis import REGIMES, SIZE_COLUMNS, Sizes, StageKey, evaluate, regime, size_columns, terms_of
+from sdfit.basis import REGIMES, SIZE_COLUMNS, Sizes, StageKey, evaluate, regime, terms_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -245,6 +245,3 @@ def _resampled(design: Array, target: Array, groups: Array, rng: np.random.Gener
     middle = np.median(drawn, axis=0)
     widened: Array = (middle + (drawn - middle) * np.sqrt(len(names) / free)) / length
     return widened
-
-
-matrix = size_columns

@@ -20,8 +20,6 @@ from sdfit.records import Record, Writer, read
 from sdfit.worker import Job, LocalPool, RayPool, default_workers
 from sdfit.workload import Workload
 
-ENGINES = ("local", "ray")
-
 
 @dataclass(frozen=True, slots=True)
 class Progress:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdfit.artifact import Artifact
 from sdfit.basis import Sizes, StageKey, evaluate, regime, stage_key, stages_of, terms_of
+from sdfit.conformal import LEAST_ACTIVATION_BYTES
 from sdfit.errors import UnknownVariant, listed
 from sdfit.metrics import METRIC_FEATURES
 from sdfit.scalar import compile_peak
@@ -140,7 +141,7 @@ class Variant:
     def activation(self, peaks: Mapping[str, Any]) -> Any:
         """The scale of the conformal scores: the peak above the weights, at least 1 MiB."""
         top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
-        return np.maximum(top - min(self.weights.values()), float(1 << 20))
+        return np.maximum(top - min(self.weights.values()), float(LEAST_ACTIVATION_BYTES))
 
 
 def with_both_baselines(weights: Mapping[str, int]) -> dict[str, int]:

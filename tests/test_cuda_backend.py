@@ -13,11 +13,11 @@ from tiny import TINY
 from sdfit.backends import counters, cuda, kernels
 from sdfit.backends.counters import chosen, claimed
 from sdfit.backends.cuda import CudaBackend
-from sdfit.backends.follow import rounded
 from sdfit.backends.oom import is_out_of_memory, requested_bytes
 from sdfit.basis import stages_of
 from sdfit.errors import DeviceError, SdfitError
 from sdfit.grid import Plan
+from sdfit.memory.segments import rounded
 from sdfit.pipeline import build_pipeline
 from sdfit.records import Record, read
 from sdfit.required import STEP_BYTES

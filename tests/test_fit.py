@@ -302,10 +302,11 @@ def test_the_stage_model_is_a_scikit_learn_estimator() -> None:
     from sklearn.base import clone
     from sklearn.model_selection import cross_val_score
 
-    from sdfit.stage_model import StageModel, matrix
+    from sdfit.basis import size_columns
+    from sdfit.stage_model import StageModel
 
     key = stage_key("unet", SDPA[0].variant)
-    X = matrix(SDPA)
+    X = size_columns(SDPA)
     y = design_matrix(key, SDPA) @ np.array(list(true_coefficients(SDPA[0], "unet").values()))
     model = clone(StageModel(key))
     assert model.get_params() == {"key": key}

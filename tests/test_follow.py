@@ -29,8 +29,9 @@ pytest.importorskip("diffusers")
 # ruff: noqa: E402
 from tiny import TINY
 
-from sdfit.backends.follow import FollowStorages, FusedAttention, Meter, rounded
+from sdfit.backends.follow import FollowStorages, FusedAttention, Meter
 from sdfit.backends.trace import Tracer
+from sdfit.memory.segments import rounded
 from sdfit.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.stages import COMPONENTS, watched
 from sdfit.workload import Workload

@@ -19,10 +19,10 @@ pytest.importorskip("sklearn")
 from tiny import TINY
 
 from sdfit.backends import open_backend
-from sdfit.backends.follow import rounded
 from sdfit.backends.trace import Traced, Tracer
 from sdfit.basis import stage_key, stages_of
 from sdfit.fit import fit_stage, observe
+from sdfit.memory.segments import rounded
 from sdfit.records import Record
 from sdfit.workload import Workload
 

@@ -257,4 +257,4 @@ def test_every_entry_has_evidence_or_says_that_it_has_none() -> None:
             named = re.findall(r"\b(?:OM|INV|HFB|GP|SAY)-\d{3}\b", rule.evidence)
             assert named, rule
             for id in named:
-                assert ROWS[id].dtype in rule.dtypes, (architecture.name, id)
+                assert published.row(id).dtype in rule.dtypes, (architecture.name, id)

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 
 from sdfit.backends import a_card_is_there
-from sdfit.backends.follow import FollowStorages, Meter, rounded
+from sdfit.backends.follow import FollowStorages, Meter
 from sdfit.backends.nvml import Nvml
 from sdfit.cards import card_slug
 from sdfit.errors import DeviceError, listed
+from sdfit.memory.segments import rounded
 from sdfit.units import MIB
 
 ANY_CARD = "auto"

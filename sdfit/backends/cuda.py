@@ -19,12 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 from sdfit.backends.counters import ANY_CARD, Counters, CpuCounters, CudaCounters
-from sdfit.backends.follow import rounded
 from sdfit.backends.kernels import kernels_noted
 from sdfit.backends.oom import is_out_of_memory
 from sdfit.backends.run import Run
 from sdfit.backends.trace_backend import software
 from sdfit.errors import SdfitError
+from sdfit.memory.segments import rounded
 from sdfit.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
 from sdfit.required import STEP_BYTES, smallest_capacity
 from sdfit.stages import COMPONENTS, watched

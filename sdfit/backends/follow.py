@@ -16,19 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROUND_BYTES = 512
-"""The CUDA caching allocator's granularity (`kMinBlockSize`)."""
-
-
-def rounded(size_bytes: int) -> int:
-    """Round up to what the caching allocator counts for a request.
-
-    Examples
-    --------
-    >>> rounded(1), rounded(512), rounded(513)
-    (512, 512, 1024)
-    """
-    return -(-size_bytes // ROUND_BYTES) * ROUND_BYTES
+from sdfit.memory.segments import rounded
 
 
 class Meter:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdfit.backends.follow import Meter, Operation, Span, rounded
+from sdfit.memory.segments import rounded
+from sdfit.backends.follow import Meter, Operation, Span
 from sdfit.backends.trace import Traced, Tracer
 from sdfit.stages import COMPONENTS
 from sdfit.workload import Workload
@@ -46,10 +47,6 @@ class LiveTensor:
     size_bytes: int
 
     @property
-    def made_by(self) -> str:
-        """The module and the operation, as one word to print."""
-        return f"{self.path} ({self.operation})"
-
 
 @dataclass(slots=True)
 class Pass:

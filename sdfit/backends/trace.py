@@ -22,8 +22,9 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from sdfit.backends.follow import FollowStorages, FusedAttention, Meter, Operation, Span, rounded
+from sdfit.backends.follow import FollowStorages, FusedAttention, Meter, Operation, Span
 from sdfit.errors import InvalidWorkload, nearest
+from sdfit.memory.segments import rounded
 from sdfit.memory.workspaces import unsplit_bytes
 from sdfit.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.stages import COMPONENTS, resident, watched

@@ -16,7 +16,7 @@ MOST_FINDINGS = 12
 
 @click.command()
 @click.option("--gpu", default="auto", show_default=True, help="The card, as in 't4'; auto takes what is there.")
-@click.option("--grid", default="default", show_default=True, help="quick, default, holdout, or a .toml file.")
+@click.option("--grid", default="default", show_default=True, help="Name of a grid, as in quick, or a .toml file.")
 @click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
 @out_option
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
@@ -49,6 +49,8 @@ def sweep(
     options: dict[str, Any] = {"gpu": gpu}
     if backend == "cuda":
         options["weights"] = weights
+    elif weights != "architecture":
+        raise click.UsageError(f"--weights is '{weights}'; the backend {backend} loads none, leave it out")
     if backend == "trace":
         options["workspaces"] = workspaces
     with Reporter(f"{gpu} {plan.name}", len(plan.workloads)) as reporter:
@@ -100,7 +102,9 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="A folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True, help="A folder."
+)
 def demo(out: Path) -> None:
     """Sweep a small grid, fit it, and compare with runs that it never saw."""
     from sdfit.demo import run_demo

@@ -1,4 +1,4 @@
-"""Commands that look into things: explain, derive, compare, evaluate."""
+"""Commands that look into things: explain, derive, compare, evaluate, identify."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
     from sdfit.derivation.derive import derive as derived
 
     for side in ("height", "width"):
-        fields[side] = fields[side] or 512  # the sizes do not matter: the result is a formula in them
+        fields[side] = (
+            512 if fields[side] is None else fields[side]
+        )  # the sizes do not matter: the result is a formula in them
     derivation = derived(workload_from(fields), tracer=_tracer(kernels))
     if as_json:
         click.echo(derivation.to_json())

@@ -59,7 +59,8 @@ def replay_row(row: published.PublishedRow, tracer: Tracer) -> ReservedRow:
         resident += traced.events[first][1]
         allocator.malloc(traced.events[first][1])
         first += 1
-    above, left = 0, {}
+    above = 0
+    left: dict[int, Block] = {}
     for _ in range(RUNS):
         for block in left.values():
             allocator.free(block)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdfit.comparison import published
+from sdfit.conformal import LEAST_ACTIVATION_BYTES
 from sdfit.memory.workspaces import workspaces_for
 from sdfit.paths import shipped
 from sdfit.workload import DTYPE_BYTES, Workload
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from sdfit.backends.trace import Traced, Tracer
 
 FILE = "residuals.csv"
-LEAST_ACTIVATION_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from sdfit.basis import TILE_PIXELS, TILE_STRIDE
 from sdfit.errors import FitError
 from sdfit.stages import STAGES
 from sdfit.units import format_bytes
 from sdfit.workload import CHUNK_TOKENS, VariantKey, Workload, variant_name
 
-TILE_PIXELS, TILE_STRIDE = 512, 384
-"""Side of a VAE tile and the distance to the next one [pixels] (`tile_sample_min_size`, overlap 0.25)."""
 VAE_STAGES = tuple(stage for stage in STAGES if stage.startswith("vae_"))
 
 SIZES = {
