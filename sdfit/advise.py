@@ -141,8 +141,7 @@ def largest(
     limit = parse_bytes(memory)
 
     def size(k: int) -> tuple[int, int]:
-        sides = k * step, max(round(k * long / short), 1) * step
-        return sides if down <= across else (sides[1], sides[0])
+        return size_of_aspect(k, (across, down), step)
 
     def upper(k: int) -> float:
         return bound(predictor, Workload(*size(k), **options), metric, level).upper
@@ -152,6 +151,20 @@ def largest(
     while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
         last -= 1
     return size(_last_below(limit, upper, first, last, f"no size of {across}:{down} fits {format_bytes(limit)}"))
+
+
+def size_of_aspect(k: int, aspect: tuple[int, int], step: int) -> tuple[int, int]:
+    """The size (height, width) [pixels] whose shorter side is ``k`` steps, the longer one rounded to whole steps.
+
+    Examples
+    --------
+    >>> size_of_aspect(8, (3, 2), 64), size_of_aspect(8, (9, 16), 64)
+    ((512, 768), (896, 512))
+    """
+    across, down = aspect
+    short, long = sorted(aspect)
+    sides = k * step, max(round(k * long / short), 1) * step
+    return sides if down <= across else (sides[1], sides[0])
 
 
 def max_batch_size(

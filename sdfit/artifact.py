@@ -80,16 +80,27 @@ class Artifact:
     format: int = FORMAT
 
     def save(self, path: Path | str) -> Path:
-        """Write the artifact; the same model gives the same bytes."""
+        """Write the artifact; the same model gives the same bytes.
+
+        Raises
+        ------
+        ArtifactError
+            If the file cannot be written.
+        """
         import joblib
 
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         joblib.dump(canonical(asdict(self)), buffer, compress=0, protocol=4)
         partial = path.with_name(path.name + ".part")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(path)  # a reader sees the old file or the new one, never half of it
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(buffer.getvalue())
+            partial.replace(path)  # a reader sees the old file or the new one, never half of it
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write the model to '{path}': {error.strerror}; choose another file with --out", path=str(path)
+            ) from error
         return path
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from sdfit.artifact import PLAIN, Artifact, canonical, load_artifact
 from sdfit.errors import ArtifactError
+from sdfit.paths import shipped
 from sdfit.predictor import Predictor
 
 PROTO = b"\x80\x04"
@@ -299,3 +300,11 @@ def test_canonical_shares_nothing() -> None:
     made = canonical({"y": part, "x": part})
     assert list(made) == ["x", "y"] and made["x"] == {"a": None, "b": [1, 2]}
     assert made["x"] is not made["y"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Saving below a file is a known failure, not a traceback."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ArtifactError, match="cannot write the model to"):
+        load_artifact(shipped("models") / "t4.joblib").save(blocked / "t4.joblib")

@@ -150,6 +150,8 @@ def test_largest_and_advise(run: Run, f: Predictor) -> None:
         (("sweep", "--backend", "tpu"), 2, "'tpu' is not one of"),
         (("sweep", "--backend", "fake", "--grid", "quick", "--budget", "soon"), 2, "'soon' is not a time span"),
         (("sweep", "--backend", "fake", "--workers", "0"), 2, "0 is not in the range"),
+        (("sweep", "--backend", "trace", "--weights", "some/folder"), 2, "--weights is 'some/folder'"),
+        (("derive", "--height", "0"), 2, "height is 0"),
         (("compare", "none.jsonl"), 1, "none.jsonl"),
     ],
 )  # fmt: skip

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdfit.memory.segments import rounded
 from sdfit.backends.follow import Meter, Operation, Span
 from sdfit.backends.trace import Traced, Tracer
+from sdfit.memory.segments import rounded
 from sdfit.stages import COMPONENTS
 from sdfit.workload import Workload
 
@@ -46,7 +46,6 @@ class LiveTensor:
     dtype: str
     size_bytes: int
 
-    @property
 
 @dataclass(slots=True)
 class Pass:

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sdfit.advise import SAFE_LEVEL, NothingFits, best_metric, largest
+from sdfit.advise import SAFE_LEVEL, NothingFits, best_metric, largest, size_of_aspect
 from sdfit.errors import SdfitError
 from sdfit.predictor import Predictor
 from sdfit.records import Record, Writer, fingerprint, read
@@ -67,20 +67,11 @@ def tries(
         runs = Workload(height, width, batch_size=batch)
         fails = runs
         for k in itertools.count(min(height, width) // STEP + 1):
-            fails = _of_aspect(k, aspect, batch)
+            fails = Workload(*size_of_aspect(k, aspect, STEP), batch_size=batch)
             if predictor.predict_workload(fails, metric=metric) > cap:
                 break
         found.append(Try(cap, runs, fails))
     return found
-
-
-def _of_aspect(k: int, aspect: tuple[int, int], batch: int) -> Workload:
-    """The size that `sdfit.advise.largest` reaches after k steps of the shorter side."""
-    across, down = aspect
-    short, long = sorted(aspect)
-    sides = k * STEP, max(round(k * long / short), 1) * STEP
-    height, width = sides if down <= across else (sides[1], sides[0])
-    return Workload(height, width, batch_size=batch)
 
 
 def jobs_of(planned: Sequence[Try]) -> dict[int, list[tuple[int, Workload]]]:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from sdfit import conformal
+from sdfit.advise import SAFE_LEVEL
 from sdfit.errors import RecordsError, UnknownVariant, listed
 from sdfit.metrics import METRICS
 from sdfit.predictor import Prediction, Predictor
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload, variant_name
 
-UPPER_LEVEL = 0.99
+UPPER_LEVEL = SAFE_LEVEL
 """Level of the one-sided bound that `sdfit fits` compares with the memory at hand."""
 SIZE_CLASSES = ((512 * 512, "to 512²"), (768 * 768, "to 768²"), (1024 * 1024, "to 1024²"), (None, "above 1024²"))
 """Pixels of one image, largest of each class [pixels]."""

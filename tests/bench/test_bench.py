@@ -107,6 +107,8 @@ def test_accuracy_on_unseen_runs(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimulatedModelWarning)
         predictor = load("t4")
-    for path in sorted(Path("data/t4").glob("*holdout.jsonl")):
+    holdouts = sorted((Path(__file__).parents[2] / "data" / "t4").glob("*-holdout-trace.jsonl"))
+    assert holdouts, "there is no traced holdout to judge the model on"
+    for path in holdouts:
         with capsys.disabled():
-            print(f"\n{path} (simulated)\n{evaluate(predictor, read(path).records).table()}")
+            print(f"\n{path} (simulated)\n{evaluate(predictor, read(path)).table()}")
