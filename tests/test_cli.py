@@ -135,7 +135,7 @@ def test_largest_and_advise(run: Run, f: Predictor) -> None:
         (("predict", "--gpu", "fake", *SIZE, "--level", "95"), 2, "level is 95"),
         (("predict", "--gpu", "v9000", *SIZE), 1, "no model for 'v9000'; there are: "),
         (("predict", "--gpu", "none.joblib", *SIZE), 1, "cannot load 'none.joblib': No such file"),
-        (("predict", "--gpu", "fake", *SIZE, "--dtype", "bfloat16", "--attention", "math"), 1, "never swept"),
+        (("predict", "--gpu", "fake", *SIZE, "--dtype", "float32", "--vae", "tiny"), 1, "never swept"),
         (("fits", "--gpu", "fake", *SIZE), 2, "Missing option '--memory'"),
         (("fits", "--gpu", "fake", *SIZE, "--memory", "much"), 2, "'much' is not an amount of memory"),
         (("fits", "--gpu", "fake", *SIZE, "--memory", "8GiB", "--level", "0.99999"), 2, "too few for level"),
