@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdfit.errors import RecordsError
 from sdfit.worker import LocalPool
 from sdfit.workload import Workload
 
@@ -75,7 +76,12 @@ class Log:
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-            self.rows = [json.loads(line) for line in whole.splitlines()]
+            try:
+                self.rows = [json.loads(line) for line in whole.splitlines()]
+            except ValueError as error:
+                raise RecordsError(
+                    f"'{path}' has a broken line ({error}); mend or delete it", path=str(path)
+                ) from error
             path.write_text(whole + "\n" if whole else "", encoding="utf-8")  # without a torn last line
 
     def has(self, condition: str, index: int) -> bool:
@@ -142,9 +148,12 @@ def _rows(
     backend: str, options: dict[str, Any], jobs: list[tuple[int, Workload]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     pool = LocalPool(backend, options, 1)
-    environment = pool.environment()
-    for index, fields in pool.run(jobs):
-        yield index, {"workload": dict(jobs)[index].to_dict(), **fields, "environment": environment}
+    try:
+        environment = pool.environment()
+        for index, fields in pool.run(jobs):
+            yield index, {"workload": dict(jobs)[index].to_dict(), **fields, "environment": environment}
+    finally:
+        pool.close()
 
 
 @contextmanager

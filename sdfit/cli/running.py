@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from sdfit.cli.options import out_option, records_argument
+from sdfit.errors import SdfitError
 from sdfit.units import parse_duration
 
 MOST_FINDINGS = 12
@@ -60,6 +61,13 @@ def sweep(
         raise click.UsageError(f"--weights is '{weights}'; the backend {backend} loads none, leave it out")
     if backend == "trace":
         options["workspaces"] = workspaces
+        if workspaces and gpu != "auto":
+            from sdfit.memory.workspaces import workspaces_for
+
+            try:
+                workspaces_for(gpu)
+            except SdfitError as error:
+                click.echo(f"note: {error}; this trace has none", err=True)
     with Reporter(f"{gpu} {plan.name}", len(plan.workloads)) as reporter:
         outcome = run(
             plan,

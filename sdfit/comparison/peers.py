@@ -18,7 +18,7 @@ from sdfit.workload import DTYPE_BYTES, VAE_SCALE, Workload
 
 COMFYUI_RESERVED_BYTES = 400 * MIB
 """``EXTRA_RESERVED_VRAM`` on Linux."""
-TILE_PIXELS = 512 * 512
+TILE_AREA = 512 * 512
 """One VAE tile: ``tile_sample_min_size`` of this VAE is 512."""
 HEADS = 8
 """Attention heads of the UNet, at every resolution."""
@@ -99,7 +99,7 @@ def invokeai_bytes(workload: Workload) -> int:
     5353696086
     """
     e = DTYPE_BYTES[workload.dtype]
-    pixels, margin = (TILE_PIXELS, 1.25) if workload.vae_tiling else (workload.pixels, 1.0)
+    pixels, margin = (TILE_AREA, 1.25) if workload.vae_tiling else (workload.pixels, 1.0)
     vae = 2200 * pixels * e * margin
     if workload.attention != "sdpa":
         vae = max(vae, 17 * (pixels // VAE_SCALE**2) ** 2)
@@ -146,7 +146,7 @@ def gguf_parser_bytes(workload: Workload) -> int:
     """
     area = workload.pixels
     unet = int(7.8763685671743e06 + 161.42301986333496 * area + 0.007812489338703485 * area**2)
-    decode = 6656 * (TILE_PIXELS if workload.vae_tiling else area)
+    decode = 6656 * (TILE_AREA if workload.vae_tiling else area)
     return _model_bytes(workload) + 2 * 768 * 77 * 4 + unet + decode
 
 
