@@ -103,3 +103,31 @@ def needs(extra: str, package: str) -> DependencyError:
         extra=extra,
         package=package,
     )
+
+
+EXTRAS = {
+    "torch": "sweep",
+    "diffusers": "sweep",
+    "transformers": "sweep",
+    "accelerate": "sweep",
+    "PIL": "sweep",
+    "pynvml": "sweep",
+    "scipy": "fit",
+    "pandas": "fit",
+    "sklearn": "fit",
+    "matplotlib": "plot",
+    "ray": "ray",
+}
+"""Which extra brings a module that an install without extras lacks."""
+
+
+def missing(error: ModuleNotFoundError) -> DependencyError | None:
+    """Name the extra that brings a module that was not found; None if no extra does.
+
+    Examples
+    --------
+    >>> str(missing(ModuleNotFoundError(name="scipy.optimize")))
+    "this needs scipy, which is not installed; type: pip install 'sdfit[fit]'"
+    """
+    module = (error.name or "").split(".")[0]
+    return needs(EXTRAS[module], module) if module in EXTRAS else None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import sdfit
 
 HEAVY = (
     "torch", "scipy", "pandas", "sklearn", "click", "rich", "joblib", "matplotlib", "diffusers", "transformers", "PIL",
@@ -42,12 +47,45 @@ def test_predicting_imports_numpy_and_the_standard_library(fake_model: Path) -> 
 
 def test_the_public_names_are_there() -> None:
     """Each name of ``__all__`` can be had, and a wrong one is an AttributeError that names it."""
-    import pytest
-
-    import sdfit
-
     for name in sdfit.__all__:
         assert getattr(sdfit, name) is not None
     assert set(sdfit.__all__) <= set(dir(sdfit))
     with pytest.raises(AttributeError, match="'lod'"):
         _ = sdfit.lod
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        (("sweep",), "torch", "sweep"),
+        (("sweep", "--backend", "trace", "--grid", "quick", "--workers", "1"), "torch", "sweep"),
+        (("sweep", "--operators"), "torch", "sweep"),
+        (("explain", "--height", "512", "--width", "512"), "torch", "sweep"),
+        (("demo",), "torch", "sweep"),
+        (("fit", "{records}"), "sklearn", "fit"),
+        (("evaluate", "--gpu", "{model}", "{records}"), "scipy", "fit"),
+        (("compare", "--figure", "x.png"), "matplotlib", "plot"),
+    ],
+)
+def test_what_an_install_without_extras_lacks_is_named(
+    command: tuple[str, ...], module: str, extra: str, tmp_path: Path, fake_model: Path
+) -> None:
+    """Without an optional package a command says in one line which extra brings it; nothing is written."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in {"torch", module}:
+        (hidden / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name={name!r})\n")
+    (records,) = fake_model.parent.parent.rglob("*-default.jsonl")
+    words = [word.format(records=records, model=fake_model) for word in command]
+    ran = subprocess.run(
+        [sys.executable, "-m", "sdfit.cli", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{hidden}{os.pathsep}{Path(sdfit.__file__).parent.parent}"},
+        check=False,
+    )
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last == f"sdfit: this needs {module}, which is not installed; type: pip install 'sdfit[{extra}]'"
+    assert "Traceback" not in ran.stderr and not (tmp_path / "data").exists()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sdfit.errors import DeviceError, InvalidWorkload, listed, needs
+from sdfit.errors import DeviceError, InvalidWorkload, listed, missing, needs
 from sdfit.workload import Workload
 
 BACKENDS = ("cuda", "trace", "fake")
@@ -61,6 +61,16 @@ def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
     DeviceError, DependencyError
         If it needs a card, or packages, that are not there.
     """
+    try:
+        return _opened(name, options)
+    except ModuleNotFoundError as error:
+        lacking = missing(error)
+        if lacking is None:
+            raise
+        raise lacking from error
+
+
+def _opened(name: str, options: Mapping[str, Any]) -> Backend:
     if name == "trace":
         from sdfit.backends.trace_backend import TraceBackend
 

@@ -17,7 +17,7 @@ from sdfit import __version__
 from sdfit.cli.asking import advise, fits, largest, models, predict, report
 from sdfit.cli.running import demo, fit, sweep
 from sdfit.cli.study import compare, derive, evaluate, explain, identify
-from sdfit.errors import SdfitError
+from sdfit.errors import SdfitError, missing
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     except SdfitError as error:
         click.echo(f"sdfit: {error}", err=True)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        lacking = missing(error)
+        if lacking is None:
+            raise
+        click.echo(f"sdfit: {lacking}", err=True)
+        return lacking.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
