@@ -13,7 +13,7 @@ from sdfit.conformal import LEAST_ACTIVATION_BYTES
 from sdfit.records import Record
 from sdfit.variant import family
 
-MOST_SCORES, MOST_FAMILY_SCORES = 600, 120
+MOST_SCORES, MOST_FAMILY_SCORES = 600, 100
 """Scores kept of all variants and of one family; of more, evenly spaced ones in rank order, with both ends."""
 FEWEST_SCORES = 20
 """A family with fewer scores uses those of all variants."""
