@@ -237,11 +237,11 @@ def test_bad_input_is_refused_whether_or_not_the_variant_is_known(f: Predictor, 
 
 def test_a_variant_that_was_never_swept_names_those_that_were(f: Predictor) -> None:
     """And the command that adds one."""
-    with pytest.raises(UnknownVariant, match="no coefficients for bfloat16 eager") as caught:
-        f(512, 512, dtype="bfloat16", attention="eager")
+    with pytest.raises(UnknownVariant, match="no coefficients for bfloat16 sdpa vae=tiny") as caught:
+        f(512, 512, dtype="bfloat16", vae="tiny")
     assert "float16 eager" in str(caught.value) and "sdfit sweep --gpu fake" in str(caught.value)
     with pytest.raises(UnknownVariant):
-        f.predict({"height": [512, 512], "width": [512, 512], "dtype": ["float16", "float32"], "attention": "sliced"})
+        f.predict({"height": [512, 512], "width": [512, 512], "dtype": ["float16", "float32"], "vae": "tiny"})
 
 
 def test_a_combination_whose_stages_were_swept_has_a_prediction(f: Predictor) -> None:
