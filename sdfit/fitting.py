@@ -92,7 +92,9 @@ def fit_files(paths: Sequence[Path], name: str | None = None, out: Path | None =
     path = out or Path("models", f"{artifact.name}.joblib")
     artifact.save(path)
     write_card(artifact, path)
-    return Fitted(artifact, path, data.notes, [f"{f.severity}: {f.message}" for f in judge(data.records, artifact)])
+    return Fitted(
+        artifact, path, data.notes, [f"{f.severity}: {f.where}: {f.message}" for f in judge(data.records, artifact)]
+    )
 
 
 def _source(path: Path, file: RecordsFile) -> dict[str, object]:

@@ -20,6 +20,7 @@ from sdfit.cli.options import (
 from sdfit.units import format_bytes
 
 if TYPE_CHECKING:
+    from sdfit.advise import Option
     from sdfit.predictor import Prediction
 
 
@@ -76,16 +77,10 @@ def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: An
     answer = peak.upper <= limit
     others = [] if answer else options_that_fit(f, workload, memory=memory, level=level)
     if as_json:
-        shown = [{"change": o.change, "upper_bytes": round(o.upper_bytes)} for o in others]
-        click.echo(json.dumps({"fits": answer, "memory_bytes": limit, **peak.to_dict(), "options": shown}, indent=2))
+        shown = {"fits": answer, "memory_bytes": limit, **peak.to_dict(), "options": _as_data(others)}
+        click.echo(json.dumps(shown, indent=2))
     else:
-        verb = "fits" if answer else "does not fit"
-        click.echo(
-            f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {peak.level:.3g}) of {format_bytes(limit)}"
-        )
-        for option in others:
-            change = ", ".join(f"{name}={value}" for name, value in option.change.items())
-            click.echo(f"  would fit with {change}: up to {format_bytes(option.upper_bytes)}")
+        click.echo("\n".join([_verdict(peak, limit), *_in_words(others, "would fit with")]))
     return 0 if answer else 3
 
 
@@ -135,16 +130,29 @@ def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: 
         batch = 0
     options = options_that_fit(f, workload, memory=memory, level=level)
     if as_json:
-        shown = [{"change": o.change, "upper_bytes": round(o.upper_bytes)} for o in options]
-        answer = {"fits": peak.upper <= limit, "memory_bytes": limit, "max_batch_size": batch, "options": shown}
+        answer: dict[str, Any] = {"fits": peak.upper <= limit, "memory_bytes": limit, "max_batch_size": batch}
+        answer["options"] = _as_data(options)
         click.echo(json.dumps(answer, indent=2))
         return
-    verb = "fits" if peak.upper <= limit else "does not fit"
-    click.echo(f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {peak.level:.3g}) of {format_bytes(limit)}")
-    click.echo(f"largest batch of this size: {batch}")
-    for option in options:
-        change = ", ".join(f"{name}={value}" for name, value in option.change.items())
-        click.echo(f"  with {change}: up to {format_bytes(option.upper_bytes)}")
+    lines = [_verdict(peak, limit), f"largest batch of this size: {batch}", *_in_words(options, "with")]
+    click.echo("\n".join(lines))
+
+
+def _verdict(peak: Prediction, limit_bytes: int) -> str:
+    verb = "fits" if peak.upper <= limit_bytes else "does not fit"
+    return f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {peak.level:.3g}) of {format_bytes(limit_bytes)}"
+
+
+def _in_words(options: list[Option], verb: str) -> list[str]:
+    changes = [", ".join(f"{name}={value}" for name, value in option.change.items()) for option in options]
+    return [
+        f"  {verb} {change}: up to {format_bytes(option.upper_bytes)}"
+        for change, option in zip(changes, options, strict=True)
+    ]
+
+
+def _as_data(options: list[Option]) -> list[dict[str, Any]]:
+    return [{"change": option.change, "upper_bytes": round(option.upper_bytes)} for option in options]
 
 
 @click.command()

@@ -7,15 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from sdfit.errors import SdfitError, needs
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
 
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, NullLocator
-except ImportError as error:
-    raise needs("plot", "matplotlib") from error
+from sdfit.figures import blank, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +40,7 @@ def draw(comparison: Comparison, path: Path, title: str) -> Path:
         If the file cannot be written, or the ending names no format.
     """
     lines = comparison.summary
-    # a Figure of its own, without pyplot: no global state, no display
-    drawing = Figure(figsize=(11, 1.6 + 0.52 * len(lines)), layout="constrained", dpi=150)
-    FigureCanvasAgg(drawing)
-    axes = drawing.add_subplot()
+    drawing, axes = blank(11, 1.6 + 0.52 * len(lines))
     _frame(axes, [row.predicted_bytes / row.actual_bytes for row in comparison.rows], [line.title for line in lines])
     for level, line in enumerate(lines):
         ratios = [row.predicted_bytes / row.actual_bytes for row in comparison.rows if row.system == line.system]
@@ -56,13 +48,7 @@ def draw(comparison: Comparison, path: Path, title: str) -> Path:
         place = (1.015, level)
         axes.annotate(_note(line), place, xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
     axes.set_title(title, loc="left", fontsize=12, pad=26)
-    try:
-        drawing.savefig(path)
-    except (OSError, ValueError) as error:
-        raise SdfitError(
-            f"cannot write the figure {path}: {error}; name a .png, .svg or .pdf file", path=str(path)
-        ) from error
-    return path
+    return save(drawing, path)
 
 
 def _note(line: Summary) -> str:

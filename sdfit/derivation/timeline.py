@@ -10,16 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfit.derivation.explain import Explanation, explain
-from sdfit.errors import SdfitError, needs
+from sdfit.figures import blank, save
 from sdfit.stages import resident
 from sdfit.units import GIB, format_bytes
 from sdfit.workload import Workload, variant_name
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise needs("plot", "matplotlib") from error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,18 +61,9 @@ def timeline(
     PosixPath('timeline.png')
     """
     told = explanation if explanation is not None else explain(workload, tracer=tracer)
-    figure = Figure(figsize=(11, 5), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = blank(11, 5)
     _draw(axes, told)
-    target = Path(path)
-    try:
-        figure.savefig(target)
-    except (OSError, ValueError) as error:
-        raise SdfitError(
-            f"cannot write the figure {target}: {error}; give a path like timeline.png", path=str(target)
-        ) from error
-    return target
+    return save(figure, path)
 
 
 def _draw(axes: Axes, told: Explanation) -> None:

@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from sdfit.errors import RecordsError, SdfitError, needs
+from sdfit.errors import RecordsError, SdfitError
+from sdfit.figures import blank, save
 from sdfit.judging.evaluate import Evaluation, Point, evaluate
 from sdfit.predictor import Predictor
 from sdfit.records import RecordsFile
 from sdfit.units import GIB
 from sdfit.workload import variant_name
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-except ImportError as error:
-    raise needs("plot", "matplotlib") from error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +52,7 @@ def predicted_against_actual(evaluation: Evaluation, path: Path | str, *, metric
         If matplotlib is not installed.
     """
     points = _chosen(evaluation, metric)
-    figure, axes = _sheet((7.4, 6.6))
+    figure, axes = blank(7.4, 6.6)
     low = min(min(p.actual_bytes, p.predicted_bytes) for p in points) / GIB
     high = max(max(p.actual_bytes, p.predicted_bytes) for p in points) / GIB
     low, high = low * 0.93, high * 1.08
@@ -76,7 +71,7 @@ def predicted_against_actual(evaluation: Evaluation, path: Path | str, *, metric
     axes.set_xlabel(f"{evaluation.source} peak of {metric} memory [GiB]")
     axes.set_ylabel("predicted peak [GiB]")
     _dress(axes, evaluation, f"{evaluation.artifact}: predicted against {evaluation.source}", points)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def residuals(evaluation: Evaluation, path: Path | str, *, metric: str = "allocated") -> Path:
@@ -85,7 +80,7 @@ def residuals(evaluation: Evaluation, path: Path | str, *, metric: str = "alloca
     Parameters, errors: as `predicted_against_actual`.
     """
     points = _chosen(evaluation, metric)
-    figure, axes = _sheet((10.0, 5.0))
+    figure, axes = blank(10.0, 5.0)
     axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     groups = _by_variant(points)
     for place, (name, mine, colour, marker) in enumerate(groups):
@@ -117,7 +112,7 @@ def residuals(evaluation: Evaluation, path: Path | str, *, metric: str = "alloca
     _dress(
         axes, evaluation, f"{evaluation.artifact}: relative error of {metric}, with its {level}", points, beside=True
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_all(predictor: Predictor, data: RecordsFile, folder: Path | str, level: float = 0.95) -> list[Path]:
@@ -162,13 +157,6 @@ def _chosen(evaluation: Evaluation, metric: str) -> list[Point]:
         known = sorted({p.metric for p in evaluation.points})
         raise RecordsError(f"no run has '{metric}' to draw; there are: {', '.join(known) or 'none'}", metric=metric)
     return points
-
-
-def _sheet(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    # a Figure of its own, without pyplot: no global state, no display
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
 
 
 def _by_variant(points: list[Point]) -> list[tuple[str, list[Point], str, str]]:
@@ -224,14 +212,3 @@ def _dress(axes: Axes, evaluation: Evaluation, title: str, points: list[Point], 
         )  # fmt: skip
     place: dict[str, Any] = {"bbox_to_anchor": (1.01, 1), "borderaxespad": 0} if beside else {}
     axes.legend(loc="upper left", fontsize=8.5, framealpha=0.9, edgecolor=GRID, **place)
-
-
-def _save(figure: Figure, path: Path | str) -> Path:
-    path = Path(path)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise SdfitError(
-            f"cannot write the figure {path}: {error}; name a .png, .svg or .pdf file", path=str(path)
-        ) from error
-    return path

@@ -1,0 +1,42 @@
+"""Figures: made without pyplot, so without global state or a display, and written with one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdfit.errors import SdfitError, needs
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise needs("plot", "matplotlib") from error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def blank(width_inches: float, height_inches: float) -> tuple[Figure, Axes]:
+    """Make an empty figure of one plot [inches]."""
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def save(figure: Figure, path: Path | str) -> Path:
+    """Write a figure; the ending says the format.
+
+    Raises
+    ------
+    SdfitError
+        If the file cannot be written, or the ending names no format.
+    """
+    path = Path(path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise SdfitError(
+            f"cannot write the figure {path}: {error}; name a .png, .svg or .pdf file", path=str(path)
+        ) from error
+    return path
