@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from sdfit.records import Record
 from sdfit.scores import error_summary
 from sdfit.stage_model import nonnegative
 from sdfit.workload import Workload, variant_name
+
+if TYPE_CHECKING:
+    from sdfit.predictor import Predictor
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,3 +49,9 @@ def baseline_design(workloads: Sequence[Workload]) -> Array:
             for w in workloads
         ]
     )
+
+
+def predict_baseline(predictor: Predictor, workload: Workload) -> float | None:
+    """What an artifact's plain regression says of a workload [bytes]; None if its variant was not swept."""
+    found = predictor.artifact.baseline.get("variants", {}).get(variant_name(workload.variant))
+    return None if found is None else float(np.dot(baseline_design([workload])[0], found["coef"]))

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdfit.artifact import RESTS_ON, Artifact
 from sdfit.basis import REGIMES, TERMS
+from sdfit.comparison import residuals
 from sdfit.predictor import Predictor
 from sdfit.text import aligned, percent
 
@@ -105,9 +106,8 @@ def _published(found: dict[str, Any]) -> list[str]:
         "from how well the equation follows the trace."
     ]
     lines += [
-        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: see `T4_EXCESS` in sdfit/memory/workspaces.py."
-        if miss["id"].startswith("COL")
-        else f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: not explained."
+        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: "
+        f"{residuals.REASONS.get(miss['id'], 'not explained')}."
         for miss in found["misses"]
     ]
     return lines

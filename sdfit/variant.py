@@ -52,7 +52,7 @@ class Variant:
             missing = artifact.stages["|".join(found)]["unidentified"]
             if (self.slicing or self.tiling) and "D" in missing and stage.startswith("vae"):
                 raise UnknownVariant(
-                    f"'{artifact.name}' never saw VAE slicing or tiling in {values['dtype']}; swept: {listed(artifact.swept)}; to "
+                    f"'{artifact.name}' never saw slicing or tiling of the '{values['vae']}' VAE in {values['dtype']}; swept: {listed(artifact.swept)}; to "
                     f"add it: sdfit sweep --gpu {artifact.name} --grid FILE, then sdfit fit",
                     variant=key,
                 )

@@ -21,7 +21,8 @@ from sdfit.units import format_bytes
 
 if TYPE_CHECKING:
     from sdfit.advise import Option
-    from sdfit.predictor import Prediction
+    from sdfit.predictor import Prediction, Predictor
+    from sdfit.workload import Workload
 
 
 @click.command()
@@ -68,12 +69,9 @@ def describe(peak: Prediction) -> str:
 @json_option
 def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> int:
     """Say whether a run fits; exit code 3 if it does not."""
-    from sdfit.advise import bound, options_that_fit
-    from sdfit.library import load
-    from sdfit.units import parse_bytes
+    from sdfit.advise import options_that_fit
 
-    f, workload = load(gpu), workload_from(fields)
-    peak, limit = bound(f, workload, None, level), parse_bytes(memory)
+    f, workload, peak, limit = _asked(gpu, memory, level, fields)
     answer = peak.upper <= limit
     others = [] if answer else options_that_fit(f, workload, memory=memory, level=level)
     if as_json:
@@ -115,12 +113,9 @@ def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, 
 @json_option
 def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> None:
     """Say what fits: this run, its largest batch, and which options help."""
-    from sdfit.advise import NothingFits, bound, options_that_fit
-    from sdfit.library import load
-    from sdfit.units import parse_bytes
+    from sdfit.advise import NothingFits, options_that_fit
 
-    f, workload = load(gpu), workload_from(fields)
-    peak, limit = bound(f, workload, None, level), parse_bytes(memory)
+    f, workload, peak, limit = _asked(gpu, memory, level, fields)
     rest = {k: v for k, v in workload.to_dict().items() if k not in ("height", "width", "prompt_length", "batch_size")}
     try:
         batch = f.max_batch_size(
@@ -136,6 +131,18 @@ def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: 
         return
     lines = [_verdict(peak, limit), f"largest batch of this size: {batch}", *_in_words(options, "with")]
     click.echo("\n".join(lines))
+
+
+def _asked(
+    gpu: str, memory: str, level: float | None, fields: dict[str, Any]
+) -> tuple[Predictor, Workload, Prediction, int]:
+    """The model, the run, what it needs at most, and what is there [bytes]."""
+    from sdfit.advise import bound
+    from sdfit.library import load
+    from sdfit.units import parse_bytes
+
+    f, workload = load(gpu), workload_from(fields)
+    return f, workload, bound(f, workload, None, level), parse_bytes(memory)
 
 
 def _verdict(peak: Prediction, limit_bytes: int) -> str:

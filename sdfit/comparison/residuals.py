@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sdfit.backends.trace import Traced, Tracer
 
 FILE = "residuals.csv"
+REASONS = {"COL-003": "see `T4_EXCESS` in sdfit/memory/workspaces.py"}
+"""Why a row is missed, as far as anybody knows; a row that is not here is not explained."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from sdfit import conformal
 from sdfit.advise import SAFE_LEVEL
+from sdfit.baseline import predict_baseline
 from sdfit.errors import RecordsError, UnknownVariant, listed
 from sdfit.metrics import METRICS
 from sdfit.predictor import Prediction, Predictor
@@ -307,14 +308,6 @@ def evaluate(predictor: Predictor, records: RecordsFile | Iterable[Record], leve
     )
 
 
-def baseline_bytes(predictor: Predictor, workload: Workload) -> float | None:
-    """What the artifact's plain four-term regression over whole runs says [bytes]; None if it was not fitted to it."""
-    from sdfit.baseline import baseline_design
-
-    found = predictor.artifact.baseline.get("variants", {}).get(variant_name(workload.variant))
-    return None if found is None else float(np.dot(baseline_design([workload])[0], found["coef"]))
-
-
 def size_class(workload: Workload) -> str:
     """The size class of a workload's images.
 
@@ -335,7 +328,7 @@ def _points(predictor: Predictor, record: Record, level: float) -> list[Point]:
             continue
         value: Prediction = predictor.predict_workload(record.workload, metric=metric, level=level)
         bound = predictor.predict_workload(record.workload, metric=metric, level=UPPER_LEVEL).upper
-        plain = baseline_bytes(predictor, record.workload) if metric == "allocated" else None
+        plain = predict_baseline(predictor, record.workload) if metric == "allocated" else None
         low, high = value.interval
         points.append(
             Point(
