@@ -13,8 +13,8 @@ from sdfit.errors import SdfitError, SimulatedModelWarning
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
-    from sdfit.library import available, load
-    from sdfit.predictor import Prediction, Predictor
+    from sdfit.predict.library import available, load
+    from sdfit.predict.predictor import Prediction, Predictor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,10 +29,10 @@ __all__ = [
 ]
 
 _LATER = {
-    "Prediction": "sdfit.predictor",
-    "Predictor": "sdfit.predictor",
-    "available": "sdfit.library",
-    "load": "sdfit.library",
+    "Prediction": "sdfit.predict.predictor",
+    "Predictor": "sdfit.predict.predictor",
+    "available": "sdfit.predict.library",
+    "load": "sdfit.predict.library",
 }
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sdfit.advise import bound
 from sdfit.errors import InvalidWorkload, SdfitError
+from sdfit.predict.advise import bound
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
-    from sdfit.predictor import Prediction, Predictor
+    from sdfit.predict.predictor import Prediction, Predictor
 
 
 class WillNotFit(SdfitError):

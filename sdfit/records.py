@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdfit.equation.metrics import METRICS
+from sdfit.equation.stages import COMPONENTS, STAGES, resident
 from sdfit.errors import RecordsError, listed
-from sdfit.metrics import METRICS
-from sdfit.stages import COMPONENTS, STAGES, resident
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sdfit.artifact import load_artifact
 from sdfit.backends.fake import FakeBackend
-from sdfit.predictor import Predictor
+from sdfit.predict.artifact import load_artifact
+from sdfit.predict.predictor import Predictor
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload
 
@@ -25,8 +25,8 @@ def measured(workloads: Iterable[Workload], **options: Any) -> RecordsFile:
 @pytest.fixture(scope="session")
 def fake_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default grid swept on the fake card by a worker process."""
-    from sdfit import grid
-    from sdfit.sweep import sweep
+    from sdfit.sweep import grid
+    from sdfit.sweep.run import sweep
 
     out = tmp_path_factory.mktemp("world") / "data" / "fake" / "2026-01-01-default.jsonl"
     outcome = sweep(grid.load("default"), "fake", {"gpu": "fake"}, out)
@@ -38,7 +38,7 @@ def fake_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fake_model(fake_records: Path) -> Path:
     """The model fitted on the default grid of the fake card, and its card beside it."""
     pytest.importorskip("sklearn")
-    from sdfit.fitting import fit_files
+    from sdfit.fit.files import fit_files
 
     return fit_files([fake_records], None, fake_records.parents[2] / "models" / "fake.joblib").path
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sdfit import grid
 from sdfit.cli import main
 from sdfit.errors import SimulatedModelWarning
-from sdfit.library import load
+from sdfit.predict.library import load
+from sdfit.sweep import grid
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *(ROOT / part / "README.md" for part in ("sweeps", "data", "models"))]

@@ -10,7 +10,7 @@ import pytest
 
 from sdfit.errors import InvalidWorkload
 from sdfit.guard import WillNotFit, check, workload_of
-from sdfit.predictor import Predictor
+from sdfit.predict.predictor import Predictor
 from sdfit.workload import Workload
 
 
@@ -122,7 +122,7 @@ def test_a_real_pipeline_is_read_off_as_it_was_set() -> None:
     pytest.importorskip("diffusers")
     from PIL import Image
 
-    from sdfit.pipeline import build_pipeline, variant_applied
+    from sdfit.backends.pipeline import build_pipeline, variant_applied
 
     picture = Image.new("RGB", (776, 520))
     pipe = build_pipeline(device="meta", dtype="bfloat16", safety_checker=False)

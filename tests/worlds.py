@@ -7,9 +7,9 @@ import random
 import numpy as np
 
 from sdfit.backends.fake import FakeBackend
-from sdfit.components import component_bytes
+from sdfit.equation.stages import STAGES, resident
+from sdfit.equation.weights import component_bytes
 from sdfit.records import Record, RecordsFile, fingerprint
-from sdfit.stages import STAGES, resident
 from sdfit.workload import Workload
 
 SIDES = (256, 320, 384, 456, 512, 584, 640, 768, 776, 896, 1024, 1200)

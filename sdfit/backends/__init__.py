@@ -72,7 +72,7 @@ def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
 
 def _opened(name: str, options: Mapping[str, Any]) -> Backend:
     if name == "trace":
-        from sdfit.backends.trace_backend import TraceBackend
+        from sdfit.backends.trace.backend import TraceBackend
 
         return TraceBackend(**options)
     if name == "cuda":

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 
 from sdfit.backends import a_card_is_there
-from sdfit.backends.follow import FollowStorages, Meter
 from sdfit.backends.nvml import Nvml
-from sdfit.cards import card_slug
+from sdfit.backends.trace.meter import FollowStorages, Meter
+from sdfit.backends.trace.segments import rounded
 from sdfit.errors import DeviceError, listed
-from sdfit.memory.segments import rounded
+from sdfit.predict.cards import card_slug
 from sdfit.units import MIB
 
 ANY_CARD = "auto"
@@ -70,7 +70,7 @@ class CudaCounters:
     Parameters
     ----------
     gpu : str
-        The card wanted, as `sdfit.cards.card_slug` names it; ``auto`` takes the first one that is free.
+        The card wanted, as `sdfit.predict.cards.card_slug` names it; ``auto`` takes the first one that is free.
 
     Raises
     ------

@@ -18,16 +18,16 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from sdfit.backends.capacity import STEP_BYTES, smallest_capacity
 from sdfit.backends.counters import ANY_CARD, Counters, CpuCounters, CudaCounters
 from sdfit.backends.kernels import kernels_noted
 from sdfit.backends.oom import is_out_of_memory
+from sdfit.backends.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
 from sdfit.backends.run import Run
-from sdfit.backends.trace_backend import software
+from sdfit.backends.trace.backend import software
+from sdfit.backends.trace.segments import rounded
+from sdfit.equation.stages import COMPONENTS, watched
 from sdfit.errors import SdfitError
-from sdfit.memory.segments import rounded
-from sdfit.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
-from sdfit.required import STEP_BYTES, smallest_capacity
-from sdfit.stages import COMPONENTS, watched
 from sdfit.workload import VariantKey, Workload
 
 
@@ -39,7 +39,7 @@ class CudaBackend:
     gpu : str
         The card wanted; ``auto`` takes what is there.
     weights : str
-        ``architecture``, a folder, or a Hub id (see `sdfit.pipeline.build_pipeline`).
+        ``architecture``, a folder, or a Hub id (see `sdfit.backends.pipeline.build_pipeline`).
     num_inference_steps : int
         Denoising steps asked for; PNDM runs one more UNet call.
     capacity_bytes : int, optional

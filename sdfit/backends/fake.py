@@ -11,10 +11,10 @@ import random
 import time
 from typing import Any
 
-from sdfit.basis import design_matrix, stage_key, stages_of, terms_of
-from sdfit.components import component_bytes
+from sdfit.equation.stages import resident
+from sdfit.equation.terms import design_matrix, stage_key, stages_of, terms_of
+from sdfit.equation.weights import component_bytes
 from sdfit.records import fingerprint
-from sdfit.stages import resident
 from sdfit.workload import DTYPE_BYTES, Workload
 
 COEFFICIENTS: dict[str, dict[str, float]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sdfit.backends.counters import Counters
 from sdfit.backends.oom import requested_bytes
-from sdfit.stages import STAGES
+from sdfit.equation.stages import STAGES
 
 
 @dataclass

@@ -20,8 +20,8 @@ from sdfit.cli.options import (
 from sdfit.units import format_bytes
 
 if TYPE_CHECKING:
-    from sdfit.advise import Option
-    from sdfit.predictor import Prediction, Predictor
+    from sdfit.predict.advise import Option
+    from sdfit.predict.predictor import Prediction, Predictor
     from sdfit.workload import Workload
 
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 @json_option
 def predict(gpu: str, image: Path | None, metric: str, level: float | None, as_json: bool, **fields: Any) -> None:
     """Predict the peak memory of one run."""
-    from sdfit.library import load
-    from sdfit.predictor import DEFAULT_LEVEL
+    from sdfit.predict.library import load
+    from sdfit.predict.predictor import DEFAULT_LEVEL
 
     workload = workload_from(fields, image)
     peak = load(gpu).predict_workload(workload, metric=metric, level=DEFAULT_LEVEL if level is None else level)
@@ -44,7 +44,7 @@ def predict(gpu: str, image: Path | None, metric: str, level: float | None, as_j
 
 def describe(peak: Prediction) -> str:
     """A prediction in a few lines of text."""
-    from sdfit.basis import TERMS
+    from sdfit.equation.terms import TERMS
 
     w = peak.workload
     low, high = peak.interval
@@ -69,7 +69,7 @@ def describe(peak: Prediction) -> str:
 @json_option
 def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> int:
     """Say whether a run fits; exit code 3 if it does not."""
-    from sdfit.advise import options_that_fit
+    from sdfit.predict.advise import options_that_fit
 
     f, workload, peak, limit = _asked(gpu, memory, level, fields)
     answer = peak.upper <= limit
@@ -92,7 +92,7 @@ def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: An
 @json_option
 def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, as_json: bool, **fields: Any) -> None:
     """Find the largest size of an aspect ratio that fits."""
-    from sdfit.library import load
+    from sdfit.predict.library import load
 
     for name in ("height", "width"):
         if fields.pop(name) is not None:
@@ -113,7 +113,7 @@ def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, 
 @json_option
 def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> None:
     """Say what fits: this run, its largest batch, and which options help."""
-    from sdfit.advise import NothingFits, options_that_fit
+    from sdfit.predict.advise import NothingFits, options_that_fit
 
     f, workload, peak, limit = _asked(gpu, memory, level, fields)
     rest = {k: v for k, v in workload.to_dict().items() if k not in ("height", "width", "prompt_length", "batch_size")}
@@ -137,8 +137,8 @@ def _asked(
     gpu: str, memory: str, level: float | None, fields: dict[str, Any]
 ) -> tuple[Predictor, Workload, Prediction, int]:
     """The model, the run, what it needs at most, and what is there [bytes]."""
-    from sdfit.advise import bound
-    from sdfit.library import load
+    from sdfit.predict.advise import bound
+    from sdfit.predict.library import load
     from sdfit.units import parse_bytes
 
     f, workload = load(gpu), workload_from(fields)
@@ -166,11 +166,11 @@ def _as_data(options: list[Option]) -> list[dict[str, Any]]:
 @json_option
 def models(as_json: bool) -> None:
     """List the models that can be loaded, and what each rests on."""
-    from sdfit.artifact import load_artifact
     from sdfit.errors import ArtifactError
-    from sdfit.library import available
-    from sdfit.predictor import Predictor
-    from sdfit.report import models_table
+    from sdfit.fit.card import models_table
+    from sdfit.predict.artifact import load_artifact
+    from sdfit.predict.library import available
+    from sdfit.predict.predictor import Predictor
 
     found = {}
     for name, path in available().items():
@@ -197,7 +197,7 @@ def models(as_json: bool) -> None:
 @gpu_option
 def report(gpu: str) -> None:
     """Print a model's card: what it rests on, how good it is, its coefficients."""
-    from sdfit.library import load
-    from sdfit.report import model_card
+    from sdfit.fit.card import model_card
+    from sdfit.predict.library import load
 
     click.echo(model_card(load(gpu).artifact))

@@ -46,9 +46,9 @@ def sweep(
             raise click.UsageError(f"--operators measures kernels on a card; the backend {backend} has none")
         _operators(gpu, out, dry_run)
         return
-    from sdfit import grid as grids
-    from sdfit.progress import Reporter
-    from sdfit.sweep import sweep as run
+    from sdfit.cli.progress import Reporter
+    from sdfit.sweep import grid as grids
+    from sdfit.sweep.run import sweep as run
 
     plan = grids.load(grid)
     if dry_run:
@@ -62,7 +62,7 @@ def sweep(
     if backend == "trace":
         options["workspaces"] = workspaces
         if workspaces and gpu != "auto":
-            from sdfit.memory.workspaces import workspaces_for
+            from sdfit.backends.trace.workspaces import workspaces_for
 
             try:
                 workspaces_for(gpu)
@@ -98,8 +98,8 @@ def _operators(gpu: str, out: Path | None, dry_run: bool) -> None:
 
     if not dry_run:
         a_card_is_there(gpu)
-    from sdfit.backends import operators as kernels
     from sdfit.backends.counters import CudaCounters
+    from sdfit.study.lab import operators as kernels
 
     wanted = kernels.operators_of(kernels.WORKLOADS)
     if dry_run:
@@ -117,8 +117,8 @@ def _operators(gpu: str, out: Path | None, dry_run: bool) -> None:
 @out_option
 def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
     """Fit the equation to records; without files, to all that was swept under ./data."""
-    from sdfit.fitting import fit_files, swept_files
-    from sdfit.report import coefficient_table, fit_summary
+    from sdfit.fit.card import coefficient_table, fit_summary
+    from sdfit.fit.files import fit_files, swept_files
 
     jobs = {gpu or "": list(files)} if files else swept_files(Path("data"), gpu)
     if out is not None and len(jobs) > 1:
@@ -142,6 +142,6 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
 )
 def demo(out: Path) -> None:
     """Sweep a small grid, fit it, and compare with runs that it never saw."""
-    from sdfit.demo import run_demo
+    from sdfit.cli.demo import run_demo
 
     click.echo(run_demo(out))

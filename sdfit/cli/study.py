@@ -16,8 +16,8 @@ kernels_option = click.option(
 
 
 def _tracer(kernels: str | None) -> Any:
-    from sdfit.backends.trace import Tracer
-    from sdfit.memory.workspaces import workspaces_for
+    from sdfit.backends.trace.tracer import Tracer
+    from sdfit.backends.trace.workspaces import workspaces_for
 
     return Tracer(workspaces_for(kernels) if kernels else None)
 
@@ -30,18 +30,18 @@ def _tracer(kernels: str | None) -> Any:
 @json_option
 def explain(kernels: str | None, timeline: Path | None, terms: bool, as_json: bool, **fields: Any) -> None:
     """Say what a run's peak is made of: components, stages, the operation, its tensors."""
-    from sdfit.derivation.explain import explain as explained
+    from sdfit.study.derivation.explain import explain as explained
 
     workload, tracer = workload_from(fields), _tracer(kernels)
     equation = None
     if terms:
-        from sdfit.derivation.derive import derive as derived
+        from sdfit.study.derivation.derive import derive as derived
 
         equation = derived(workload, tracer=tracer)
     told = explained(workload, tracer=tracer, equation=equation)
     click.echo(json.dumps(told.to_dict(), indent=2) if as_json else told.to_text())
     if timeline is not None:
-        from sdfit.derivation.timeline import timeline as draw
+        from sdfit.study.derivation.timeline import timeline as draw
 
         click.echo(f"wrote {draw(workload, timeline, explanation=told)}", err=True)
 
@@ -53,7 +53,7 @@ def explain(kernels: str | None, timeline: Path | None, terms: bool, as_json: bo
 @json_option
 def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) -> None:
     """Find the closed form of a variant's peak from the pipeline itself."""
-    from sdfit.derivation.derive import derive as derived
+    from sdfit.study.derivation.derive import derive as derived
 
     for side in ("height", "width"):
         fields[side] = (
@@ -74,9 +74,9 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
 @json_option
 def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases: bool, as_json: bool) -> None:
     """Set other estimators beside sdfit, on records or, without any, on the published measurements."""
-    from sdfit.comparison import compare as comparing
-    from sdfit.fitting import read_pooled
-    from sdfit.library import available, load
+    from sdfit.fit.files import read_pooled
+    from sdfit.predict.library import available, load
+    from sdfit.study.comparison import compare as comparing
 
     if files:
         known = comparing.record_cases(read_pooled(files).records, load(gpu) if gpu else None)
@@ -100,10 +100,10 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 @json_option
 def evaluate(gpu: str, files: tuple[Path, ...], level: float | None, figures: Path | None, as_json: bool) -> None:
     """Judge a model on records: errors, coverage, width, by stage, variant and size."""
-    from sdfit.fitting import read_pooled
+    from sdfit.fit.files import read_pooled
     from sdfit.judging.evaluate import evaluate as judged
-    from sdfit.library import load
-    from sdfit.predictor import DEFAULT_LEVEL
+    from sdfit.predict.library import load
+    from sdfit.predict.predictor import DEFAULT_LEVEL
 
     data, f = read_pooled(files), load(gpu)
     level = DEFAULT_LEVEL if level is None else level
@@ -122,9 +122,9 @@ def evaluate(gpu: str, files: tuple[Path, ...], level: float | None, figures: Pa
 @json_option
 def identify(files: tuple[Path, ...], gpu: str | None, as_json: bool) -> None:
     """Say which terms records can tell apart, L·H·W above all, and what to sweep next."""
-    from sdfit.fitting import read_pooled
+    from sdfit.fit.files import read_pooled
     from sdfit.judging.identify import identifiability
-    from sdfit.library import load
+    from sdfit.predict.library import load
 
     result = identifiability(read_pooled(files).records, load(gpu).artifact if gpu else None)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())

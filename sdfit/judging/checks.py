@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.artifact import Artifact
-from sdfit.basis import StageKey, regime
+from sdfit.equation.terms import StageKey, regime
 from sdfit.errors import ArtifactError, UnknownVariant
 from sdfit.judging.findings import DUPLICATES, GRAVE, Finding, label
 from sdfit.judging.robust import MATERIAL
-from sdfit.predictor import Predictor
+from sdfit.predict.artifact import Artifact
+from sdfit.predict.predictor import Predictor
 from sdfit.records import Record
 from sdfit.units import format_bytes
 from sdfit.workload import CHOICES, MAX_SIDE, MIN_SIDE, VAE_SCALE, VARIANT_FIELDS, VariantKey, Workload, variant_name

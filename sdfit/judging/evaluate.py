@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from sdfit import conformal
-from sdfit.advise import SAFE_LEVEL
-from sdfit.baseline import predict_baseline
+from sdfit.equation.metrics import METRICS
 from sdfit.errors import RecordsError, UnknownVariant, listed
-from sdfit.metrics import METRICS
-from sdfit.predictor import Prediction, Predictor
+from sdfit.fit.baseline import predict_baseline
+from sdfit.predict import conformal
+from sdfit.predict.advise import SAFE_LEVEL
+from sdfit.predict.predictor import Prediction, Predictor
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload, variant_name
 

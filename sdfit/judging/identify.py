@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.artifact import Artifact
-from sdfit.basis import TERMS, StageKey, regime, size_columns
+from sdfit.equation.terms import TERMS, StageKey, regime, size_columns
 from sdfit.errors import FitError
-from sdfit.fit import Observations, fit_stage, observe
+from sdfit.fit.fit import Observations, fit_stage, observe
+from sdfit.fit.stage_model import StageModel
+from sdfit.predict.artifact import Artifact
 from sdfit.records import Record
-from sdfit.stage_model import StageModel
 from sdfit.units import format_bytes
 from sdfit.workload import CHUNK_TOKENS, Workload
 

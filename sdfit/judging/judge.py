@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.artifact import Artifact
-from sdfit.basis import REGIMES, Sizes, StageKey, regime, size_columns, stages_of, terms_of
+from sdfit.equation.terms import REGIMES, Sizes, StageKey, regime, size_columns, stages_of, terms_of
 from sdfit.errors import FitError, listed
-from sdfit.fit import observe
+from sdfit.fit.fit import observe
+from sdfit.fit.stage_model import StageModel
 from sdfit.judging.checks import check_censored, check_duplicates, check_equation
 from sdfit.judging.findings import Finding, HeldOut, Verdict, label, verdict
 from sdfit.judging.robust import MATERIAL, SCALES, trimmed_fit
@@ -33,8 +33,8 @@ from sdfit.judging.rowcheck import (
     leave_out,
     term_column,
 )
+from sdfit.predict.artifact import Artifact
 from sdfit.records import Record
-from sdfit.stage_model import StageModel
 from sdfit.workload import Workload
 
 __all__ = ["Finding", "HeldOut", "Verdict", "judge", "judge_table", "leave_one_resolution_out"]
@@ -103,7 +103,7 @@ def judge_table(
     batch_size : array, shape (rows,), or int
         Images per call.
     terms : sequence of str
-        Of the equation: names from `sdfit.basis.TERMS`, and ``A`` for the pixels of one image.
+        Of the equation: names from `sdfit.equation.terms.TERMS`, and ``A`` for the pixels of one image.
     labels : sequence of str, optional
         Names of the rows; None makes them from the sizes.
 

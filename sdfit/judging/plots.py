@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from sdfit.errors import RecordsError, SdfitError
-from sdfit.figures import blank, save
 from sdfit.judging.evaluate import Evaluation, Point, evaluate
-from sdfit.predictor import Predictor
+from sdfit.judging.figures import blank, save
+from sdfit.predict.predictor import Predictor
 from sdfit.records import RecordsFile
 from sdfit.units import GIB
 from sdfit.workload import variant_name

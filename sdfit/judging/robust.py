@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.stage_model import nonnegative
+from sdfit.fit.stage_model import nonnegative
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

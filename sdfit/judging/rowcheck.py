@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.basis import REGIMES, TERMS, Sizes, evaluate
+from sdfit.equation.terms import REGIMES, TERMS, Sizes, evaluate
 from sdfit.errors import FitError, listed
+from sdfit.fit.stage_model import nonnegative
 from sdfit.judging.findings import GRAVE, MOST_NAMED, Finding, HeldOut
 from sdfit.judging.robust import MATERIAL, lacking_term, trimmed_fit
-from sdfit.stage_model import nonnegative
 from sdfit.units import format_bytes
 from sdfit.workload import VAE_SCALE
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import sdfit
-from sdfit import fit as fitting
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import SimulatedModelWarning
-from sdfit.grid import load as load_grid
+from sdfit.fit import fit as fitting
 from sdfit.records import Record, RecordsFile
+from sdfit.sweep.grid import load as load_grid
 
 pytestmark = pytest.mark.bench
 
@@ -69,7 +69,7 @@ def test_import(benchmark: Any, statement: str) -> None:
 
 
 def test_fit_of_1000_records(benchmark: Any) -> None:
-    """sdfit.fit.fit on 1,000 records of the default and holdout grids on the made-up card."""
+    """sdfit.fit.fit.fit on 1,000 records of the default and holdout grids on the made-up card."""
     fake = FakeBackend("bench", noise=0.002, capacity_bytes=1 << 50)
     workloads = [*load_grid("default").workloads, *load_grid("holdout").workloads]
     rng = random.Random(1)
@@ -84,7 +84,7 @@ def test_fit_of_1000_records(benchmark: Any) -> None:
 
 def test_trace_of_one_workload(benchmark: Any) -> None:
     """One workload traced with its events, the pipeline built already."""
-    from sdfit.backends.trace_backend import TraceBackend
+    from sdfit.backends.trace.backend import TraceBackend
 
     backend = TraceBackend("t4", workspaces=True)
     workload = sdfit.Workload(1024, 1024, batch_size=2)
@@ -101,7 +101,7 @@ def test_artifact_sizes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_accuracy_on_unseen_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Errors of the shipped T4 model on the traced holdout, none of whose shapes it was fitted on."""
     from sdfit.judging.evaluate import evaluate
-    from sdfit.library import load
+    from sdfit.predict.library import load
     from sdfit.records import read
 
     with warnings.catch_warnings():

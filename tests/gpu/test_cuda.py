@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from sdfit.backends.capacity import STEP_BYTES
 from sdfit.backends.cuda import CudaBackend
-from sdfit.basis import stages_of
-from sdfit.cards import card_slug
+from sdfit.equation.terms import stages_of
 from sdfit.errors import DeviceError
+from sdfit.predict.cards import card_slug
 from sdfit.records import Record
-from sdfit.required import STEP_BYTES
 from sdfit.units import GIB, MIB
 from sdfit.workload import Workload
 

@@ -1,0 +1,1 @@
+"""A simulated card: the pipeline on meta tensors, its kernels' workspaces, its allocator."""

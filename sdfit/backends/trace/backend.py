@@ -1,0 +1,102 @@
+"""The backend ``trace``: records from meta tensors, on any machine.
+
+Allocated memory is traced; reserved and required memory come from replaying the traced allocations through a model of
+the caching allocator (`sdfit.backends.trace.replay`); device memory adds the CUDA context, where one was published for the card.
+Nothing here is measured, and the records say so.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from sdfit.backends.trace.replay import replay, required
+from sdfit.backends.trace.tracer import Tracer
+from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
+from sdfit.errors import SdfitError
+from sdfit.records import fingerprint
+from sdfit.units import MIB
+from sdfit.workload import Workload
+
+CONTEXT_BYTES = {"t4": 180 * MIB}
+"""CUDA context and libraries by card [bytes], as published; grows as kernels load, so it is a lower bound."""
+REQUIRED_STEP_BYTES = 16 * MIB
+
+
+class TraceBackend:
+    """Traces workloads as a card would run them.
+
+    Parameters
+    ----------
+    gpu : str
+        The card that the trace stands for; ``auto`` and ``none`` stand for no card.
+    workspaces : bool
+        Add the kernel workspaces known for that card's architecture; a card without an entry gets the bare trace.
+    num_inference_steps : int
+    """
+
+    def __init__(self, gpu: str = "none", *, workspaces: bool = False, num_inference_steps: int = 2) -> None:
+        torch.set_num_threads(1)
+        self.gpu = "none" if gpu == "auto" else gpu.lower()
+        self.num_inference_steps = num_inference_steps
+        self.spent = False
+        self.kernels: Workspaces | None = None
+        if workspaces and self.gpu != "none":
+            try:
+                self.kernels = workspaces_for(self.gpu)
+            except SdfitError:
+                self.kernels = None  # the environment then says that no workspaces were added
+        self._tracer = Tracer(self.kernels, num_inference_steps=num_inference_steps)
+
+    def environment(self) -> dict[str, Any]:
+        """See `sdfit.backends.Backend.environment`."""
+        table = None
+        if self.kernels is not None:
+            architecture = self.kernels.architecture
+            table = f"{architecture.name} {fingerprint(asdict(architecture))}"
+        return {
+            "backend": "trace",
+            "gpu": f"none (a trace for '{self.gpu}')",
+            "name": self.gpu,
+            "workspaces": table,
+            "context_bytes": CONTEXT_BYTES.get(self.gpu),
+            "num_inference_steps": self.num_inference_steps,
+            **software(),
+        }
+
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        """See `sdfit.backends.Backend.measure`."""
+        traced = self._tracer.run(workload, keep_events=True)
+        assert traced.events is not None
+        # without workspaces the trace is of no card, and what an allocator would do with it says little
+        reserved = need = None
+        if self.kernels is not None:
+            reserved = replay(traced.events).reserved_bytes
+            need = required(traced.events, step_bytes=REQUIRED_STEP_BYTES)
+        context = CONTEXT_BYTES.get(self.gpu)
+        return {
+            "outcome": "ok",
+            "stage_peaks_bytes": traced.stage_peaks,
+            "component_bytes": traced.component_bytes,
+            "allocated_bytes": traced.peak_bytes,
+            "reserved_bytes": reserved,
+            "device_bytes": reserved + context if reserved is not None and context is not None else None,
+            "required_bytes": need,
+            "baseline_bytes": traced.weights_bytes + traced.unsplit_bytes,
+            "stage_s": {stage: round(seconds, 4) for stage, seconds in traced.stage_seconds.items()},
+        }
+
+
+def software() -> dict[str, str | None]:
+    """Versions of what runs the pipeline."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "transformers", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,246 @@
+"""Watch a traced run from the inside: every operation by name, and every tensor that is live.
+
+The tracer says how much; this says what. Hooks on the modules keep the path of the module that is running, so that
+an operation has a name that is the same in every run of a variant: its stage, the path, the aten operation, and how
+many of that kind came before it in the same call of the outermost module (a *pass*: one run of the UNet, one tile of
+the decoder). Denoising steps, slices and tiles that the tracer skips are known by the pass that they repeat.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from sdfit.backends.trace.meter import Meter, Operation, Span
+from sdfit.backends.trace.segments import rounded
+from sdfit.backends.trace.tracer import Traced, Tracer
+from sdfit.equation.stages import COMPONENTS
+from sdfit.workload import Workload
+
+PIPELINE = "pipeline"
+"""The path of what runs in no module; the name of the function follows after a point."""
+
+
+class OperationName(NamedTuple):
+    """What an operation is called in every run of a variant."""
+
+    stage: str
+    path: str
+    operation: str
+    nth: int
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A block that is live: who made it, and what it is. ``size_bytes`` is rounded as the allocator rounds."""
+
+    path: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class Pass:
+    """One call of an outermost module, or one stretch between two such calls (``path`` is `PIPELINE`)."""
+
+    path: str
+    before_bytes: int
+    names: list[OperationName] = field(default_factory=list)
+    live_bytes: list[int] = field(default_factory=list)
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The operation with the most live bytes, and the tensors that were live."""
+
+    name: OperationName
+    live_bytes: int
+    workspace_bytes: int
+    ordinal: int
+    tensors: tuple[LiveTensor, ...]
+
+
+class Observer:
+    """Records the operations of one traced run; use `observed`.
+
+    Parameters
+    ----------
+    tracer, workload
+        The run to watch.
+    tensors : bool
+        Also keep the list of live tensors, and at each new maximum of a key remember it.
+    key : callable, optional
+        ``key(name)`` groups operations for which a `Peak` each is wanted, None for none. By default one, the whole run.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        workload: Workload,
+        *,
+        tensors: bool = False,
+        key: Callable[[OperationName], Any] = lambda name: "run",
+    ) -> None:
+        self.workload, self.workspace = workload, tracer.workspace
+        self.passes: list[Pass] = [Pass(PIPELINE, 0)]
+        self.peaks: dict[Any, Peak] = {}
+        self._pipe, self._key, self._tensors = tracer.pipeline(workload), key, tensors
+        self._path: list[str] = []
+        self._counts: dict[tuple[str, str, str], int] = {}
+        self._spans: dict[int, tuple[Span, Pass]] = {}
+        self._live: dict[int, tuple[Any, LiveTensor]] = {}
+        self._weights = {
+            tensor.untyped_storage()._cdata
+            for name in COMPONENTS
+            if (module := getattr(self._pipe, name)) is not None
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        self._operations: dict[Any, str] = {}
+        self._ordinal = 0
+        self.meter: Meter
+
+    def attach(self, meter: Meter) -> Operation:
+        """Begin to watch a meter; the ``observe`` argument of `Tracer.run`."""
+        self.meter, meter.listener = meter, self
+        return self._see
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Follow the module path for the time of a ``with`` block."""
+        handles = []
+        for component in COMPONENTS:
+            module = getattr(self._pipe, component)
+            if module is None:
+                continue
+            for name, part in module.named_modules(prefix=component):
+                handles.append(part.register_forward_pre_hook(self._enter(name), prepend=True))
+                handles.append(part.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if not self._path:
+                self._begin(name)
+            self._path.append(name)
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self._path.pop()
+        if not self._path:
+            self._begin(PIPELINE)
+
+    def _begin(self, path: str) -> None:
+        self.passes.append(Pass(path, self.meter.live_bytes))
+        self._counts = {}
+
+    def begins(self) -> None:
+        """Note what is live when a pass begins that may be repeated."""
+        self.passes[-1].before_bytes = self.meter.live_bytes
+
+    def ends(self, span: Span) -> None:
+        """Remember which pass a span is."""
+        self._spans[id(span)] = (span, self.passes[-1])
+
+    def again(self, span: Span) -> None:
+        """Write the operations of an earlier pass down once more, on top of what is live now."""
+        first, now = self._spans[id(span)][1], self.passes[-1]
+        above = self.meter.live_bytes - first.before_bytes
+        now.before_bytes, now.repeated = self.meter.live_bytes, True
+        now.names = first.names
+        now.live_bytes = [live + above for live in first.live_bytes]
+
+    def _see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        operation = self._operations.get(func)
+        if operation is None:
+            operation = self._operations[func] = func._schema.name.removeprefix("aten::")
+        path = self._path[-1] if self._path else _caller()
+        scratch = self.workspace(self.workload, func, args, out) if self.workspace is not None else 0
+        live = self.meter.live_bytes + scratch
+        if self._tensors:
+            for part in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(part, torch.Tensor) and part.is_meta:
+                    self._birth(part, path, operation)
+        self._ordinal += 1
+        current = self.passes[-1]
+        if current.repeated:
+            return
+        count = (self.meter.stage, path, operation)
+        nth = self._counts[count] = self._counts.get(count, -1) + 1
+        name = OperationName(*count, nth)
+        current.names.append(name)
+        current.live_bytes.append(live)
+        if self._tensors:
+            key = self._key(name)
+            if key is not None and (key not in self.peaks or live > self.peaks[key].live_bytes):
+                live_now = tuple(tensor for _, tensor in self._live.values())
+                self.peaks[key] = Peak(name, live, scratch, self._ordinal - 1, live_now)
+
+    def _birth(self, tensor: torch.Tensor, path: str, operation: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or key in self._weights:
+            return
+        made = LiveTensor(
+            path, operation, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), rounded(storage.nbytes())
+        )
+        live = self._live
+        live[key] = (weakref.ref(storage, lambda _: live.pop(key, None)), made)
+
+    @property
+    def stage_peaks(self) -> dict[str, int]:
+        """The highest operation of each stage [bytes], which must be what the meter found."""
+        peaks: dict[str, int] = {}
+        for one in self.passes:
+            for name, live in zip(one.names, one.live_bytes, strict=True):
+                peaks[name.stage] = max(live, peaks.get(name.stage, 0))
+        return peaks
+
+
+def observed(
+    tracer: Tracer,
+    workload: Workload,
+    *,
+    full: bool = False,
+    tensors: bool = False,
+    key: Callable[[OperationName], Any] = lambda name: "run",
+) -> tuple[Traced, Observer]:
+    """Trace a workload and watch it.
+
+    Parameters
+    ----------
+    full : bool
+        Run every step, slice and tile. With ``tensors`` this is needed for the list at the true peak, because what a
+        repeated pass makes is not there to be listed.
+    tensors, key
+        See `Observer`.
+    """
+    observer = Observer(tracer, workload, tensors=tensors, key=key)
+    with observer.hooked():
+        traced = tracer.run(workload, observe=observer.attach, full=full)
+    return traced, observer
+
+
+def _caller() -> str:
+    """Name the function of the pipeline, the VAE or the scheduler that runs, for what runs in no module."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("diffusers.") or module == "sdfit.backends.pipeline":
+            function = "call" if frame.f_code.co_name == "__call__" else frame.f_code.co_name
+            return f"{PIPELINE}.{function}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return PIPELINE

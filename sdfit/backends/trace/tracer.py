@@ -1,0 +1,314 @@
+"""Trace a workload without a card: the same pipeline on meta tensors.
+
+diffusers' unmodified `StableDiffusionImg2ImgPipeline.__call__` runs on tensors that have a shape and no storage,
+while `follow` counts what is live. Two host-side parts are replaced because they need values: the image processor
+(its device work is kept, its conversion to and from pictures is not) and the scheduler's timesteps stay in host memory.
+
+What a trace cannot see: memory inside kernels. What is known of it comes in through ``workspace``.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
+from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation, Span
+from sdfit.backends.trace.segments import rounded
+from sdfit.backends.trace.workspaces import unsplit_bytes
+from sdfit.equation.stages import COMPONENTS, resident, watched
+from sdfit.errors import InvalidWorkload, nearest
+from sdfit.workload import VAE_SCALE, Workload
+
+TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")
+"""What can be traced; the last three are there to compare with published measurements of them."""
+
+Workspace = Callable[[Workload, Any, tuple[Any, ...], Any], int]
+"""``workspace(workload, func, args, out) -> bytes`` that a kernel holds while it runs."""
+
+
+class HostTimesteps(PNDMScheduler):
+    """PNDM with its timesteps in host memory, where they have values."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As `PNDMScheduler.set_timesteps`, on the CPU whatever the device."""
+        super().set_timesteps(num_inference_steps, device="cpu")
+
+
+class ShapesOnly(VaeImageProcessor):
+    """diffusers' image processor without the pictures: shapes in, shapes out, the device work in between."""
+
+    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Give the host tensor that `VaeImageProcessor.preprocess` makes of PIL images, without its values."""
+        height, width = self.get_default_height_width(image[0])
+        return torch.zeros(()).expand(len(image), 3, height, width)
+
+    @staticmethod
+    def pt_to_numpy(images: torch.Tensor) -> Any:
+        """Leave the device as one black pixel per image: what follows is host memory."""
+        return torch.zeros(images.shape[0], 1, 1, 3).numpy()
+
+    @staticmethod
+    def numpy_to_pil(images: Any) -> Any:
+        """One small picture per image."""
+        return [Image.new("RGB", (8, 8))] * len(images)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What one traced run took. All amounts in bytes, rounded block by block as the allocator rounds them."""
+
+    component_bytes: dict[str, int]
+    stage_peaks: dict[str, int]
+    stage_seconds: dict[str, float]
+    events: list[tuple[int, int]] | None
+    standing_bytes: int = 0
+    """Of every stage's peak: what is there beside the weights all the time (cuBLAS, the allocator's remainders)."""
+    unsplit_bytes: int = 0
+    """Of the standing bytes, the allocator's remainders around the weights."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """The weights of all components."""
+        return sum(self.component_bytes.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest of the stages."""
+        return max(self.stage_peaks.values())
+
+
+class Tracer:
+    """Traces workloads; keeps the meta pipelines it has built.
+
+    Parameters
+    ----------
+    workspace : callable, optional
+        Kernel workspaces to add, see `Workspace`. None: the bare trace.
+    num_inference_steps : int
+        Steps of the denoising loop; two reach the peak, as PNDM runs them (three UNet calls).
+    settings : dict, optional
+        Other component settings, for tests (see `sdfit.backends.pipeline.build_components`).
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace | None = None,
+        *,
+        num_inference_steps: int = 2,
+        settings: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.workspace, self.num_inference_steps, self.settings = workspace, num_inference_steps, settings
+        self._pipes: dict[tuple[str, str, bool], Any] = {}
+
+    def pipeline(self, workload: Workload) -> Any:
+        """The meta pipeline that a workload runs on."""
+        key = (workload.dtype, workload.vae, workload.safety_checker)
+        if key not in self._pipes:
+            dtype, vae, checker = key
+            pipe = build_pipeline(dtype=dtype, device="meta", vae=vae, safety_checker=checker, settings=self.settings)
+            pipe.scheduler = HostTimesteps.from_config(pipe.scheduler.config)
+            pipe.image_processor = ShapesOnly(**pipe.image_processor.config)
+            self._pipes[key] = pipe
+        return self._pipes[key]
+
+    def run(
+        self,
+        workload: Workload,
+        *,
+        task: str = "img2img",
+        keep_events: bool = False,
+        observe: Callable[[Meter], Operation] | None = None,
+        full: bool = False,
+    ) -> Traced:
+        """Trace one workload.
+
+        Parameters
+        ----------
+        task : {'img2img', 'txt2img', 'vae_encode', 'vae_decode'}
+            ``txt2img``: `StableDiffusionPipeline` of the same components. The last two: only the VAE is there, and
+            one image tensor is encoded and sampled, or one latent tensor decoded.
+        keep_events : bool
+            Also return every birth and death of a block, for the allocator replay. The weights come first.
+        observe : callable, optional
+            ``observe(meter)`` gives a function that is called after each operation.
+        full : bool
+            Run every denoising step, slice and tile, though repeats add nothing new (see `_repeats_skipped`).
+        """
+        if task not in TASKS:
+            raise InvalidWorkload(f"there is no task '{task}'{nearest(task, TASKS)}", given=task)
+        pipe = self.pipeline(workload)
+        # a scheduler keeps tensors of its last run, and moves its table to the device once
+        pipe.scheduler = HostTimesteps.from_config(pipe.scheduler.config)
+        meter = Meter(keep_events=keep_events)
+        parts = COMPONENTS if task in ("img2img", "txt2img") else ("vae",)
+        weights = {name: _tensors(getattr(pipe, name)) for name in parts if getattr(pipe, name) is not None}
+        sizes = {name: [rounded(t.untyped_storage().nbytes()) for t in tensors] for name, tensors in weights.items()}
+        scratch = None
+        if self.workspace is not None:
+            workspace = self.workspace
+
+            def scratch(func: Any, args: tuple[Any, ...], out: Any) -> int:
+                return workspace(workload, func, args, out)
+
+        follow = FollowStorages(meter, workspace=scratch, observe=observe(meter) if observe else None)
+        for tensors in weights.values():
+            for tensor in tensors:  # they never die, so they are counted here and only known to the mode
+                follow.ignore(tensor)
+        residency = _Residency(meter, sizes, offload=workload.offload)
+        standing = getattr(self.workspace, "standing_bytes", 0)
+        # only a simulated card has an allocator; under offload its remainders come and go and are left out
+        unsplit = unsplit_bytes(sizes) if standing and workload.offload == "none" else 0
+        seconds: dict[str, float] = {}
+        since: list[Any] = ["", time.perf_counter()]
+
+        def enter(stage: str) -> None:
+            now = time.perf_counter()
+            if since[0]:
+                seconds[since[0]] = seconds.get(since[0], 0.0) + now - since[1]
+            since[:] = [stage, now]
+            if stage:
+                residency.unload(stage)
+                first = not meter.stage
+                meter.enter(stage)  # before the loading: what is loaded counts to the stage that needs it
+                residency.load(stage)
+                if first and standing:
+                    meter.born(rounded(standing))
+                    meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
+
+        attention = FusedAttention("math" if workload.attention == "math" else "fused")
+        repeats = nullcontext() if full else _repeats_skipped(pipe, meter)
+        # frees must not depend on when Python happens to collect
+        with _no_collection(), variant_applied(pipe, workload), watched(pipe, enter), repeats, attention, follow:
+            _RUN[task](pipe, workload, self.num_inference_steps)
+            enter("")
+            meter.leave()
+        components = {name: sum(parts) for name, parts in sizes.items()}
+        # what outlives the run dies later and is no part of it
+        events = None if meter.events is None else list(meter.events)
+        return Traced(components, meter.stage_peaks, seconds, events, standing + unsplit, unsplit)
+
+
+def _img2img(pipe: Any, workload: Workload, steps: int) -> None:
+    width = pipe.text_encoder.config.hidden_size
+    pipe(**call_arguments(workload, num_inference_steps=steps, device="meta", width=width))
+
+
+def _txt2img(pipe: Any, workload: Workload, steps: int) -> None:
+    width = pipe.text_encoder.config.hidden_size
+    arguments = call_arguments(workload, num_inference_steps=steps, device="meta", width=width)
+    del arguments["image"], arguments["strength"]
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=pipe.safety_checker is not None)
+    other.image_processor = pipe.image_processor
+    other.set_progress_bar_config(disable=True)
+    other(**arguments, height=workload.effective_height, width=workload.effective_width)
+
+
+def _vae_encode(pipe: Any, workload: Workload, steps: int) -> None:
+    shape = (workload.batch_size, 3, workload.effective_height, workload.effective_width)
+    with torch.no_grad():
+        pipe.vae.encode(torch.empty(shape, dtype=pipe.vae.dtype, device="meta")).latent_dist.sample()
+
+
+def _vae_decode(pipe: Any, workload: Workload, steps: int) -> None:
+    sides = (workload.effective_height // VAE_SCALE, workload.effective_width // VAE_SCALE)
+    shape = (workload.batch_size, pipe.vae.config.latent_channels, *sides)
+    with torch.no_grad():
+        pipe.vae.decode(torch.empty(shape, dtype=pipe.vae.dtype, device="meta"), return_dict=False)
+
+
+_RUN = {"img2img": _img2img, "txt2img": _txt2img, "vae_encode": _vae_encode, "vae_decode": _vae_decode}
+
+
+class _Residency:
+    """Births and deaths of whole components under `enable_model_cpu_offload`; without it all are there at once."""
+
+    def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str) -> None:
+        self.meter, self.sizes, self.offload = meter, sizes, offload
+        self.blocks: dict[str, list[int]] = {}
+
+    def unload(self, stage: str) -> None:
+        for name in sorted(set(self.blocks) - set(resident(stage, self.offload))):
+            for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
+                self.meter.dies(block, size)
+
+    def load(self, stage: str) -> None:
+        for name in self.sizes:
+            if name in resident(stage, self.offload) and name not in self.blocks:
+                self.blocks[name] = [self.meter.born(size) for size in self.sizes[name]]
+
+
+@contextmanager
+def _repeats_skipped(pipe: Any, meter: Meter) -> Iterator[None]:
+    """Run the UNet, the encoder and the decoder once per input shape, and count what the others would add.
+
+    Denoising steps, VAE slices and VAE tiles repeat the same operations on the same shapes: their peak above what was
+    live before is the same. Likewise one row of a blend between tiles stands for all of its rows. Exact, and held
+    against the full run by a test.
+    """
+    modules = [pipe.unet, pipe.vae.encoder, pipe.vae.decoder]
+    for module in modules:
+        module.forward = _once_per_shape(module.forward, meter)
+    blends = [name for name in ("blend_v", "blend_h") if hasattr(pipe.vae, name)]
+    for name in blends:
+        setattr(pipe.vae, name, _first_row(getattr(pipe.vae, name)))
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+        for name in blends:
+            delattr(pipe.vae, name)
+
+
+def _once_per_shape(forward: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
+    seen: dict[Any, tuple[Span, list[torch.Size], bool]] = {}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        shapes = tuple(t.shape for t in tensors)
+        if shapes not in seen:
+            out, span = meter.measure(lambda: forward(*args, **kwargs))
+            many = isinstance(out, tuple)
+            seen[shapes] = (span, [t.shape for t in (out if many else (out,))], many)
+            return out
+        span, outputs, many = seen[shapes]
+        meter.repeat(span)
+        made = tuple(torch.empty(shape, dtype=tensors[0].dtype, device="meta") for shape in outputs)
+        return made if many else made[0]
+
+    return run
+
+
+def _first_row(blend: Callable[..., Any]) -> Callable[..., Any]:
+    def run(a: torch.Tensor, b: torch.Tensor, blend_extent: int) -> Any:
+        return blend(a, b, min(blend_extent, 1))
+
+    return run
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if enabled:
+            gc.enable()

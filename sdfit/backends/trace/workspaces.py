@@ -1,0 +1,302 @@
+"""Memory that a trace cannot see: what kernels hold while they run, and what stays around the weights.
+
+Three things, found by explaining published measurements, fifteen of them to the byte (``tests/test_workspaces.py``):
+
+1. **Convolutions.** A cuDNN plan for tensor cores works on channels-last data. Around an NCHW tensor it copies: the
+   input, the filter and, on some architectures, the output, all in one block that lives as long as the call. `Rule`
+   says which operands are copied, per architecture, dtype and batch.
+2. **cuBLAS.** Each handle keeps a workspace from its first matrix product on (`Architecture.cublas_bytes`).
+3. **Unsplit blocks.** The caching allocator hands out a cached block whole when no more than 1 MiB of it is left over,
+   and counts all of it as allocated. Over the weights of the pipeline this adds 25 to 40 MB (`unsplit_bytes`).
+
+`workspaces_for` gives the object that `sdfit.backends.trace.tracer.Tracer` takes. What no published number shows is said in
+the entries' evidence: nothing was measured by this project on the cards of this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdfit.backends.trace.segments import CachingAllocator, rounded
+from sdfit.errors import SdfitError, nearest
+from sdfit.workload import Workload
+
+HALF = ("float16", "bfloat16")
+PAD_BYTES = 512
+"""One granule more than the copies is in every workspace that was explained to the byte (OM-020, INV-001)."""
+MAX_ELEMENTS = 2**31 - 1
+"""Above it PyTorch runs a convolution in pieces of the batch, of at most `PIECE_ELEMENTS` each."""
+PIECE_ELEMENTS = 2**28
+"""`split_batch_dim_to_32bit_out` in PyTorch's aten/src/ATen/native/cudnn; its ``max_worksize``."""
+LOAD_ORDER = ("vae", "text_encoder", "unet", "safety_checker")
+"""Order in which the components reach the card, for `unsplit_bytes`. Which it is depends on the version of diffusers
+(sorted names today, the order of a Python set before) and on who loads; this one, the pipeline's signature, gives the
+median over all 24. The five levels at which the A10 rows HFB-018 to HFB-029 lie are five such orders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which operands of a convolution its kernel copies.
+
+    Parameters
+    ----------
+    dtypes : tuple of str
+        Of the input.
+    copies : tuple of {'input', 'output', 'weight'}
+        Empty: no workspace.
+    evidence : str
+        Published rows, or source files.
+    min_batch : int
+        Images in the convolution's input from which on the rule holds.
+    channels : (int, int), optional
+        Only convolutions with these input and output channels.
+    only : {'all', 'aligned', 'square'}
+        ``aligned``: 3x3 convolutions whose channels are multiples of 8 both ways; ``square``: 3x3 convolutions with as
+        many channels out as in.
+    element_bytes : int, optional
+        Bytes per element of the copies, where they are not of the operands' own dtype.
+    """
+
+    dtypes: tuple[str, ...]
+    copies: tuple[str, ...]
+    evidence: str
+    min_batch: int = 1
+    channels: tuple[int, int] | None = None
+    element_bytes: int | None = None
+    only: str = "all"
+
+    def holds(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+        """Whether a convolution of these shapes falls under the rule."""
+        outs, ins = weight[0], image[1]
+        if dtype not in self.dtypes or image[0] < self.min_batch or self.channels not in (None, (ins, outs)):
+            return False
+        if self.only == "all":
+            return True
+        return weight[-1] == 3 and (ins % 8 == outs % 8 == 0 if self.only == "aligned" else ins == outs)
+
+
+_BATCHED_UPSAMPLER = Rule(
+    HALF, (), "OM-020 21 67 68 108 109 29 33 76 80 116 120: the 256->256 convolution after the last upsampling holds "
+    "nothing from two images on; other 256->256 convolutions never set the peak",
+    min_batch=2, channels=(256, 256),
+)  # fmt: skip
+_BOTH_WAYS = Rule(
+    HALF, ("input", "output", "weight"),
+    "OM-019 20 21 and their like on RTX 4090 and T4, to the byte; INV-001 3 9 11; bfloat16: SAY-006. That the first and "
+    "last convolution and those of 1x1 copy nothing shows in reserved memory: INV-002 4 10 12 14",
+    only="aligned",
+)  # fmt: skip
+_ONE_WAY = Rule(
+    HALF, ("input", "weight"),
+    "HFB-001 2 3 8 10 14 16: kernels that read channels-last and write NCHW (cuDNN's '..._nhwc2nchw_...')",
+    only="aligned",
+)  # fmt: skip
+_FLOAT32 = Rule(
+    ("float32",), ("input", "weight"),
+    "INV-027 31 33 43 51 55 (RTX 4090), SAY-004 (A100), both with TF32 convolutions. Which layers copy is unsettled: "
+    "these were chosen, of some twenty ways, by reserved memory: INV-044 46 52 54 56",
+    only="square",
+)  # fmt: skip
+_WIDENED = Rule(
+    HALF, ("input", "output", "weight"),
+    "GP-001 GP-004: float32 copies of everything, as cards without fast float16 arithmetic compute it",
+    element_bytes=4,
+)  # fmt: skip
+_FLOAT32_UNSEEN = Rule(
+    ("float32",), ("input", "weight"), "none on this architecture; taken from sm80 and sm89", only="square"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What is known of one GPU architecture.
+
+    Parameters
+    ----------
+    name : str
+        Compute capability, as ``sm75``.
+    gpus : tuple of str
+        Cards of it that have published rows, by the names of `sdfit.study.comparison.published`.
+    rules : tuple of Rule
+        The first that fits a convolution holds; none fits: no workspace.
+    cublas_bytes : int
+        What a cuBLAS handle keeps [bytes]; PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp.
+    note : str
+        What the entries rest on, where it is less than the rows of their rules.
+    """
+
+    name: str
+    gpus: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    cublas_bytes: int
+    note: str = ""
+
+
+_CUBLAS, _CUBLAS_SM90 = 8_519_680, 33_554_432
+_MODERN = (_BATCHED_UPSAMPLER, _BOTH_WAYS)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    a.name: a
+    for a in (
+        Architecture("sm60", ("p100",), (_WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
+        Architecture("sm61", ("gtx1070",), (_WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
+        Architecture("sm70", ("v100",), (_ONE_WAY, _FLOAT32_UNSEEN), _CUBLAS, "one image only"),
+        Architecture("sm75", ("t4",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "misses COL-003, see `T4_EXCESS`"),
+        Architecture("sm80", ("a100",), (*_MODERN, _FLOAT32), _CUBLAS),
+        Architecture("sm86", ("a10",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "one image only, rest as sm80 and sm89"),
+        Architecture("sm89", ("rtx4090",), (*_MODERN, _FLOAT32), _CUBLAS),
+        Architecture("sm90", ("h200", "h100"), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90,
+                     "no published row: everything but the cuBLAS size is taken from sm80 and sm89"),
+    )
+}  # fmt: skip
+"""The table, by compute capability."""
+T4_EXCESS = 784
+"""Bytes per pixel by which COL-003 (1200x1800, one image) exceeds the rules: a bound; the cause is not established.
+
+Against materialised attention: the same session ran 2048x2048 within 0.1 % of the rules, where one score matrix of the
+VAE's mid block alone would take 8.6 GB; and three score matrices at 1200x1800 with whole (N, 512) tensors beside them
+print as 9.05 or 9.08 GiB, not the 9.06 published, once cuBLAS and the unsplit blocks are counted. The likelier reading,
+not shown either: a convolution plan with a workspace of 1.8 kB per pixel instead of 1.0, taken where it fits. At
+2048x2048 it would not fit on the card, and PyTorch goes on to cuDNN's next plan when a workspace cannot be allocated.
+"""
+
+
+class Workspaces:
+    """The workspaces of one architecture, as `sdfit.backends.trace.tracer.Tracer` asks for them.
+
+    Parameters
+    ----------
+    architecture : Architecture
+
+    Notes
+    -----
+    It does not know the scratch of attention kernels and the 1 to 32 MiB of cuBLASLt, which never set the peak in the
+    published rows, nor what ``cudnn.benchmark`` or channels-last weights would change. Of the UNet alone, whose stage
+    rarely sets the peak, the source of the OM rows has figures too: the trace agrees with them within 0.1 % from four
+    samples on (T4: from one), but A100 and RTX 4090 hold 38 MB more with two samples and 83 MB more with one.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
+    @property
+    def standing_bytes(self) -> int:
+        """What is there from the first matrix product to the end [bytes]; a trace counts it from its beginning."""
+        return self.architecture.cublas_bytes
+
+    def __call__(self, workload: Workload, func: Any, args: tuple[Any, ...], out: Any) -> int:
+        """Bytes that the kernel of one aten operation holds while it runs."""
+        if func.name() != "aten::convolution":
+            return 0
+        image, weight = args[0], args[1]
+        dtype = str(image.dtype).removeprefix("torch.")
+        return convolution_bytes(self.architecture, dtype, tuple(image.shape), tuple(weight.shape), tuple(out.shape))
+
+
+def convolution_bytes(
+    architecture: Architecture,
+    dtype: str,
+    image: tuple[int, ...],
+    weight: tuple[int, ...],
+    out: tuple[int, ...],
+) -> int:
+    """Workspace of one convolution [bytes].
+
+    Parameters
+    ----------
+    image, weight, out : tuple of int
+        Shapes (B, C, H, W), (K, C, R, S), (B, K, P, Q).
+
+    Examples
+    --------
+    The last upsampler of the VAE at 512x512 on a T4, one image: 128 MiB in, 128 MiB out, 1.1 MiB of filter.
+
+    >>> shape = (1, 256, 512, 512)
+    >>> convolution_bytes(ARCHITECTURES["sm75"], "float16", shape, (256, 256, 3, 3), shape)
+    269615616
+    >>> convolution_bytes(ARCHITECTURES["sm70"], "float16", shape, (256, 256, 3, 3), shape)
+    135397888
+    """
+    for rule in architecture.rules:
+        if rule.holds(dtype, image, weight):
+            break
+    else:
+        return 0
+    if not rule.copies:
+        return 0
+    images = _images_at_once(image, out)
+    each = {"input": _elements(image[1:]) * images, "output": _elements(out[1:]) * images, "weight": _elements(weight)}
+    size = rule.element_bytes or (4 if dtype == "float32" else 2)
+    return rounded(sum(each[name] for name in rule.copies) * size) + PAD_BYTES
+
+
+def _images_at_once(image: tuple[int, ...], out: tuple[int, ...]) -> int:
+    largest = max(_elements(image), _elements(out))
+    if largest <= MAX_ELEMENTS:
+        return image[0]
+    return max(PIECE_ELEMENTS // (largest // image[0]), 1)
+
+
+def _elements(shape: Iterable[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def workspaces_for(name: str) -> Workspaces:
+    """Get the workspaces of an architecture, by compute capability or by card.
+
+    Parameters
+    ----------
+    name : str
+        ``sm75``, or a card of the table such as ``t4``.
+
+    Raises
+    ------
+    SdfitError
+        If the table does not hold it.
+
+    Examples
+    --------
+    >>> workspaces_for("t4").architecture.name, workspaces_for("sm90").standing_bytes
+    ('sm75', 33554432)
+    """
+    for architecture in ARCHITECTURES.values():
+        if name.lower() in (architecture.name, *architecture.gpus):
+            return Workspaces(architecture)
+    known = [*ARCHITECTURES, *(gpu for a in ARCHITECTURES.values() for gpu in a.gpus)]
+    raise SdfitError(f"no kernel workspaces are known for '{name}'{nearest(name, known)}", given=name)
+
+
+def unsplit_bytes(sizes: Mapping[str, Sequence[int]], order: Sequence[str] = LOAD_ORDER) -> int:
+    """What the caching allocator counts beyond the weights after loading them: remainders it does not split.
+
+    Parameters
+    ----------
+    sizes : dict of str to list of int
+        Bytes of each weight, by component, in the order of the component's modules.
+    order : sequence of str
+        In which the components reach the card; those that it does not name come last.
+
+    Notes
+    -----
+    Exact for an allocator that was empty and served nothing else. In another order of the components the full float16
+    pipeline has between 24.8 and 40.3 MB of it, instead of 29.8 MB.
+
+    Examples
+    --------
+    Sixteen weights of 1.125 MiB fill one segment of 20 MiB; the seventeenth gets its last 2 MiB, whole.
+
+    >>> unsplit_bytes({"unet": [1_179_648] * 16}), unsplit_bytes({"unet": [1_179_648] * 17})
+    (0, 917504)
+    """
+    allocator = CachingAllocator()
+    requested = 0
+    for name in sorted(sizes, key=lambda name: order.index(name) if name in order else len(order)):
+        for size in sizes[name]:
+            allocator.malloc(size)
+            requested += rounded(size)
+    return allocator.allocated_bytes - requested

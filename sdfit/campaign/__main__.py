@@ -1,5 +1,0 @@
-"""``python -m sdfit.campaign``."""
-
-from sdfit.campaign.plan import main
-
-raise SystemExit(main())

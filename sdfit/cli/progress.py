@@ -1,0 +1,65 @@
+"""How a sweep shows where it stands: a bar on a terminal, plain lines in a pipe, both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from sdfit.sweep.run import Progress
+
+LINE_EVERY_S = 10.0
+
+
+class Reporter:
+    """Called with each `Progress` of a sweep.
+
+    Parameters
+    ----------
+    title : str
+    total : int
+        Runs in the plan.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total = title, total
+        self._bar: Any = None
+        self._task: Any = None
+        self._last_s = 0.0
+
+    def __enter__(self) -> Reporter:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[failed]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, failed="starting")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show it."""
+        failed = f"{progress.oom} out of memory, {progress.crashed} crashed"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.done + progress.crashed, failed=failed)
+            return
+        now = time.monotonic()
+        if now - self._last_s >= LINE_EVERY_S or progress.done + progress.crashed == progress.total:
+            self._last_s = now
+            left = f", about {progress.eta_s:.0f} s left" if progress.eta_s else ""
+            print(f"{self.title}: {progress.done}/{progress.total} done, {failed}{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""The plain four-term regression over whole runs: the form that the stages have to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdfit.fit.scores import error_summary
+from sdfit.fit.stage_model import nonnegative
+from sdfit.records import Record
+from sdfit.workload import Workload, variant_name
+
+if TYPE_CHECKING:
+    from sdfit.predict.predictor import Predictor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+BASELINE_TERMS = ("1", "B·A", "B·A²", "n·L·A")
+BASELINE_UNITS = ("B", "B/px", "B/px²", "B/px/token")
+
+
+def baseline(ok: Sequence[Record]) -> dict[str, Any]:
+    """The plain four-term regression over whole runs, one per swept variant: constant, H·W, (H·W)², L·H·W.
+
+    Images multiply the activations; nothing else is known of stages. Its errors are in-sample: a bound on how well
+    that form can do.
+    """
+    found: dict[str, Any] = {}
+    for variant in sorted({r.workload.variant for r in ok}):
+        rows = [r for r in ok if r.workload.variant == variant]
+        y = np.array([r.allocated_bytes for r in rows], dtype=float)
+        design = baseline_design([r.workload for r in rows])
+        coef = nonnegative(design / y[:, None], np.ones(len(y)))
+        found[variant_name(variant)] = {
+            "coef": coef.tolist(),
+            "rows": len(rows),
+            **error_summary((design @ coef - y) / y),
+        }
+    return {"terms": list(BASELINE_TERMS), "units": list(BASELINE_UNITS), "variants": found}
+
+
+def baseline_design(workloads: Sequence[Workload]) -> Array:
+    """The baseline's columns: 1, B·A, B·A², n·L·A."""
+    return np.array(
+        [
+            (1.0, w.batch_size * w.pixels, w.batch_size * w.pixels**2, w.unet_batch * w.tokens * w.pixels)
+            for w in workloads
+        ]
+    )
+
+
+def predict_baseline(predictor: Predictor, workload: Workload) -> float | None:
+    """What an artifact's plain regression says of a workload [bytes]; None if its variant was not swept."""
+    found = predictor.artifact.baseline.get("variants", {}).get(variant_name(workload.variant))
+    return None if found is None else float(np.dot(baseline_design([workload])[0], found["coef"]))

@@ -1,0 +1,152 @@
+"""An artifact in words: the model card, and the table of coefficients that a fit prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdfit.equation.terms import REGIMES, TERMS
+from sdfit.predict.artifact import RESTS_ON, Artifact
+from sdfit.predict.predictor import Predictor
+from sdfit.study.comparison import residuals
+from sdfit.units import aligned, percent
+
+
+def coefficient_rows(artifact: Artifact) -> list[tuple[str, ...]]:
+    """Each stage's coefficients with their 95 % bounds and units, as text; the head first."""
+    lines: list[tuple[str, ...]] = [("stage", "regime", "term", "coefficient", "95 % low", "95 % high", "unit")]
+    for key, stage in artifact.stages.items():
+        for row, values in enumerate(stage["coef"]):
+            members = [REGIMES[i] for i, index in enumerate(stage["regimes"]) if index == row]
+            label = "all" if len(stage["coef"]) == 1 else "; ".join(members)
+            for i, name in enumerate(stage["terms"]):
+                if name in stage["unidentified"]:
+                    lines.append((key, label, name, "not told apart", "", "", TERMS[name].unit))
+                    continue
+                numbers = (f"{v:.6g}" for v in (values[i], stage["low"][row][i], stage["high"][row][i]))
+                lines.append((key, label, name, *numbers, TERMS[name].unit))
+    return lines
+
+
+def coefficient_table(artifact: Artifact) -> str:
+    """The coefficients of a fit as an aligned table."""
+    return aligned(coefficient_rows(artifact), left=3)
+
+
+def fit_summary(artifact: Artifact) -> str:
+    """What a fit achieved, in a few lines: cross-validated errors of the stages beside those of the baseline."""
+    ev = artifact.evaluation
+    lines = [
+        f"{artifact.name}: {artifact.provenance} ({RESTS_ON[artifact.provenance]})",
+        f"rows: {ev['rows']} succeeded, {ev['oom_rows']} out of memory, {ev['crashed_rows']} crashed",
+        _errors("stages, fitted", ev["fitted"]),
+    ]
+    if "cross_validated" in ev:
+        lines.append(_errors(f"stages, on unseen resolutions ({ev['folds']} folds)", ev["cross_validated"]))
+    for name, found in artifact.baseline["variants"].items():
+        lines.append(_errors(f"plain four-term baseline, {name}, fitted", found))
+    return "\n".join(lines)
+
+
+def _errors(title: str, found: dict[str, Any]) -> str:
+    return (
+        f"{title}: median {percent(found['median'], 3)}, 95th percentile {percent(found['p95'], 3)}, "
+        f"worst {percent(found['worst'], 3)}"
+    )
+
+
+def model_card(artifact: Artifact) -> str:
+    """The model card in Markdown, all of it from the artifact."""
+    ev, env = artifact.evaluation, artifact.environment
+    lines = [
+        f"# {artifact.name}",
+        "",
+        f"Provenance: **{artifact.provenance}**, {RESTS_ON[artifact.provenance]}.",
+        "Made by `sdfit fit`; do not edit.",
+        "",
+        "## What it rests on",
+        "",
+        "| fact | value |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {name} | {_shown(value)} |" for name, value in env.items() if value is not None]
+    lines += ["", "| records | sha256 | rows | out of memory |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {s.get('name')} | {str(s.get('sha256', ''))[:16]} | {s.get('rows', '')} | {s.get('oom', '')} |"
+        for s in artifact.sources
+    ]
+    lines += ["", "## How good it is", "", "Relative errors of allocated memory.", ""]
+    lines += ["| model | rows | median | 95th percentile | worst |", "| --- | --- | --- | --- | --- |"]
+    lines.append(_row("stages, fitted", ev["fitted"], ev["rows"]))
+    if "cross_validated" in ev:
+        lines.append(
+            _row(
+                f"stages, unseen resolutions, {ev['folds']} folds", ev["cross_validated"], ev["cross_validated"]["rows"]
+            )
+        )
+    for name, found in artifact.baseline["variants"].items():
+        lines.append(_row(f"plain four-term baseline, {name}, fitted", found, found["rows"]))
+    if "published" in ev:
+        lines += ["", *_published(ev["published"])]
+    lines += ["", "Metrics: " + ", ".join(["allocated", *(m for m, v in artifact.metrics.items() if v)]) + "."]
+    lines += ["", "## Variants swept", "", *(f"- {name}" for name in artifact.swept)]
+    lines += ["", "## Coefficients", "", "The terms are explained in README.md beside this file.", ""]
+    head, *rows = coefficient_rows(artifact)
+    lines += [_cells(head), _cells(("---",) * len(head)), *(_cells(row) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _published(found: dict[str, Any]) -> list[str]:
+    """Lines on how the trace compares with what others measured on this card."""
+    if not found["rows"]:
+        return ["No whole run on this card was published; its intervals come from other cards' rows."]
+    lines = [
+        f"Beside {found['rows']} published whole runs on this card the trace is off by {percent(found['median'], 3)} in the "
+        f"median and {percent(found['worst'], 3)} at worst. The intervals come from the published rows of all cards, not "
+        "from how well the equation follows the trace."
+    ]
+    lines += [
+        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: "
+        f"{residuals.REASONS.get(miss['id'], 'not explained')}."
+        for miss in found["misses"]
+    ]
+    return lines
+
+
+def _row(title: str, found: dict[str, Any], rows: int) -> str:
+    return _cells((title, str(rows), *(percent(found[k], 3) for k in ("median", "p95", "worst"))))
+
+
+def _cells(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+
+def _shown(value: Any) -> str:
+    return str(value).replace("|", "\\|")
+
+
+def write_card(artifact: Artifact, model_path: Path) -> Path:
+    """Write the card beside the artifact."""
+    path = model_path.with_suffix(".md")
+    path.write_text(model_card(artifact), encoding="utf-8")
+    return path
+
+
+def models_table(models: dict[str, Predictor]) -> str:
+    """The models that can be loaded: name, what each rests on, how good, where."""
+    lines = [("model", "provenance", "rows", "variants", "median error", "worst error", "file")]
+    for name, predictor in models.items():
+        a = predictor.artifact
+        errors = a.evaluation.get("cross_validated", a.evaluation["fitted"])
+        lines.append(
+            (
+                name,
+                a.provenance,
+                str(a.evaluation["rows"]),
+                str(len(a.swept)),
+                percent(errors["median"], 3),
+                percent(errors["worst"], 3),
+                str(predictor.path),
+            )
+        )
+    return aligned(lines, left=2)

@@ -1,0 +1,82 @@
+"""Conformal scores: how far held-out runs lay from their predictions, in units of the predicted activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdfit.equation.terms import stages_of
+from sdfit.predict.conformal import LEAST_ACTIVATION_BYTES
+from sdfit.predict.variant import family
+from sdfit.records import Record
+from sdfit.study.comparison import residuals
+
+MOST_SCORES, MOST_FAMILY_SCORES = 600, 100
+"""Scores kept of all variants and of one family; of more, evenly spaced ones in rank order, with both ends."""
+FEWEST_SCORES = 20
+"""A family with fewer scores uses those of all variants."""
+
+
+def score(record: Record, actual_bytes: float, predicted_bytes: float, peaks: Mapping[str, float]) -> tuple[str, float]:
+    """The family of a run and its score; ``peaks`` are the predicted stage peaks [bytes]."""
+    least = min(record.weights_bytes(stage) for stage in stages_of(record.workload.variant))
+    activation = max(max(peaks.values()) - least, float(LEAST_ACTIVATION_BYTES))
+    return family(record.workload.variant), (actual_bytes - predicted_bytes) / activation
+
+
+def by_family(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    """Sort scores by family; ``""`` holds all of them, and families with too few are left to it."""
+    table: dict[str, list[float]] = {"": []}
+    for name, value in pairs:
+        table[""].append(value)
+        table.setdefault(name, []).append(value)
+    return {
+        name: thinned(values, MOST_FAMILY_SCORES if name else MOST_SCORES)
+        for name, values in table.items()
+        if not name or len(values) >= FEWEST_SCORES
+    }
+
+
+def thinned(scores: Any, most: int = MOST_SCORES) -> list[float]:
+    """Scores in ascending order, of too many evenly spaced ones with both ends, to six digits.
+
+    Examples
+    --------
+    >>> thinned([0.25, -1.0])
+    [-1.0, 0.25]
+    """
+    ranked = np.sort(np.asarray(scores, dtype=float))
+    if len(ranked) > most:
+        ranked = ranked[np.linspace(0, len(ranked) - 1, most).round().astype(int)]
+    return [float(f"{s:.6g}") for s in ranked]
+
+
+def published_scores(traced: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Replace scores against the trace by scores against what was published.
+
+    Allocated memory has published numbers. The other metrics of a whole run have none: their scores are every sum of
+    one published score and one of the metric's own scores against the trace, which takes the model of the allocator
+    to be right.
+    """
+    known = np.array(residuals.scores())
+    found = {"allocated": {"": thinned(known)}}
+    for metric, families in traced.items():
+        if metric == "allocated":
+            continue
+        for name, own in families.items():
+            if own:
+                every = np.add.outer(known, own).ravel()
+                found.setdefault(metric, {})[name] = thinned(every, MOST_FAMILY_SCORES if name else MOST_SCORES)
+    return found
+
+
+def error_summary(relative: Any) -> dict[str, float]:
+    """Median, 95th percentile and worst of the absolute relative errors."""
+    size = np.abs(np.asarray(relative, dtype=float))
+    return {
+        "median": float(np.median(size)),
+        "p95": float(np.quantile(size, 0.95)),
+        "worst": float(size.max()),
+    }

@@ -1,1 +1,0 @@
-"""What lies below the tensors: kernel workspaces, and PyTorch's caching allocator."""

@@ -1,0 +1,1 @@
+"""From an artifact to a number: find a model, load it, ask it."""

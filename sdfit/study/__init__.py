@@ -1,0 +1,1 @@
+"""Looking into things; nothing in the flow from grid to prediction imports it."""

@@ -1,0 +1,372 @@
+"""How well other systems, and sdfit, predict a list of runs whose peaks are known.
+
+Three questions to each system: how far off is it, how often would a run have died if its number had been the cap, and
+how much does it set aside for nothing when the run lives. `compare` takes any cases; `published_cases` makes them from
+the published rows. Every case counts alike: a workload that was measured five times counts five times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from sdfit.errors import RecordsError, UnknownModel, UnknownVariant, listed
+from sdfit.records import Record
+from sdfit.study.comparison import published
+from sdfit.study.comparison.peers import PEERS, Peer, peer
+from sdfit.units import aligned, format_bytes
+from sdfit.workload import Workload, whole_number
+
+if TYPE_CHECKING:
+    from sdfit.predict.predictor import Predictor
+
+OWN = {"sdfit": "sdfit", "sdfit_upper": "sdfit, upper bound"}
+"""What a case may carry itself, by name, and how it is printed."""
+MAX_BYTES = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run whose peak is known.
+
+    Parameters
+    ----------
+    label : str
+        Names the run in tables.
+    workload : Workload
+    actual_bytes : int
+        The peak of the run [bytes].
+    predicted_bytes, upper_bytes : int, optional
+        sdfit's estimate and its upper bound, of the same metric as ``actual_bytes`` [bytes].
+
+    Raises
+    ------
+    InvalidWorkload
+        If an amount is not a positive whole number of bytes.
+
+    Examples
+    --------
+    >>> Case("one", Workload(512, 512), 3 * 10**9).actual_bytes
+    3000000000
+    """
+
+    label: str
+    workload: Workload
+    actual_bytes: int
+    predicted_bytes: int | None = None
+    upper_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("actual_bytes", "predicted_bytes", "upper_bytes"):
+            value = getattr(self, name)
+            if value is not None or name == "actual_bytes":
+                object.__setattr__(self, name, whole_number(name, value, 1, MAX_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one system says of one case."""
+
+    system: str
+    label: str
+    predicted_bytes: int
+    actual_bytes: int
+
+    @property
+    def error(self) -> float:
+        """Signed relative error: predicted / actual - 1."""
+        return self.predicted_bytes / self.actual_bytes - 1
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the run would have run out of memory with the prediction as its cap."""
+        return self.predicted_bytes < self.actual_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One system over all cases that it has a formula for.
+
+    Parameters
+    ----------
+    system, title : str
+    cases : int
+        Cases it was asked about.
+    skipped : int
+        Cases that it has no formula for.
+    median_error, median_absolute_error, worst_error : float
+        Relative to the actual peak; ``worst_error`` is the one largest in size, with its sign.
+    worst_label : str
+        The case it belongs to.
+    out_of_memory : int
+        Cases with a prediction below the peak.
+    over_reserved, over_reserved_bytes : float or None
+        Mean of (predicted - actual), relative and in bytes, over the other cases; None if there are none.
+    """
+
+    system: str
+    title: str
+    cases: int
+    skipped: int
+    median_error: float
+    median_absolute_error: float
+    worst_error: float
+    worst_label: str
+    out_of_memory: int
+    over_reserved: float | None
+    over_reserved_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The answer of `compare`: the cases, a row per system and case, a summary per system."""
+
+    cases: tuple[Case, ...]
+    rows: tuple[Row, ...]
+    summary: tuple[Summary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values: amounts in bytes, errors as fractions."""
+        return {
+            "cases": [asdict(case) for case in self.cases],
+            "summary": [asdict(line) for line in self.summary],
+            "rows": [asdict(row) | {"error": row.error, "out_of_memory": row.out_of_memory} for row in self.rows],
+        }
+
+    def table(self) -> str:
+        """The summaries as aligned text, one line per system."""
+        head = ("system", "cases", "median", "median |error|", "worst", "at", "out of memory", "over-reserves")
+        return aligned([head, *(_cells(line) for line in self.summary)])
+
+    def cases_table(self) -> str:
+        """Every case as aligned text: its peak, then what each system says, relative to it."""
+        systems = [line.system for line in self.summary]
+        said = {(row.label, row.system): row for row in self.rows}
+        lines = [("case", "actual", *systems)]
+        for case in self.cases:
+            found = (said.get((case.label, system)) for system in systems)
+            errors = (_percent(row.error) if row else "-" for row in found)
+            lines.append((case.label, format_bytes(case.actual_bytes), *errors))
+        return aligned(lines)
+
+
+def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) -> Comparison:
+    """Ask each system about each case.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+    systems : sequence of str or Peer, optional
+        Names from `sdfit.study.comparison.peers.PEERS`, ``sdfit`` or ``sdfit_upper``, or peers of your own; by default sdfit, where the
+        cases carry its estimates, and all of `PEERS`.
+
+    Returns
+    -------
+    Comparison
+        A system without a formula for any of the cases is left out.
+
+    Raises
+    ------
+    RecordsError
+        If there is no case, or two have one label, or no system has a formula for any.
+    UnknownModel
+        If a system is not known.
+
+    Examples
+    --------
+    >>> case = Case("512x512", Workload(512, 512), 3_294_239_916, predicted_bytes=3_300_000_000)
+    >>> print(compare([case], ["sdfit", "accelerate"]).table())
+    system            cases  median  median |error|   worst       at  out of memory        over-reserves
+    sdfit                 1  +0.2 %           0.2 %  +0.2 %  512x512            0/1  0.2 % =     5.5 MiB
+    accelerate x 1.2      1  -0.2 %           0.2 %  -0.2 %  512x512            1/1                    -
+    """
+    cases = list(cases)
+    _check(cases)
+    rows: list[Row] = []
+    summary: list[Summary] = []
+    for name, title, predict in _asked(cases, systems):
+        said = [(case, predict(case)) for case in cases]
+        found = [Row(name, case.label, value, case.actual_bytes) for case, value in said if value is not None]
+        if found:
+            rows += found
+            summary.append(_summarise(title, found, len(cases)))
+    if not rows:
+        raise RecordsError(f"none of the systems asked has a formula for any of the {len(cases)} cases; ask others")
+    return Comparison(tuple(cases), tuple(rows), tuple(summary))
+
+
+def published_cases(
+    metric: str = "allocated", models: Mapping[str, Predictor] | None = None, *, level: float = 0.95
+) -> tuple[Case, ...]:
+    """Make a case of every published whole-pipeline row of one metric.
+
+    Parameters
+    ----------
+    metric : str
+    models : mapping of card to Predictor, optional
+        Set beside the rows of their card.
+    level : float
+        Of the models' upper bounds.
+
+    Raises
+    ------
+    RecordsError
+        If no whole run was published with that metric.
+
+    Examples
+    --------
+    >>> len(published_cases()), published_cases()[-1].label
+    (37, 'GP-005 p100 512x512')
+    """
+    whole = [row for row in published.rows() if row.whole_pipeline and row.scope == "total"]
+    chosen = [row for row in whole if row.metric == metric]
+    if not chosen:
+        known = listed(sorted({row.metric for row in whole}))
+        raise RecordsError(f"no whole run was published with the metric '{metric}'; there are: {known}", given=metric)
+    models = models or {}
+    return tuple(
+        _predicted(Case(_label(row), row.workload(), row.peak_bytes), models.get(row.card), metric, level)
+        for row in chosen
+    )
+
+
+def record_cases(
+    records: Iterable[Record], predictor: Predictor | None = None, *, level: float = 0.95
+) -> tuple[Case, ...]:
+    """Make a case of every record that succeeded, with what a model says of it.
+
+    Parameters
+    ----------
+    records : iterable of Record
+    predictor : Predictor, optional
+    level : float
+        Of the predictor's upper bounds.
+    """
+    ok = [r for r in records if r.outcome == "ok" and r.allocated_bytes]
+    return tuple(
+        _predicted(
+            Case(f"{i} {r.workload.height}x{r.workload.width}", r.workload, r.allocated_bytes or 0),
+            predictor,
+            "allocated",
+            level,
+        )
+        for i, r in enumerate(ok)
+    )
+
+
+def _predicted(case: Case, predictor: Predictor | None, metric: str, level: float) -> Case:
+    """The case with a model's prediction; as it was where the model never saw the variant."""
+    if predictor is None:
+        return case
+    try:
+        peak = predictor.predict_workload(case.workload, metric=metric, level=level)
+    except UnknownVariant:
+        return case
+    upper = round(peak.upper) if math.isfinite(peak.upper) else None
+    return replace(case, predicted_bytes=round(peak), upper_bytes=upper)
+
+
+def figure(comparison: Comparison, path: Path | str, *, title: str = "Predicted / actual peak memory") -> Path:
+    """Draw predicted / actual of every case, a line per system, and write it to a file.
+
+    Parameters
+    ----------
+    comparison : Comparison
+    path : path
+        Where to; the ending says the format (png, svg, pdf).
+
+    Raises
+    ------
+    DependencyError
+        If matplotlib is not installed.
+    SdfitError
+        If the file cannot be written.
+    """
+    from sdfit.study.comparison.figure import draw
+
+    return draw(comparison, Path(path), title)
+
+
+_Predict = Callable[[Case], int | None]
+
+
+def _asked(cases: list[Case], systems: Sequence[str | Peer] | None) -> list[tuple[str, str, _Predict]]:
+    """Name, title and prediction of each system; a prediction is None where the system has no formula."""
+    chosen: Sequence[str | Peer] = [*OWN, *PEERS] if systems is None else systems
+    asked: list[tuple[str, str, _Predict]] = []
+    for system in chosen:
+        if isinstance(system, str) and system in OWN:
+            asked.append((system, OWN[system], _own(system)))
+            continue
+        try:
+            one = peer(system) if isinstance(system, str) else system
+        except UnknownModel as error:
+            raise UnknownModel(f"{error}; sdfit and sdfit_upper are known too", given=system) from None
+        asked.append((one.name, one.title, _of(one)))
+    return asked
+
+
+def _own(system: str) -> _Predict:
+    return lambda case: case.predicted_bytes if system == "sdfit" else case.upper_bytes
+
+
+def _of(one: Peer) -> _Predict:
+    return lambda case: one.predict(case.workload) if one.applies(case.workload) else None
+
+
+def _check(cases: list[Case]) -> None:
+    if not cases:
+        raise RecordsError("there is no case to compare on; give records of successful runs, or the published rows")
+    seen: set[str] = set()
+    for case in cases:
+        if case.label in seen:
+            raise RecordsError(f"two cases are named '{case.label}'; give each run its own label", given=case.label)
+        seen.add(case.label)
+
+
+def _summarise(title: str, found: list[Row], cases: int) -> Summary:
+    errors = [row.error for row in found]
+    worst = max(found, key=lambda row: abs(row.error))
+    lived = [row for row in found if not row.out_of_memory]
+    return Summary(
+        system=found[0].system,
+        title=title,
+        cases=len(found),
+        skipped=cases - len(found),
+        median_error=median(errors),
+        median_absolute_error=median(abs(error) for error in errors),
+        worst_error=worst.error,
+        worst_label=worst.label,
+        out_of_memory=len(found) - len(lived),
+        over_reserved=fmean(row.error for row in lived) if lived else None,
+        over_reserved_bytes=round(fmean(row.predicted_bytes - row.actual_bytes for row in lived)) if lived else None,
+    )
+
+
+def _label(row: published.PublishedRow) -> str:
+    batch = f" x{row.batch_size}" if row.batch_size > 1 else ""
+    return f"{row.id} {row.card} {row.height}x{row.width}{batch}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:+.1f} %"
+
+
+def _cells(line: Summary) -> tuple[str, ...]:
+    over = "-"
+    if line.over_reserved is not None and line.over_reserved_bytes is not None:
+        over = f"{100 * line.over_reserved:.1f} % = {format_bytes(line.over_reserved_bytes):>11}"
+    return (
+        line.title,
+        str(line.cases),
+        _percent(line.median_error),
+        f"{100 * line.median_absolute_error:.1f} %",
+        _percent(line.worst_error),
+        line.worst_label,
+        f"{line.out_of_memory}/{line.cases}",
+        over,
+    )

@@ -1,0 +1,419 @@
+"""Find the closed form of the peak from the pipeline itself.
+
+Trace one variant at some thirty workloads, chosen so that nothing is rounded; align the operations by name; solve for
+the polynomial that gives each operation's live bytes; keep those that are the highest somewhere. The result is not a
+fit to noise: the coefficients are channels times bytes, and the residual is the allocator's rounding to 512.
+
+What it does not know: memory inside kernels, unless the tracer is given workspaces that are polynomials too. Sizes
+whose latents are not a multiple of 8 are padded inside the UNet, but only below full latent resolution; the operations
+that set the peak are at full resolution and hold no tensor of a lower one, so random sizes agree as well as round ones
+do, to the 512 bytes that each block is rounded to. The UNet's polynomial for small images with long prompts is the
+exception: its skip connections are padded. The trace is of two denoising steps; PNDM's history grows until the fourth
+noise prediction, by one latent (B·A/8 bytes in float16) each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdfit.backends.trace.observe import PIPELINE, OperationName, Pass, observed
+from sdfit.backends.trace.tracer import Tracer
+from sdfit.equation.stages import STAGES, resident
+from sdfit.errors import FitError
+from sdfit.study.derivation.closed_form import (
+    VAE_STAGES,
+    WHEN,
+    Derivation,
+    Polynomial,
+    in_regime,
+    last_passes,
+    sizes_of,
+    vae_passes,
+    value,
+)
+from sdfit.workload import CHUNK_TOKENS, Workload, variant_name
+
+Array = NDArray[np.float64]
+Name = OperationName
+
+# the order is the order of preference: of two products that the points cannot tell apart the first one stays
+_UNET_PRODUCTS = ("1", "B", "n", "n*L", "n*E", "B*L", "B*E", "n*A", "B*A", "n*L*A", "n*A*A")
+_SLICED_PRODUCTS = ("A", "L*A", "A*A")
+_VAE_PRODUCTS = ("1", "B", "n", "n*L", "n*E", "B*L", "B*E", "B*A", "n*A", "B*A*A", "A*A")
+_SLICING_PRODUCTS = ("P", "P*P", "D")
+_TILING_PRODUCTS = ("B*P", "B*P*P", "P*P", "D")
+
+# (height, width, batch_size, guided, prompt_length): sides are multiples of 256, so that even the lowest resolution
+# of the UNet is a whole number of 512-byte blocks and no size is rounded
+_POINTS = (
+    (512, 512, 1, True, 77),
+    (256, 256, 1, True, 77),
+    (768, 1024, 1, True, 77),
+    (2048, 2048, 1, True, 77),
+    (1024, 1024, 2, True, 77),
+    (512, 768, 3, True, 77),
+    (1536, 1024, 4, True, 77),
+    (512, 512, 1, True, 154),
+    (1024, 768, 2, True, 154),
+    (1536, 1280, 1, True, 231),
+    (512, 512, 4, True, 231),
+    (256, 512, 1, False, 77),
+    (1024, 1280, 1, False, 77),
+    (1024, 1024, 2, False, 77),
+    (512, 512, 4, False, 77),
+    (1536, 1536, 3, False, 77),
+    (768, 768, 1, False, 154),
+    (256, 512, 2, False, 231),
+    (1280, 1280, 1, False, 231),
+    (1024, 512, 3, False, 308),
+    (256, 768, 2, True, 77),
+    (1280, 768, 3, True, 231),
+    (768, 768, 2, False, 77),
+    (512, 1536, 4, False, 154),
+    (512, 512, 1, False, 231),
+    (1536, 1024, 1, False, 154),
+    (2048, 2048, 1, False, 77),
+    (512, 768, 1, False, 308),
+)
+_STEPS = {(2, 0): 2.0**-20, (1, 1): 2.0**-10, (1, 0): 2.0**-8, (0, 1): 64.0, (0, 0): 1.0}
+"""Of what the coefficient of a product with that many pixels and tokens is a multiple [bytes]."""
+_TOLERANCE_BYTES = 16 * 1024
+_DOMINATED = 1e-4
+"""A polynomial that adds less than this share anywhere is merged into the one below it."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What an operation took: one row for each point and pass."""
+
+    points: list[int]
+    sizes: list[dict[str, int]]
+    live_bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    name: Name
+    when: str
+    products: tuple[str, ...]
+    coefficients: Array
+
+
+def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Derivation:
+    """Find the closed form of the peak for the variant of a workload.
+
+    Parameters
+    ----------
+    variant_workload : Workload
+        Its discrete fields count (dtype, attention, ...); its sizes are the reference at which tensors are listed.
+    tracer : Tracer, optional
+        To share pipelines that are built already, or to add kernel workspaces. By default a bare one.
+
+    Returns
+    -------
+    Derivation
+        The undominated polynomials of each stage [bytes].
+
+    Raises
+    ------
+    FitError
+        If an operation that can set the peak is no polynomial in the sizes: the message names it.
+
+    Examples
+    --------
+    >>> form = derive(Workload(512, 512, attention="sdpa"))  # doctest: +SKIP
+    >>> form.binding(Workload(1024, 1024)).coefficients["B*A"]  # doctest: +SKIP
+    1536.375
+    """
+    tracer = tracer or Tracer()
+    points = derivation_points(variant_workload)
+    seen: dict[Name, _Seen] = defaultdict(lambda: _Seen([], [], []))
+    tops: list[dict[str, int]] = []
+    for number, point in enumerate(points):
+        _, observer = observed(tracer, point)
+        tops.append(observer.stage_peaks)
+        _collect(seen, number, point, observer.passes)
+    candidates = _solve(seen, points)
+    _nothing_missed(candidates, points, tops)
+    kept = _envelope(candidates, points)
+    residual = max(_residual(candidate, seen[candidate.name], points) for candidate in kept)
+    polynomials = _explained(kept, variant_workload, tracer)
+    return Derivation(variant_workload.variant, polynomials, variant_workload, points, int(np.ceil(residual)))
+
+
+def derivation_points(variant_workload: Workload) -> tuple[Workload, ...]:
+    """The workloads that a variant is derived from: its discrete fields, our sizes.
+
+    Examples
+    --------
+    >>> len(derivation_points(Workload(512, 512)))
+    28
+    """
+    points = []
+    for height, width, batch_size, guided, prompt_length in _POINTS:
+        if variant_workload.vae_tiling and max(height, width) <= 512:
+            height, width = height + 512, width + 768  # every point in tiles, of many shapes  # noqa: PLW2901
+        points.append(
+            replace(
+                variant_workload,
+                height=height,
+                width=width,
+                batch_size=batch_size,
+                guidance_scale=7.5 if guided else 1.0,
+                prompt_length=prompt_length,
+            )
+        )
+    return tuple(points)
+
+
+def _collect(seen: dict[Name, _Seen], number: int, point: Workload, passes: Sequence[Pass]) -> None:
+    """Add one run's operations: of each name and each size of pass the highest."""
+    whole = sizes_of(point)
+    geometry = {path: iter(list(vae_passes(point))) for path in ("vae.encoder", "vae.decoder")}
+    total = sum(images * pixels for images, pixels, _ in vae_passes(point))
+    highest: dict[Name, dict[tuple[int, int], int]] = defaultdict(dict)
+    for one in passes:
+        if one.path in geometry:
+            try:
+                _, pixels, done = next(geometry[one.path])
+            except StopIteration:
+                raise FitError(
+                    f"{variant_name(point.variant)}: more passes of {one.path} than its tiles and slices"
+                ) from None
+        else:
+            pixels, done = (0, total) if point.vae_slicing or point.vae_tiling else (point.pixels, 0)
+        outside = one.path == PIPELINE
+        for name, live in zip(one.names, one.live_bytes, strict=True):
+            # outside a module the count runs on over steps and tiles: take those of a kind together
+            key = Name(name.stage, name.path, name.operation, -1) if outside else name
+            at = highest[key]
+            at[pixels, done] = max(live, at.get((pixels, done), 0))
+    for name, rows in highest.items():
+        for area, before in dict(rows.keys()).items():  # of each size the last pass
+            seen[name].points.append(number)
+            seen[name].sizes.append(whole | {"P": area, "D": before})
+            seen[name].live_bytes.append(rows[area, before])
+
+
+def _products(stage: str, variant: Workload) -> tuple[str, ...]:
+    if stage not in VAE_STAGES:
+        return _UNET_PRODUCTS + (_SLICED_PRODUCTS if variant.attention == "sliced" else ())
+    if variant.vae_tiling:
+        return _VAE_PRODUCTS[:-2] + (("P", "P*P", "D") if variant.vae_slicing else _TILING_PRODUCTS)
+    return _VAE_PRODUCTS[:-2] + _SLICING_PRODUCTS if variant.vae_slicing else _VAE_PRODUCTS
+
+
+def _solve(seen: dict[Name, _Seen], points: tuple[Workload, ...]) -> list[_Candidate]:
+    """Solve for the coefficients of every operation that is a polynomial, all of one layout at a time.
+
+    One that is no polynomial over all points may be one for a batch of one and another for more: matmul folds its
+    operands otherwise, a loop over slices has a first turn.
+    """
+    found: list[_Candidate] = []
+    groups: dict[tuple[Any, ...], list[Name]] = defaultdict(list)
+    for name, rows in seen.items():
+        layout = tuple((p, s["P"], s["D"]) for p, s in zip(rows.points, rows.sizes, strict=True))
+        groups[name.stage, layout].append(name)
+
+    def inside(when: str) -> set[int]:
+        return {i for i, point in enumerate(points) if in_regime(point, when)}
+
+    presence = {when: inside(when) for when in WHEN}
+    for (stage, _), names in groups.items():
+        present = set(seen[names[0]].points)
+        when = next((when for when, expected in presence.items() if present == expected), None)
+        left = names if when is not None else []
+        halves = ("n=1", "n>=2") if stage == "unet" else ("B=1", "B>=2")
+        split = tuple(f"{when}, {half}" if when else half for half in halves)
+        for regimes in ((when or "",), split):
+            for regime in regimes:
+                group = {name: seen[name] for name in left}
+                for name, (products, solved) in _solve_part(stage, group, inside(regime), points[0]).items():
+                    found.append(_Candidate(name, regime, products, solved))
+            known = {candidate.name for candidate in found}
+            left = [name for name in left if name not in known]
+    return found
+
+
+def _solve_part(stage: str, rows: dict[Name, _Seen], part: set[int], variant: Workload) -> dict[Name, Any]:
+    """Solve for operations of one layout on some of the points; those that are no polynomial there are left out."""
+    points = next(iter(rows.values())).points if rows else []
+    use = [i for i, point in enumerate(points) if point in part]
+    if not use:
+        return {}
+    first = next(iter(rows.values()))
+    products, matrix = _independent(_products(stage, variant), [first.sizes[i] for i in use])
+    if len(use) <= len(products):
+        return {}
+    live = np.array([[seen.live_bytes[i] for i in use] for seen in rows.values()], dtype=float).T
+    exact = _exact(products, matrix, live)
+    worst = np.abs(matrix @ exact - live).max(axis=0)
+    return {name: (products, exact[:, i]) for i, name in enumerate(rows) if worst[i] <= _TOLERANCE_BYTES}
+
+
+def _exact(products: tuple[str, ...], matrix: Array, live: Array) -> Array:
+    """Solve for the exact numbers that the coefficients stand for, highest degree first.
+
+    Bytes per pixel are multiples of 1/256 and bytes per pixel squared of 2^-20: channels are multiples of 64 (the
+    latents' four are at full resolution), a latent is 64 pixels, and the lowest resolution has a 64th of the latents.
+    Bytes per token are multiples of 64. What rounding to 512 leaves over goes into the terms without a size.
+    """
+    exact = np.zeros((len(products), live.shape[1]))
+    todo = list(range(len(products)))
+    while todo:
+        columns = matrix[:, todo]
+        scale = np.abs(columns).max(axis=0)
+        solved = np.linalg.lstsq(columns / scale, live - matrix @ exact, rcond=None)[0] / scale[:, None]
+        highest = max(_degree(products[i]) for i in todo)
+        step = _STEPS[highest]
+        for row, i in enumerate(tuple(todo)):
+            if _degree(products[i]) == highest:
+                exact[i] = np.round(solved[row] / step) * step
+                todo.remove(i)
+    return exact
+
+
+def _degree(product: str) -> tuple[int, int]:
+    """How often pixels and tokens appear in a product."""
+    letters = product.split("*")
+    return sum(letter in "APD" for letter in letters), sum(letter in "LE" for letter in letters)
+
+
+def _independent(products: Sequence[str], sizes: Sequence[dict[str, int]]) -> tuple[tuple[str, ...], Array]:
+    """The products that these points can tell apart, and their columns."""
+    kept: list[str] = []
+    columns: list[Array] = []
+    for product in products:
+        column = np.array([value(product, s) for s in sizes], dtype=float)
+        if not column.any():
+            continue
+        trial = np.column_stack([c / np.linalg.norm(c) for c in [*columns, column]])
+        if np.linalg.svd(trial, compute_uv=False)[-1] > 1e-9:
+            kept.append(product)
+            columns.append(column)
+    return tuple(kept), np.column_stack(columns)
+
+
+def _polynomial(candidate: _Candidate) -> Polynomial:
+    pairs = zip(candidate.products, map(float, candidate.coefficients), strict=True)
+    coefficients = {product: coefficient for product, coefficient in pairs if coefficient or product == "1"}
+    return Polynomial(*candidate.name, candidate.when, coefficients, 0)
+
+
+def _values(candidates: Sequence[_Candidate], workloads: Sequence[Workload]) -> Array:
+    """The bytes of each candidate (rows) for each workload (columns); minus infinity where it does not run."""
+    out = np.full((len(candidates), len(workloads)), -np.inf)
+    by_kind: dict[tuple[bool, str, tuple[str, ...]], list[int]] = defaultdict(list)
+    for i, c in enumerate(candidates):
+        by_kind[c.name.stage in VAE_STAGES, c.when, c.products].append(i)
+    passes = [last_passes(w) for w in workloads]
+    for (in_vae, when, products), rows in by_kind.items():
+        coefficients = np.array([candidates[i].coefficients for i in rows])
+        for j, workload in enumerate(workloads):
+            if in_regime(workload, when):
+                sizes = passes[j] if in_vae else [passes[j][0]]
+                design = np.array([[value(product, s) for s in sizes] for product in products], dtype=float)
+                out[rows, j] = (coefficients @ design).max(axis=1)
+    return out
+
+
+def _nothing_missed(
+    candidates: Sequence[_Candidate], points: Sequence[Workload], tops: Sequence[dict[str, int]]
+) -> None:
+    """Hold each stage's traced peak against the polynomials: an operation that is none must not stand above them."""
+    values = _values(candidates, points)
+    for stage in STAGES:
+        rows = [i for i, c in enumerate(candidates) if c.name.stage == stage]
+        for j, top in enumerate(tops):
+            if stage in top:
+                found = values[rows, j].max(initial=-np.inf)
+                if found < top[stage] * (1 - _DOMINATED) - _TOLERANCE_BYTES:
+                    raise FitError(
+                        f"{variant_name(points[j].variant)}: the peak of {stage} at {points[j].height}x"
+                        f"{points[j].width}, batch {points[j].batch_size}, is {top[stage]} bytes at an operation that is no polynomial in the "
+                        f"sizes (the highest polynomial gives {found:.0f}); fit this variant with `sdfit fit` instead",
+                        stage=stage,
+                    )
+
+
+@cache
+def _domain(variant: Workload) -> tuple[Workload, ...]:
+    """Workloads over the whole domain, on which polynomials compete."""
+    sides = sorted({64 * round(2 ** (k / 4)) for k in range(29)})
+    return tuple(
+        replace(variant, height=side, width=side * wide, batch_size=b, guidance_scale=g, prompt_length=length)
+        for side in sides
+        for wide in (1, 2)
+        for b in (1, 2, 4, 16)
+        for g in (1.0, 7.5)
+        for length in (77, 154, 1001)
+    )
+
+
+def _envelope(candidates: Sequence[_Candidate], points: Sequence[Workload]) -> list[_Candidate]:
+    """Keep the fewest polynomials whose maximum is the maximum of all, stage by stage."""
+    kept: list[_Candidate] = []
+    grid = [*_domain(points[0]), *points]
+    for stage in STAGES:
+        rows = [c for c in candidates if c.name.stage == stage]
+        if not rows:
+            continue
+        values = _values(rows, grid)
+        needed = values.max(axis=0) * (1 - _DOMINATED)
+        uncovered = np.isfinite(needed)
+        chosen: list[int] = []
+        while uncovered.any():
+            covers = (values[:, uncovered] >= needed[uncovered]).sum(axis=1)
+            best = int(covers.argmax())
+            chosen.append(best)
+            uncovered &= values[best] < needed
+        kept += [rows[i] for i in sorted(chosen, key=lambda i: -np.nanmax(values[i]))]
+    return kept
+
+
+def _residual(candidate: _Candidate, rows: _Seen, points: Sequence[Workload]) -> float:
+    polynomial = _polynomial(candidate)
+    return max(
+        abs(float(polynomial.at(sizes)) - live)
+        for point, sizes, live in zip(rows.points, rows.sizes, rows.live_bytes, strict=True)
+        if in_regime(points[point], candidate.when)
+    )
+
+
+def _explained(kept: Sequence[_Candidate], reference: Workload, tracer: Tracer) -> tuple[Polynomial, ...]:
+    """Attach what is live at each operation: at the reference, or near it for what does not run there."""
+    wanted = {c.name for c in kept}
+
+    def key(name: Name) -> Name | None:
+        short = name._replace(nth=-1)
+        return name if name in wanted else short if short in wanted else None
+
+    plain = 1.0 if reference.guided else 7.5
+    runs = (
+        reference,
+        replace(reference, batch_size=max(2, reference.batch_size)),
+        replace(reference, guidance_scale=plain),
+        replace(reference, prompt_length=154 if reference.prompt_length <= CHUNK_TOKENS else CHUNK_TOKENS),
+        replace(reference, guidance_scale=1.0, batch_size=1),
+    )
+    tensors: dict[int, tuple[dict[str, Any], ...]] = {}
+    for workload in runs:
+        missing = [i for i, c in enumerate(kept) if i not in tensors and in_regime(workload, c.when)]
+        if missing:
+            _, observer = observed(tracer, workload, full=True, tensors=True, key=key)
+            for i in missing:
+                if kept[i].name in observer.peaks:
+                    tensors[i] = tuple(asdict(tensor) for tensor in observer.peaks[kept[i].name].tensors)
+    sizes = tracer.run(reference).component_bytes
+    weights = {s: sum(sizes.get(name, 0) for name in resident(s, reference.offload)) for s in STAGES}
+    return tuple(
+        replace(_polynomial(c), weights_bytes=weights[c.name.stage], tensors=tensors.get(i, ()))
+        for i, c in enumerate(kept)
+    )

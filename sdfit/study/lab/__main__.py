@@ -1,0 +1,5 @@
+"""``python -m sdfit.study.lab``."""
+
+from sdfit.study.lab.campaign import main
+
+raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""Grid files: ``sweeps/*.toml`` to an ordered list of workloads.
+
+A grid has blocks. A block is *factorial* (every combination of its axes, thinned to ``keep`` with the grid's seed),
+*listed* (``workloads``), or *random* (``count`` draws from continuous sides, for a holdout). The order is seeded, so
+that a sweep that is cut short has still seen every corner; workloads that need the same pipeline stay together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdfit.errors import GridError, SdfitError, listed, nearest
+from sdfit.records import fingerprint
+from sdfit.shipped import shipped
+from sdfit.workload import VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
+
+TOP_KEYS = ("description", "seed", "num_inference_steps", "block")
+AXES = WORKLOAD_FIELDS[2:]
+BLOCK_KEYS = ("name", "why", "shapes", "workloads", "random", "keep", "max_batch_pixels", *AXES)
+RANDOM_KEYS = ("count", "min_side", "max_side")
+MOST_DRAWN = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a grid file asks for: its workloads in the order in which they run."""
+
+    name: str
+    description: str
+    seed: int
+    num_inference_steps: int
+    workloads: tuple[Workload, ...]
+    sha256: str
+    blocks: tuple[tuple[str, int], ...]
+
+    def summary(self) -> str:
+        """A few lines: how many runs, of what."""
+        counts: dict[str, int] = {}
+        for w in self.workloads:
+            name = variant_name(w.variant)
+            counts[name] = counts.get(name, 0) + 1
+        shapes = {(w.height, w.width) for w in self.workloads}
+        odd = sum(1 for h, w in shapes if h // VAE_SCALE % 8 or w // VAE_SCALE % 8)
+        batches = sorted({w.batch_size for w in self.workloads})
+        prompts = sorted({w.prompt_length for w in self.workloads})
+        lines = [
+            f"{self.name}: {len(self.workloads)} runs of {self.num_inference_steps} steps, seed {self.seed}",
+            f"shapes: {len(shapes)}, {odd} of them with a latent side that is not a multiple of 8",
+            f"batch sizes: {listed(batches)}; prompt lengths: {listed(prompts)}",
+        ]
+        lines += [f"{count:5d}  {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])]
+        return "\n".join(lines)
+
+
+def find(grid: str) -> Path:
+    """Find a grid file: a path, ``./sweeps/<name>.toml``, or a shipped one."""
+    candidates = [Path(grid), Path("sweeps", f"{grid}.toml"), shipped("sweeps") / f"{grid}.toml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    names = sorted(p.stem for p in shipped("sweeps").glob("*.toml"))
+    raise GridError(f"no grid '{grid}'; there are: {listed(names)}, or give the path of a .toml file", grid=grid)
+
+
+def load(grid: str) -> Plan:
+    """Read a grid file into a `Plan`.
+
+    Raises
+    ------
+    GridError
+        For an unknown key, an empty axis, a workload that cannot be, or a file that is not TOML.
+    """
+    path = find(grid)
+    text = path.read_bytes()
+    try:
+        content = tomllib.loads(text.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GridError(f"'{path}' is not a TOML file: {error}", path=str(path)) from error
+    try:
+        return _plan(path.stem, content)
+    except SdfitError as error:
+        raise GridError(f"{path}: {error}", path=str(path)) from error
+
+
+def _plan(name: str, content: dict[str, Any]) -> Plan:
+    _known(content, TOP_KEYS, "the grid")
+    seed = content.get("seed", 0)
+    steps = content.get("num_inference_steps", 2)
+    for key, value, low in (("seed", seed, 0), ("num_inference_steps", steps, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise GridError(f"{key} is {value!r}; it must be a whole number >= {low}")
+    blocks = content.get("block", [])
+    if not isinstance(blocks, list) or not blocks:
+        raise GridError("the grid has no [[block]]; it must have one at least")
+    rng = random.Random(seed)
+    seen: dict[Workload, None] = {}
+    counts = []
+    for number, block in enumerate(blocks, start=1):
+        label = str(block.get("name", f"block {number}")) if isinstance(block, dict) else f"block {number}"
+        try:
+            found = _block(block, rng)
+        except SdfitError as error:
+            raise GridError(f"[[block]] '{label}': {error}") from error
+        before = len(seen)
+        seen.update(dict.fromkeys(found))
+        counts.append((label, len(seen) - before))
+    workloads = list(seen)
+    rng.shuffle(workloads)
+    # one pipeline after the other: building one takes longer than running a workload
+    workloads.sort(key=lambda w: (w.dtype, w.vae, w.safety_checker, w.offload))
+    digest = fingerprint([[w.to_dict() for w in workloads], steps])
+    return Plan(name, str(content.get("description", "")), seed, steps, tuple(workloads), digest, tuple(counts))
+
+
+def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
+    _known(block, BLOCK_KEYS, "the block")
+    kinds = [k for k in ("shapes", "workloads", "random") if k in block]
+    if len(kinds) != 1:
+        raise GridError(f"it has {listed(kinds)}; it must have exactly one of shapes, workloads, random")
+    axes = {name: _axis(name, block[name]) for name in AXES if name in block}
+    cap = block.get("max_batch_pixels", math.inf)
+    if isinstance(cap, bool) or not isinstance(cap, int | float) or not cap > 0:
+        raise GridError(f"max_batch_pixels is {cap!r}; it must be a number of pixels")
+    if kinds == ["workloads"]:
+        found = [Workload.from_dict(item) for item in _axis("workloads", block["workloads"])]
+    elif kinds == ["random"]:
+        if "keep" in block:
+            raise GridError("keep does not go with random; its count says how many")
+        return _drawn(block["random"], axes, cap, rng)
+    else:
+        shapes = [_shape(item) for item in _axis("shapes", block["shapes"])]
+        found = [
+            Workload(*shape, **dict(zip(axes, values, strict=True)))
+            for shape in shapes
+            for values in itertools.product(*axes.values())
+        ]
+    found = [w for w in found if w.batch_size * w.pixels <= cap]
+    if not found:
+        raise GridError(f"max_batch_pixels {cap} leaves none of its workloads")
+    keep = block.get("keep", len(found))
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise GridError(f"keep is {keep!r}; it must be a whole number >= 1")
+    return _thinned(found, keep, rng)
+
+
+def _thinned(found: list[Workload], keep: int, rng: random.Random) -> list[Workload]:
+    """Keep some of a factorial, each shape as often as every other."""
+    if keep >= len(found):
+        return found
+    by_shape: dict[tuple[int, int], list[Workload]] = {}
+    for w in found:
+        by_shape.setdefault((w.height, w.width), []).append(w)
+    for group in by_shape.values():
+        rng.shuffle(group)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_shape.values()))
+    return list(itertools.islice((w for w in turns if w is not None), keep))
+
+
+def _drawn(wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: random.Random) -> list[Workload]:
+    _known(wanted, RANDOM_KEYS, "random")
+    count, low, high = (wanted.get(k) for k in RANDOM_KEYS)
+    if not all(isinstance(v, int) and v > 0 for v in (count, low, high)) or low > high or count > MOST_DRAWN:  # type: ignore[operator]
+        raise GridError(f"random needs count (up to {MOST_DRAWN}), min_side <= max_side as whole numbers, not {wanted}")
+    found: list[Workload] = []
+    tries = 0
+    while len(found) < count:  # type: ignore[operator]
+        tries += 1
+        if tries > 1000 * count:  # type: ignore[operator]
+            raise GridError(f"max_batch_pixels {cap} leaves no room for sides from {low} to {high}")
+        # log-uniform: a small side is as likely as a large one
+        sides = [round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(2)]  # type: ignore[arg-type]
+        w = Workload(sides[0], sides[1], **{name: rng.choice(values) for name, values in axes.items()})
+        if w.batch_size * w.pixels <= cap:
+            found.append(w)
+    return found
+
+
+def _shape(item: Any) -> tuple[int, int]:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return item, item
+    if isinstance(item, list) and len(item) == 2:
+        return item[0], item[1]
+    raise GridError(f"a shape is a side or [height, width], not {item!r}")
+
+
+def _axis(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        values = [values]
+    if not values:
+        raise GridError(f"the axis '{name}' is empty; give it one value at least, or leave it out")
+    return list(values)
+
+
+def _known(given: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(given, dict):
+        raise GridError(f"{where} must be a table, not {given!r}")
+    for key in given:
+        if key not in known:
+            raise GridError(f"{where} has an unknown key '{key}'{nearest(key, known)}")

@@ -1,0 +1,250 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, and that --json is JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from sdfit.cli import cli, main
+from sdfit.predict import library
+from sdfit.predict.predictor import Predictor
+from sdfit.records import read
+
+pytestmark = pytest.mark.filterwarnings("default::sdfit.errors.SimulatedModelWarning")
+
+
+class Ran(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+SIZE = ("--height", "768", "--width", "512")
+
+
+@pytest.fixture
+def run(tmp_path: Path, fake_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in an empty folder where the fake card's model can be found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDFIT_MODELS", str(fake_model.parent))
+    monkeypatch.setattr(library, "_warned", set())
+    monkeypatch.setattr("warnings.showwarning", None)  # `main` sets it; put back afterwards
+
+    def run(*arguments: str) -> Ran:
+        capfd.readouterr()
+        code = main(list(arguments))
+        out, err = capfd.readouterr()
+        return Ran(code, out, err)
+
+    return run
+
+
+def test_help_and_version(run: Run) -> None:
+    """Every command explains itself on stdout and exits 0."""
+    assert run("--version").out.startswith("sdfit, version ")
+    for name in (None, *cli.commands):
+        ran = run(*([name] if name else []), "--help")
+        assert ran.code == 0 and ran.out.startswith("Usage:") and not ran.err
+
+
+def test_no_command_and_an_unknown_one_are_usage(run: Run) -> None:
+    """Exit 2, and nothing on stdout."""
+    for arguments in ((), ("swep",), ("predict", "--wide", "5")):
+        ran = run(*arguments)
+        assert ran.code == 2 and not ran.out and "Usage:" in ran.err
+
+
+def test_predict_answers_on_stdout(run: Run, f: Predictor) -> None:
+    """Bytes, interval, stage and breakdown on stdout; that the model is not measured on stderr, once."""
+    ran = run("predict", "--gpu", "fake", *SIZE, "--batch-size", "2", "--attention", "eager")
+    assert ran.code == 0 and "set by the unet stage" in ran.out and "n·A²" in ran.out
+    assert ran.err.startswith("note: the model 'fake'") and "made-up card" in ran.err and ran.err.count("\n") == 1
+    assert not run("predict", "--gpu", "fake", *SIZE).err
+    shown = json.loads(run("predict", "--gpu", "fake", *SIZE, "--json", "--metric", "required", "--level", "0.9").out)
+    peak = f(768, 512, metric="required", level=0.9)
+    assert shown == json.loads(json.dumps(peak.to_dict())) and shown["required_bytes"] == round(peak)
+    assert "outside the swept domain" in run("predict", "--gpu", "fake", "--height", "6000", "--width", "6000").out
+
+
+def test_predict_takes_the_size_of_a_picture(run: Run, tmp_path: Path, f: Predictor) -> None:
+    """--image stands for height and width; a file that is no picture is a known failure."""
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (512, 768)).save(tmp_path / "photo.png")
+    shown = json.loads(run("predict", "--gpu", "fake", "--image", "photo.png", "--json").out)
+    assert shown["allocated_bytes"] == round(f(768, 512))
+    (tmp_path / "x.png").write_text("no picture")
+    for name in ("x.png", "none.png"):
+        ran = run("predict", "--gpu", "fake", "--image", name)
+        assert ran.code == 1 and f"cannot read a picture from '{name}'" in ran.err and not ran.out
+
+
+def test_fits_says_no_with_exit_code_3(run: Run) -> None:
+    """0 if it fits, 3 if not, with the options that would make it fit; both as JSON too."""
+    yes = run("fits", "--gpu", "fake", *SIZE, "--memory", "16GiB")
+    assert yes.code == 0 and yes.out.startswith("fits: up to ")
+    eager = ("--height", "1024", "--width", "1024", "--attention", "eager", "--memory", "8GB")
+    no = run("fits", "--gpu", "fake", *eager)
+    assert no.code == 3 and no.out.startswith("does not fit") and "would fit with attention=sdpa" in no.out
+    shown = json.loads(run("fits", "--gpu", "fake", *eager, "--json").out)
+    assert shown["fits"] is False and shown["memory_bytes"] == 8 * 10**9
+    assert shown["options"][0]["change"] == {"attention": "sdpa"}
+    assert json.loads(run("fits", "--gpu", "fake", *SIZE, "--memory", "16GiB", "--json").out)["options"] == []
+
+
+def test_largest_and_advise(run: Run, f: Predictor) -> None:
+    """The same answers as in Python; nothing that fits is exit 3, on stderr."""
+    shown = json.loads(run("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "3:2", "--json").out)
+    assert (shown["height"], shown["width"]) == f.largest(memory="8GiB", aspect=(3, 2))
+    text = run("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "3:2").out
+    assert text == f"{shown['height']}x{shown['width']} (height x width)\n"
+    none = run("largest", "--gpu", "fake", "--memory", "1GiB")
+    assert none.code == 3 and not none.out and "no size of 1:1 fits" in none.err
+    advice = json.loads(run("advise", "--gpu", "fake", *SIZE, "--memory", "8GiB", "--json").out)
+    assert advice["max_batch_size"] == f.max_batch_size(768, 512, memory="8GiB") and advice["fits"] is True
+    text = run("advise", "--gpu", "fake", *SIZE, "--memory", "1GiB")
+    assert text.code == 0 and "does not fit" in text.out and "largest batch of this size: 0" in text.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("predict", *SIZE), 2, "Missing option '--gpu'"),
+        (("predict", "--gpu", "fake"), 2, "give --height, or --image"),
+        (("predict", "--gpu", "fake", "--height", "512"), 2, "give --width, or --image"),
+        (("predict", "--gpu", "fake", "--height", "512.5", "--width", "512"), 2, "not a valid integer"),
+        (("predict", "--gpu", "fake", "--height", "nan", "--width", "512"), 2, "not a valid integer"),
+        (("predict", "--gpu", "fake", "--height", "0", "--width", "512"), 2, "height is 0; it must be from 64 to 16384"),
+        (("predict", "--gpu", "fake", "--height", "-8", "--width", "512"), 2, "height is -8"),
+        (("predict", "--gpu", "fake", "--height", "9" * 20, "--width", "512"), 2, "it must be from 64 to 16384"),
+        (("predict", "--gpu", "fake", *SIZE, "--batch-size", "0"), 2, "batch_size is 0"),
+        (("predict", "--gpu", "fake", *SIZE, "--prompt-length", "0"), 2, "prompt_length is 0"),
+        (("predict", "--gpu", "fake", *SIZE, "--guidance-scale", "nan"), 2, "guidance_scale must be a finite number"),
+        (("predict", "--gpu", "fake", *SIZE, "--dtype", "fp16"), 2, "'fp16' is not one of"),
+        (("predict", "--gpu", "fake", *SIZE, "--metric", "peak"), 2, "metric is 'peak'"),
+        (("predict", "--gpu", "fake", *SIZE, "--level", "95"), 2, "level is 95"),
+        (("predict", "--gpu", "v9000", *SIZE), 1, "no model for 'v9000'; there are: "),
+        (("predict", "--gpu", "none.joblib", *SIZE), 1, "cannot load 'none.joblib': No such file"),
+        (("predict", "--gpu", "fake", *SIZE, "--dtype", "float32", "--vae", "tiny"), 1, "never swept"),
+        (("fits", "--gpu", "fake", *SIZE), 2, "Missing option '--memory'"),
+        (("fits", "--gpu", "fake", *SIZE, "--memory", "much"), 2, "'much' is not an amount of memory"),
+        (("fits", "--gpu", "fake", *SIZE, "--memory", "8GiB", "--level", "0.99999"), 2, "too few for level"),
+        (("largest", "--gpu", "fake", "--memory", "8GiB", "--height", "5"), 2, "--height is what this command finds"),
+        (("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "wide"), 2, "--aspect is 'wide'"),
+        (("largest", "--gpu", "fake", "--memory", "8GiB", "--step", "7"), 2, "step is 7"),
+        (("report", "--gpu", "v9000"), 1, "no model for 'v9000'"),
+        (("fit",), 1, "there are no records to fit under ./data; type: sdfit sweep --gpu auto"),
+        (("fit", "--gpu", "t4"), 1, "under ./data/t4; type: sdfit sweep --gpu t4"),
+        (("fit", "none.jsonl"), 1, "cannot read records from 'none.jsonl': No such file"),
+        (("sweep", "--grid", "fast", "--dry-run"), 1, "no grid 'fast'; there are: default, "),
+        (("sweep", "--backend", "tpu"), 2, "'tpu' is not one of"),
+        (("sweep", "--backend", "fake", "--grid", "quick", "--budget", "soon"), 2, "'soon' is not a time span"),
+        (("sweep", "--backend", "fake", "--workers", "0"), 2, "0 is not in the range"),
+        (("sweep", "--backend", "trace", "--weights", "some/folder"), 2, "--weights is 'some/folder'"),
+        (("derive", "--height", "0"), 2, "height is 0"),
+        (("compare", "none.jsonl"), 1, "none.jsonl"),
+    ],
+)  # fmt: skip
+def test_failures_are_one_sentence_on_stderr(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    """A known failure exits 1, a wrong value or usage 2; stdout stays empty, nothing is written, no traceback."""
+    ran = run(*arguments)
+    assert (ran.code, ran.out) == (code, "") and words in ran.err and "Traceback" not in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(run: Run, tmp_path: Path) -> None:
+    """How many runs, of what, on stdout; no file, no backend."""
+    ran = run("sweep", "--gpu", "t4", "--dry-run")
+    assert ran.code == 0 and re.match(r"default: \d{3} runs of 2 steps", ran.out) and not ran.err
+    assert "float16 eager" in ran.out and not list(tmp_path.iterdir())
+
+
+def test_the_two_commands_need_no_other_argument(run: Run, tmp_path: Path, f: Predictor) -> None:
+    """Sweep, fit, predict by name: the records, the model and its card are where the next command looks for them."""
+    swept = run("sweep", "--backend", "fake", "--gpu", "mine", "--grid", "quick")
+    path = Path(swept.out.strip())
+    assert swept.code == 0 and path.parent == Path("data/mine") and path.name.endswith("-quick.jsonl")
+    assert "44 of 44 done, 0 out of memory, 0 crashed, 0 were there already" in swept.err
+    fitted = run("fit")
+    assert fitted.code == 0 and "wrote models/mine.joblib and mine.md" in fitted.err
+    assert "0.0078125" in fitted.out and "on unseen resolutions" in fitted.out
+    shown = json.loads(run("predict", "--gpu", "mine", *SIZE, "--json").out)
+    assert shown["allocated_bytes"] == pytest.approx(f(768, 512), rel=1e-6) and shown["provenance"] == "fake"
+    listed = json.loads(run("models", "--json").out)
+    assert listed["mine"]["path"] == "models/mine.joblib" and "fake" in listed
+    assert "mine" in run("models").out and "made-up card" in run("report", "--gpu", "mine").out
+
+
+def test_out_of_memory_and_crashes_are_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep with failed runs says how many of which kind, that it is not complete, and exits 0: the rows are there."""
+    monkeypatch.setenv("SDFIT_FAKE", json.dumps({"capacity_bytes": 4 << 30, "crash_batch_size": 4}))
+    ran = run("sweep", "--backend", "fake", "--grid", "quick", "--gpu", "small")
+    rows = read(Path(ran.out.strip())).records
+    oom, crashed = (sum(r.outcome == kind for r in rows) for kind in ("oom", "crash"))
+    assert oom > 5 and crashed > 2 and ran.code == 0
+    assert f"{44 - crashed} of 44 done, {oom} out of memory, {crashed} crashed" in ran.err
+    assert "not complete: run the same command to go on" in ran.err
+
+
+def test_one_out_for_two_cards_is_refused(run: Run, tmp_path: Path, fake_records: Path) -> None:
+    """The second model would overwrite the first; nothing is written."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.jsonl").write_bytes(fake_records.read_bytes())
+    ran = run("fit", "--out", "one.joblib")
+    assert ran.code == 2 and "--out is one file and there are records of a, b" in ran.err
+    assert not (tmp_path / "one.joblib").exists()
+
+
+def test_a_damaged_model_does_not_hide_the_others(run: Run, tmp_path: Path) -> None:
+    """`models` lists what can be loaded and names what cannot."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "broken.joblib").write_bytes(b"cos\nsystem\n(Vtouch marker\ntR.")
+    ran = run("models", "--json")
+    assert ran.code == 0 and "fake" in json.loads(ran.out) and "cannot load 'models/broken.joblib'" in ran.err
+    assert run("predict", "--gpu", "broken", *SIZE).code == 1
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_sweep_without_a_card_names_both_ways_on(run: Run, tmp_path: Path) -> None:
+    """Another machine, or a trace; exit 1, and no records file."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("sdfit.backends.cuda")
+    if torch.cuda.is_available():
+        pytest.skip("there is a card here")
+    ran = run("sweep", "--gpu", "t4")
+    assert ran.code == 1 and not ran.out and "Traceback" not in ran.err
+    assert "--backend trace" in ran.err and "machine" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted anywhere: one line on stderr and exit 130."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdfit.predict.library.load", interrupted)
+    ran = run("predict", "--gpu", "fake", *SIZE)
+    assert ran.code == 130 and not ran.out and "interrupted" in ran.err
+
+
+def test_a_reader_that_goes_away_is_no_failure(fake_model: Path) -> None:
+    """`sdfit report | head -1` ends quietly."""
+    environment = os.environ | {"SDFIT_MODELS": str(fake_model.parent)}
+    command = f"{sys.executable} -m sdfit.cli report --gpu fake | head -1"
+    ran = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 1 and "Traceback" not in ran.stderr
+    assert "BrokenPipe" not in ran.stderr

@@ -1,0 +1,173 @@
+"""What fits: the largest is the largest, the advice holds, and what is not known is not claimed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import measured
+
+pytest.importorskip("sklearn")
+
+from sdfit.errors import InvalidWorkload
+from sdfit.predict.advise import NothingFits, best_metric, bound, fits, largest, max_batch_size, options_that_fit
+from sdfit.predict.predictor import Predictor
+from sdfit.units import GIB
+from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, Workload
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Predictor:
+    """A model with real intervals: ±2 % misfit."""
+    from test_fit import drawn
+
+    from sdfit.fit.fit import fit
+
+    return Predictor(fit(measured(drawn(150, 9), noise=0.02)))
+
+
+@pytest.mark.parametrize("aspect", [(1, 1), (3, 2), (2, 3), (16, 9), (1, 4), (6, 4)])
+@pytest.mark.parametrize("step", [8, 24, 64])
+@pytest.mark.parametrize("memory_gib", [4, 12, 80])
+def test_the_largest_size_is_the_largest(noisy: Predictor, aspect: tuple[int, int], step: int, memory_gib: int) -> None:
+    """It has the aspect ratio to half a step, it fits, and the next size of that ratio does not."""
+    memory = memory_gib * GIB
+    height, width = noisy.largest(memory=memory, aspect=aspect, step=step, level=0.9)
+    across, down = aspect
+    assert height % step == width % step == 0
+    short, long = sorted((height, width))
+    assert (height > width) == (down > across) or height == width
+    assert abs(long - short * max(aspect) / min(aspect)) <= step / 2
+    assert noisy.fits(height, width, memory=memory, level=0.9)
+    bigger_short = short + step
+    bigger_long = round(bigger_short / step * max(aspect) / min(aspect)) * step
+    larger = (bigger_short, bigger_long) if across >= down else (bigger_long, bigger_short)
+    assert not noisy.fits(*larger, memory=memory, level=0.9)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "step"), [((1, 1), 64), ((3, 2), 24), ((7, 5), 24), ((100, 1), 64), ((1, 100), 1024)]
+)
+def test_unbounded_memory_ends_at_the_largest_side(noisy: Predictor, aspect: tuple[int, int], step: int) -> None:
+    """With a petabyte the answer is the largest size that a Workload may have, never one beyond it."""
+    if step * max(aspect) > MAX_SIDE:
+        with pytest.raises(InvalidWorkload, match="must be from 64 to 16384"):
+            noisy.largest(memory=1e15, aspect=aspect, step=step, level=0.5)
+        return
+    height, width = noisy.largest(memory=1e15, aspect=aspect, step=step, level=0.5)
+    assert MAX_SIDE - max(aspect) * step / min(aspect) < max(height, width) <= MAX_SIDE
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"prompt_length": 231}])
+def test_the_largest_batch_is_the_largest(noisy: Predictor, options: dict[str, Any]) -> None:
+    """It fits and one image more does not, at random sizes and amounts of memory."""
+    rng = random.Random(3)
+    for _ in range(25):
+        height, width = rng.randrange(256, 1024), rng.randrange(256, 1024)
+        memory = rng.randrange(5, 60) * GIB
+        batch = noisy.max_batch_size(height, width, memory=memory, level=0.9, **options)
+        assert noisy.fits(height, width, batch_size=batch, memory=memory, level=0.9, **options)
+        assert not noisy.fits(height, width, batch_size=batch + 1, memory=memory, level=0.9, **options)
+    assert noisy.max_batch_size(256, 256, memory=1e15, level=0.9) == MAX_BATCH_SIZE
+
+
+def test_beyond_a_drop_the_largest_is_still_found(noisy: Predictor) -> None:
+    """Where a regime begins the bound may fall: what fits again beyond the drop is found, for sizes and for batches."""
+    key = "vae_decoder_blocks|float16|kl"
+    stage = noisy.artifact.stages[key]
+    split = [
+        [c * (0.75 if name == "m·A" else 1) for name, c in zip(stage["terms"], row, strict=True)]
+        for row in stage["coef"]
+    ]
+    half = len(stage["coef"])
+    regimes = [*stage["regimes"][:2], *(index + half for index in stage["regimes"][2:])]
+    changed = stage | {"coef": [*stage["coef"], *split], "regimes": regimes}
+    f = Predictor(replace(noisy.artifact, stages=noisy.artifact.stages | {key: changed}))
+    found = 0
+    for memory in range(12 * GIB, 40 * GIB, 2 * GIB):
+        sides = [s for s in range(64, 6400, 64) if f.fits(s, s, batch_size=2, memory=memory, level=0.9)]
+        batches = [b for b in range(1, 200) if f.fits(800, 800, batch_size=b, memory=memory, level=0.9)]
+        assert f.largest(memory=memory, batch_size=2, level=0.9) == (sides[-1], sides[-1])
+        assert f.max_batch_size(800, 800, memory=memory, level=0.9) == batches[-1]
+        found += (len(sides) < sides[-1] // 64) + (len(batches) < batches[-1])
+    assert found > 0  # there was a drop to look beyond
+
+
+def test_fits_compares_the_upper_bound_with_the_memory(noisy: Predictor) -> None:
+    """At exactly the bound it fits, at one byte less it does not; a higher level asks for more."""
+    w = Workload(768, 768, batch_size=2)
+    upper = bound(noisy, w, None, 0.9).upper
+    assert fits(noisy, w, memory=int(upper) + 1, level=0.9) and not fits(noisy, w, memory=int(upper) - 1, level=0.9)
+    assert bound(noisy, w, None, 0.95).upper > upper
+    assert noisy.fits(768, 768, 77, 2, memory=f"{(int(upper) + (1 << 20)) >> 20} MiB", level=0.9)
+
+
+def test_the_metric_that_decides(noisy: Predictor) -> None:
+    """`required` where the model has it, else `reserved`, else `allocated`; a metric asked for is taken."""
+    w = Workload(512, 512)
+    assert bound(noisy, w, None, 0.9).metric == best_metric(noisy) == "required"
+    bare = Predictor(replace(noisy.artifact, metrics={"reserved": noisy.artifact.metrics["reserved"]}))
+    assert bound(bare, w, None, 0.9).metric == "reserved"
+    empty = Predictor(replace(noisy.artifact, metrics={}))
+    assert bound(empty, w, None, 0.9).metric == "allocated"
+    assert empty.fits(512, 512, memory="100 GiB", level=0.9)
+    assert bound(noisy, w, "device", 0.9).metric == "device"
+
+
+def test_a_level_beyond_the_scores_is_refused_not_guessed(noisy: Predictor) -> None:
+    """150 scores cannot support 0.999: the error says how many there are and what to ask for instead."""
+    with pytest.raises(InvalidWorkload, match=r"has 150 scores, too few for level 0.999; ask for at most 0.99"):
+        noisy.fits(512, 512, memory="80 GiB", level=0.999)
+
+
+def test_options_are_those_that_fit_cheapest_first(f: Predictor) -> None:
+    """Each option changes the run, fits, and those that do not fit are left out; what was never swept is left out."""
+    w = Workload(1024, 1024, batch_size=4, attention="eager")
+    memory = 15 * GIB
+    assert not fits(f, w, memory=memory)
+    found = options_that_fit(f, w, memory=memory)
+    assert found and found[0].change == {"attention": "sdpa"}
+    for option in found:
+        changed = replace(w, **option.change)
+        assert changed != w and fits(f, changed, memory=memory)
+        assert option.upper_bytes == option.prediction.upper <= memory
+    assert {"attention": "sdpa"} not in [o.change for o in options_that_fit(f, Workload(1024, 1024), memory=memory)]
+    assert options_that_fit(f, w, memory="1 GiB") == []
+    # eager bfloat16 was never swept, so going to sdpa is offered and slicing is not
+    assert all("attention" in o.change for o in options_that_fit(
+        f, replace(w, dtype="bfloat16"), memory=memory) if "dtype" not in o.change)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"memory": "lots"}, "not an amount of memory"),
+        ({"memory": None}, "not an amount of memory"),
+        ({"memory": -1}, "not an amount of memory"),
+        ({"aspect": (0, 1)}, "aspect is 0"),
+        ({"aspect": (1.5, 1)}, "aspect must be a whole number"),
+        ({"aspect": "3:2"}, r"aspect is '3:2'; it must be two whole numbers such as \(3, 2\)"),
+        ({"aspect": (1, 2, 3)}, "aspect is"),
+        ({"aspect": None}, "aspect is None"),
+        ({"step": 12}, "step is 12; it must be a multiple of 8"),
+        ({"step": 0}, "step is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"dtype": "fp8"}, "dtype must be one of"),
+        ({"level": 2}, "level is 2"),
+    ],
+)
+def test_bad_questions_are_refused(noisy: Predictor, arguments: dict[str, Any], words: str) -> None:
+    """Each with the value and what is allowed."""
+    with pytest.raises(InvalidWorkload, match=words):
+        largest(noisy, **({"memory": "8 GiB", "level": 0.9} | arguments))
+
+
+def test_when_nothing_fits_the_answer_is_no(noisy: Predictor) -> None:
+    """Exit code 3, and the amount that was too little."""
+    with pytest.raises(NothingFits, match=r"no size of 1:1 fits 1\.000 GiB") as caught:
+        largest(noisy, memory="1 GiB", level=0.9)
+    assert caught.value.exit_code == 3
+    with pytest.raises(NothingFits, match="not even one image of 512x512 fits"):
+        max_batch_size(noisy, 512, 512, memory="1 GiB", level=0.9)

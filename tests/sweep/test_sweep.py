@@ -1,0 +1,304 @@
+"""Sweeps of the fake card: interrupted and resumed they equal uninterrupted ones, and a failure is a row."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdfit.backends.fake import FakeBackend
+from sdfit.errors import DependencyError, InvalidWorkload, RecordsError, SdfitError
+from sdfit.records import Record, fingerprint, read
+from sdfit.sweep.grid import Plan
+from sdfit.sweep.run import Progress, default_path, sweep, workloads_left
+from sdfit.sweep.workers import LocalPool
+from sdfit.workload import Workload
+
+
+def planned(sides: tuple[int, ...] = (256, 384, 512, 640), batches: tuple[int, ...] = (1, 2, 3)) -> Plan:
+    """A small plan."""
+    workloads = tuple(Workload(s, s, batch_size=b) for s in sides for b in batches)
+    return Plan("small", "", 0, 2, workloads, fingerprint([w.to_dict() for w in workloads]), ())
+
+
+PLAN = planned()
+GRID = f"""
+[[block]]
+shapes = [{", ".join(str(256 + 64 * i) for i in range(10))}]
+batch_size = [1, 2, 3, 4]
+"""
+
+
+def told(plan: Plan, **options: Any) -> list[Record]:
+    """What an uninterrupted sweep records, computed here."""
+    card = FakeBackend(**options)
+    return [Record(i, w, **card.measure(w)) for i, w in enumerate(plan.workloads)]
+
+
+def test_each_workload_is_recorded_once_in_plan_order(tmp_path: Path) -> None:
+    """Rows, counts, environment and reports of a sweep are those of its plan."""
+    seen: list[Progress] = []
+    outcome = sweep(PLAN, "fake", {"gpu": "a"}, tmp_path / "r.jsonl", report=seen.append)
+    file = read(outcome.path)
+    assert file.records == told(PLAN)
+    assert (outcome.done, outcome.total, outcome.oom, outcome.crashed, outcome.skipped, outcome.complete) == (
+        12, 12, 0, 0, 0, True,
+    )  # fmt: skip
+    assert file.environment["grid_sha256"] == PLAN.sha256 and file.environment["name"] == "a"
+    assert [p.done for p in seen] == list(range(1, 13)) and all(p.eta_s is not None and p.eta_s >= 0 for p in seen)
+
+
+def test_two_workers_record_what_one_does(tmp_path: Path) -> None:
+    """The order of lines may differ, the rows do not."""
+    options = {"delay_s": 0.01}
+    two = sweep(PLAN, "fake", options, tmp_path / "two.jsonl", workers=2)
+    assert read(two.path).records == told(PLAN) and two.complete
+
+
+def test_a_complete_sweep_runs_nothing_again(tmp_path: Path) -> None:
+    """The same command on a complete file changes no byte."""
+    path = sweep(PLAN, "fake", {}, tmp_path / "r.jsonl").path
+    before = path.read_bytes()
+    outcome = sweep(PLAN, "fake", {}, path)
+    assert path.read_bytes() == before and outcome.skipped == 12 and outcome.complete
+
+
+def test_a_budget_stops_between_workloads_and_the_rest_follows(tmp_path: Path) -> None:
+    """After the budget nothing new starts; run again, the file is the uninterrupted one."""
+    path = tmp_path / "r.jsonl"
+    first = sweep(PLAN, "fake", {"delay_s": 0.05}, path, budget_s=0.12)
+    assert not first.complete and 0 < first.done < 12
+    again = sweep(PLAN, "fake", {}, path)
+    assert again.complete and again.skipped == first.done and read(path).records == told(PLAN)
+    assert len(path.read_text().splitlines()) == 13
+
+
+def test_out_of_memory_is_a_row_and_is_not_tried_again(tmp_path: Path) -> None:
+    """Its peaks so far, its bound and its stage are kept."""
+    options = {"capacity_bytes": 3_500_000_000}
+    outcome = sweep(PLAN, "fake", options, tmp_path / "r.jsonl")
+    rows = read(outcome.path).records
+    assert rows == told(PLAN, **options) and outcome.complete
+    assert outcome.oom == sum(r.outcome == "oom" for r in rows) > 0
+    assert all(r.oom_bytes and r.oom_stage and r.cap_bytes for r in rows if r.outcome == "oom")
+    assert sweep(PLAN, "fake", options, outcome.path).skipped == 12
+
+
+def test_a_worker_that_dies_is_a_crash_row_and_is_tried_again(tmp_path: Path) -> None:
+    """The sweep goes on with a fresh worker; the next sweep runs only what crashed."""
+    path = tmp_path / "r.jsonl"
+    outcome = sweep(PLAN, "fake", {"crash_batch_size": 2}, path, workers=2)
+    rows = read(path).records
+    crashed = [r for r in rows if r.outcome == "crash"]
+    assert [r.workload.batch_size for r in crashed] == [2] * 4 == [2] * outcome.crashed
+    assert all(r.message == "the worker process died (exit code 9)" for r in crashed)
+    assert [r for r in rows if r.outcome == "ok"] == [r for r in told(PLAN) if r.workload.batch_size != 2]
+    assert not outcome.complete and outcome.done == 8
+    assert workloads_left(PLAN, rows) == [w for w in PLAN.workloads if w.batch_size == 2]
+    again = sweep(PLAN, "fake", {}, path)
+    assert again.complete and again.skipped == 8 and read(path).records == told(PLAN)
+
+
+def test_a_worker_killed_from_outside_is_a_crash_row(tmp_path: Path) -> None:
+    """As the kernel's out-of-memory killer does it: the signal is named, the sweep goes on."""
+    pool = LocalPool("fake", {"delay_s": 0.3}, 1)
+    try:
+        pool.environment()
+        process = pool._live[0].process
+
+        def jobs() -> Any:
+            yield 0, PLAN.workloads[0]
+            yield 1, PLAN.workloads[1]
+
+        import threading
+
+        threading.Timer(0.1, process.kill).start()
+        results = dict(pool.run(jobs()))
+    finally:
+        pool.close()
+    assert results[0] == {"outcome": "crash", "message": "the worker process died (signal SIGKILL)"}
+    assert results[1]["outcome"] == "ok"
+
+
+def test_a_worker_that_died_idle_does_not_stop_the_sweep() -> None:
+    """A worker that is gone before its first job costs that job, as a row."""
+    pool = LocalPool("fake", {}, 1)
+    try:
+        pool.environment()
+        pool._live[0].process.kill()
+        pool._live[0].process.join()
+        results = dict(pool.run(iter([(0, PLAN.workloads[0]), (1, PLAN.workloads[1])])))
+    finally:
+        pool.close()
+    assert results[0]["outcome"] == "crash" and results[1]["outcome"] == "ok"
+
+
+def test_an_exception_in_a_run_is_a_row() -> None:
+    """Its kind and first line, nothing else; the sweep goes on."""
+    from sdfit.sweep.workers import run_one
+
+    class Broken:
+        def measure(self, workload: Workload) -> dict[str, Any]:
+            raise RuntimeError("first\nsecond")
+
+    assert run_one(Broken(), PLAN.workloads[0]) == {"outcome": "crash", "message": "RuntimeError: first"}
+
+
+def test_another_grid_or_card_does_not_write_into_the_file(tmp_path: Path) -> None:
+    """Each is refused with what differs, and no byte changes."""
+    path = sweep(PLAN, "fake", {}, tmp_path / "r.jsonl").path
+    before = path.read_bytes()
+    other = planned((256,), (1,))
+    for plan, options, words in (
+        (other, {}, "grid_sha256"),
+        (replace(PLAN, num_inference_steps=3), {}, "num_inference_steps"),
+        (PLAN, {"gpu": "b"}, "gpu: made-up card 'fake' / made-up card 'b'"),
+    ):
+        with pytest.raises(RecordsError, match=words):
+            sweep(plan, "fake", options, path)
+    with pytest.raises(SdfitError, match=r"row 0 .* is not of this grid"):
+        sweep(replace(PLAN, workloads=PLAN.workloads[::-1]), "fake", {}, path)
+    assert path.read_bytes() == before
+
+
+def test_what_cannot_start_is_refused_before_a_file_is_made(tmp_path: Path) -> None:
+    """An unknown backend, an engine that is not installed: no file is left behind."""
+    with pytest.raises(InvalidWorkload, match="backend is 'tpu'; it must be one of cuda, trace, fake"):
+        sweep(PLAN, "tpu", {}, tmp_path / "r.jsonl")
+    if importlib.util.find_spec("ray") is None:
+        with pytest.raises(DependencyError, match=r"needs ray.*pip install 'sdfit\[ray\]'"):
+            sweep(PLAN, "fake", {}, tmp_path / "r.jsonl", engine="ray")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ray_records_what_local_workers_do(tmp_path: Path) -> None:
+    """The same rows from Ray actors."""
+    pytest.importorskip("ray")
+    outcome = sweep(PLAN, "fake", {"crash_batch_size": 0}, tmp_path / "r.jsonl", engine="ray", workers=2)
+    assert read(outcome.path).records == told(PLAN) and outcome.complete
+
+
+def test_an_unfinished_file_of_any_date_is_taken_up(tmp_path: Path) -> None:
+    """A file with crashed rows is unfinished though it has all lines; a finished one is left alone."""
+    home = tmp_path / "fake"
+    assert default_path("fake", PLAN, tmp_path).parent == home
+    path = home / "2020-01-01-small.jsonl"
+    sweep(PLAN, "fake", {"crash_batch_size": 2}, path)
+    assert len(path.read_text().splitlines()) == 13
+    assert default_path("fake", PLAN, tmp_path) == path
+    sweep(PLAN, "fake", {}, path)
+    assert default_path("fake", PLAN, tmp_path) != path
+    assert default_path("fake", replace(PLAN, name="other"), tmp_path).name.endswith("-other.jsonl")
+
+
+# -- the real process, killed --
+
+
+def start(folder: Path, delay_s: float, *more: str) -> subprocess.Popen[str]:
+    """`python -m sdfit.cli sweep` on a slow fake card, in a process group of its own."""
+    (folder / "grid.toml").write_text(GRID)
+    command = [sys.executable, "-m", "sdfit.cli", "sweep", "--backend", "fake", "--gpu", "slow", "--grid", "grid.toml"]
+    environment = os.environ | {"SDFIT_FAKE": json.dumps({"delay_s": delay_s})}
+    return subprocess.Popen(
+        [*command, *more], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def waited(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def rows_of(folder: Path) -> int:
+    """Whole lines of the records file, its environment not counted."""
+    return sum(path.read_bytes().count(b"\n") - 1 for path in folder.glob("data/slow/*.jsonl"))
+
+
+def test_a_killed_sweep_resumed_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Killed with SIGKILL three times and torn once, resumed by the same command: the file is, byte for byte, what an
+    uninterrupted sweep writes, and no more than the workload under way ran twice."""
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    done = 0
+    for target in (5, 14, 22):
+        process = start(killed, 0.02)
+        waited(lambda target=target: rows_of(killed) >= target)  # type: ignore[misc]
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and done < rows_of(killed) < 40
+        done = rows_of(killed)
+    path = next(killed.glob("data/slow/*.jsonl"))
+    with path.open("ab") as file:
+        file.write(path.read_bytes().splitlines()[1][:100])  # a line cut off as it was written
+    process = start(killed, 0.0)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"40 of 40 done, 0 out of memory, 0 crashed, {done} were there already" in err and "torn" in err
+    assert out == f"{path.relative_to(killed)}\n"
+    process = start(whole, 0.0)
+    assert process.communicate(timeout=60) and process.returncode == 0
+    assert path.read_bytes() == next(whole.glob("data/slow/*.jsonl")).read_bytes()
+
+
+def test_no_worker_outlives_a_killed_sweep(tmp_path: Path) -> None:
+    """When the sweep is killed its worker notices and ends by itself."""
+    process = start(tmp_path, 0.02)
+    waited(lambda: rows_of(tmp_path) >= 2)
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not listed.exists():
+        process.kill()
+        process.communicate()
+        pytest.skip("this system does not list a process's children")
+    children = [int(pid) for pid in listed.read_text().split()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert children
+
+    def gone(pid: int) -> bool:
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    waited(lambda: all(gone(pid) for pid in children), 10)
+
+
+def test_ctrl_c_keeps_what_was_recorded_and_exits_130(tmp_path: Path) -> None:
+    """SIGINT to the whole group, as a terminal sends it: one line, exit 130, whole rows, and the rest follows."""
+    process = start(tmp_path, 0.05)
+    waited(lambda: rows_of(tmp_path) >= 4)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.strip().endswith("sdfit: interrupted; what was recorded is kept, run the same command to go on")
+    assert "Traceback" not in err
+    kept = rows_of(tmp_path)
+    assert 4 <= kept < 40
+    process = start(tmp_path, 0.0)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"{kept} were there already" in err
+
+
+def test_a_second_sweep_of_the_same_file_is_refused(tmp_path: Path) -> None:
+    """While one writes, another process with the same command stops with one sentence and exit 1, and harms nothing."""
+    first = start(tmp_path, 0.05)
+    waited(lambda: rows_of(tmp_path) >= 2)
+    second = start(tmp_path, 0.0)
+    _, err = second.communicate(timeout=30)
+    assert second.returncode == 1 and "another sweep is writing" in err and "Traceback" not in err
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and rows_of(tmp_path) == 40
