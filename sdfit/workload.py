@@ -22,6 +22,13 @@ CHUNK_TOKENS = 77
 MIN_SIDE, MAX_SIDE = 64, 16384
 MAX_BATCH_SIZE = 1024
 MAX_PROMPT_LENGTH = 7700
+LIMITS = {
+    "height": (MIN_SIDE, MAX_SIDE),
+    "width": (MIN_SIDE, MAX_SIDE),
+    "prompt_length": (1, MAX_PROMPT_LENGTH),
+    "batch_size": (1, MAX_BATCH_SIZE),
+}
+"""The whole-number fields, and the least and most of each [pixels, pixels, tokens, images]."""
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("float16", "bfloat16", "float32"),
@@ -36,6 +43,37 @@ CHOICES: dict[str, tuple[object, ...]] = {
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 VARIANT_FIELDS = tuple(CHOICES)
 VariantKey = tuple[str, str, str, bool, bool, str, bool]
+
+
+def floored(side: Any) -> Any:
+    """A side as diffusers runs it [pixels]: floored to a multiple of 8; a number or an array."""
+    return side // VAE_SCALE * VAE_SCALE
+
+
+def padded(prompt_length: Any) -> Any:
+    """Tokens as the UNet sees them: a prompt of up to 77 is padded to 77; a number or an array."""
+    return prompt_length + (CHUNK_TOKENS - prompt_length) * (prompt_length < CHUNK_TOKENS)
+
+
+def unet_samples(batch_size: Any, guidance_scale: Any) -> Any:
+    """Samples per UNet call: classifier-free guidance doubles them; numbers or arrays."""
+    return batch_size * (1 + (guidance_scale > 1))
+
+
+def plainly_valid(height: Any, width: Any, prompt_length: Any, batch_size: Any, guidance_scale: Any) -> bool:
+    """Whether the numbers of a workload are plain ones within the limits: true for nearly all, and quick to see.
+
+    Where it is false they may still be valid, as NumPy's numbers are: `Workload` looks closer, and says what is wrong.
+    """
+    return (
+        type(height) is type(width) is type(prompt_length) is type(batch_size) is int
+        and MIN_SIDE <= height <= MAX_SIDE
+        and MIN_SIDE <= width <= MAX_SIDE
+        and 0 < prompt_length <= MAX_PROMPT_LENGTH
+        and 0 < batch_size <= MAX_BATCH_SIZE
+        and type(guidance_scale) is float
+        and 0 <= guidance_scale < math.inf
+    )
 
 
 def whole_number(name: str, value: object, low: int, high: int) -> int:
@@ -135,11 +173,10 @@ class Workload:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "height", whole_number("height", self.height, MIN_SIDE, MAX_SIDE))
-        put(self, "width", whole_number("width", self.width, MIN_SIDE, MAX_SIDE))
-        put(self, "prompt_length", whole_number("prompt_length", self.prompt_length, 1, MAX_PROMPT_LENGTH))
-        put(self, "batch_size", whole_number("batch_size", self.batch_size, 1, MAX_BATCH_SIZE))
-        put(self, "guidance_scale", real_number("guidance_scale", self.guidance_scale))
+        if not plainly_valid(self.height, self.width, self.prompt_length, self.batch_size, self.guidance_scale):
+            for name, limits in LIMITS.items():
+                put(self, name, whole_number(name, getattr(self, name), *limits))
+            put(self, "guidance_scale", real_number("guidance_scale", self.guidance_scale))
         for name in VARIANT_FIELDS:
             put(self, name, one_of(name, getattr(self, name)))
 
@@ -161,12 +198,12 @@ class Workload:
     @property
     def effective_height(self) -> int:
         """Rows of pixels that really run: floored to a multiple of 8."""
-        return self.height // VAE_SCALE * VAE_SCALE
+        return int(floored(self.height))
 
     @property
     def effective_width(self) -> int:
         """Columns of pixels that really run: floored to a multiple of 8."""
-        return self.width // VAE_SCALE * VAE_SCALE
+        return int(floored(self.width))
 
     @property
     def pixels(self) -> int:
@@ -176,7 +213,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """L: tokens as the UNet sees them; a prompt of up to 77 is padded to 77."""
-        return max(self.prompt_length, CHUNK_TOKENS)
+        return int(padded(self.prompt_length))
 
     @property
     def guided(self) -> bool:
@@ -186,7 +223,7 @@ class Workload:
     @property
     def unet_batch(self) -> int:
         """n: samples per UNet call."""
-        return self.batch_size * (2 if self.guided else 1)
+        return int(unet_samples(self.batch_size, self.guidance_scale))
 
     @property
     def variant(self) -> VariantKey:

@@ -94,7 +94,7 @@ def sweep(
 def _operators(gpu: str, out: Path | None, dry_run: bool) -> None:
     from datetime import date
 
-    from sdfit.backends import a_card_is_there
+    from sdfit.backends.environment import a_card_is_there
 
     if not dry_run:
         a_card_is_there(gpu)
@@ -119,20 +119,24 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
     """Fit the equation to records; without files, to all that was swept under ./data."""
     from sdfit.fit.card import coefficient_table, fit_summary
     from sdfit.fit.files import fit_files, swept_files
+    from sdfit.judging.judge import judge
+    from sdfit.study.comparison import residuals
 
     jobs = {gpu or "": list(files)} if files else swept_files(Path("data"), gpu)
     if out is not None and len(jobs) > 1:
         raise click.UsageError(f"--out is one file and there are records of {', '.join(jobs)}; choose one with --gpu")
+    published = residuals.read()
     for name, paths in jobs.items():
-        result = fit_files(paths, name or None, out)
+        result = fit_files(paths, name or None, out, published)
         for note in result.notes:
             click.echo(f"note: {note}", err=True)
         click.echo(coefficient_table(result.artifact))
         click.echo(fit_summary(result.artifact))
-        for finding in result.findings[:MOST_FINDINGS]:
-            click.echo(f"judged: {finding}", err=True)
-        if len(result.findings) > MOST_FINDINGS:
-            click.echo(f"judged: {len(result.findings) - MOST_FINDINGS} more findings of less weight", err=True)
+        findings = judge(result.records, result.artifact)
+        for f in findings[:MOST_FINDINGS]:
+            click.echo(f"judged: {f.severity}: {f.where}: {f.message}", err=True)
+        if len(findings) > MOST_FINDINGS:
+            click.echo(f"judged: {len(findings) - MOST_FINDINGS} more findings of less weight", err=True)
         click.echo(f"wrote {result.path} and {result.path.with_suffix('.md').name}", err=True)
 
 

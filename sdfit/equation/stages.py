@@ -1,4 +1,4 @@
-"""Which stage the pipeline is in: boundaries set by hooks on its modules.
+"""The stages of a run: which there are, which weights are on the card in each, which fields reach it, what it counts.
 
 A stage begins when its first module is called and lasts until the next one begins, so the work between two modules
 (the scheduler's step, sampling the latents) counts to the stage before it. With VAE tiling or slicing the VAE's
@@ -7,21 +7,60 @@ stages come round many times; a stage's peak is the highest of its visits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
-STAGES = (
-    "text_encoder",
-    "vae_encoder_blocks",
-    "vae_encoder_mid",
-    "unet",
-    "vae_decoder_mid",
-    "vae_decoder_blocks",
-    "safety_checker",
+from sdfit.workload import VARIANT_FIELDS, VariantKey
+
+StageKey = tuple[str, ...]
+"""A stage and the values of the fields that reach it: what one set of coefficients belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A piece of the pipeline in which the peak is one polynomial.
+
+    Parameters
+    ----------
+    name : str
+    batch : str
+        The letter of `sdfit.equation.sizes.Sizes` that it counts its images or samples by.
+    fields : tuple of str
+        The discrete fields that its coefficients depend on: variants that agree in these share them. VAE slicing and
+        tiling are not among them: they change m, P and D, and a pass over a slice or a tile is a pass over an image
+        of that size.
+    terms : tuple of str
+        Of `sdfit.equation.terms.TERMS`, in the order in which the data may claim them when it cannot tell two apart.
+    widest_channels : int
+        Channels of its widest tensor at full resolution, where that can pass 2^31 elements; else 0.
+    """
+
+    name: str
+    batch: str
+    fields: tuple[str, ...]
+    terms: tuple[str, ...]
+    widest_channels: int = 0
+
+
+_BLOCKS, _MID, _VAE = (
+    ("dtype", "vae"),
+    ("dtype", "attention", "vae"),
+    ("1", "m·P", "m·P²", "m", "n·L", "n·A", "B·A", "D"),
 )
-"""In the order in which they run."""
-
+_UNET = ("1", "n·A", "n·A²", "n", "n·L·A", "n·L")
+_STAGES = (
+    #     name                  batch fields                  terms                       channels
+    Stage("text_encoder",       "B", ("dtype",),              ("1", "n", "n·L")),
+    Stage("vae_encoder_blocks", "m", _BLOCKS,                 _VAE,                       128),
+    Stage("vae_encoder_mid",    "m", _MID,                    _VAE),
+    Stage("unet",               "n", ("dtype", "attention"),  _UNET),
+    Stage("vae_decoder_mid",    "m", _MID,                    _VAE),
+    Stage("vae_decoder_blocks", "m", _BLOCKS,                 _VAE,                       256),
+    Stage("safety_checker",     "B", ("dtype",),              ("1", "B", "B·A", "n·L")),
+)  # fmt: skip
+STAGE = {stage.name: stage for stage in _STAGES}
+STAGES = tuple(STAGE)
+"""Their names, in the order in which they run. The text encoder is called once for the prompts and once for the
+negative ones, so its own batch is B."""
 
 COMPONENTS = ("vae", "text_encoder", "unet", "safety_checker")
 """What has weights, in the order in which the pipeline holds it and so, usually, loads it."""
@@ -54,45 +93,27 @@ def resident(stage: str, offload: str) -> tuple[str, ...]:
     return COMPONENTS if offload == "none" else RESIDENT_WHEN_OFFLOADED[stage]
 
 
-def boundaries(pipe: Any) -> list[tuple[Any, str, str]]:
-    """List where stages begin: (module, ``before`` or ``after`` its forward, the stage that begins there)."""
-    encoder, decoder = pipe.vae.encoder, pipe.vae.decoder
-    marks = [
-        (encoder, "before", "vae_encoder_blocks"),
-        (pipe.unet, "before", "unet"),
-    ]
-    if hasattr(encoder, "mid_block"):
-        marks += [
-            (encoder.mid_block, "before", "vae_encoder_mid"),
-            (encoder.mid_block, "after", "vae_encoder_blocks"),
-            (decoder, "before", "vae_decoder_mid"),
-            (decoder.mid_block, "after", "vae_decoder_blocks"),
-        ]
-    else:
-        marks.append((decoder, "before", "vae_decoder_blocks"))
-    if pipe.safety_checker is not None:
-        marks.append((pipe.safety_checker, "before", "safety_checker"))
-    return marks
+def stage_key(stage: str, variant: VariantKey) -> StageKey:
+    """Name the coefficients that a stage of a variant uses: the stage and the fields that reach it.
+
+    ``enable_attention_slicing`` does not reach the VAE, so its mid block runs ``sdpa`` there.
+
+    Examples
+    --------
+    >>> from sdfit.workload import Workload
+    >>> stage_key("unet", Workload(512, 512).variant)
+    ('unet', 'float16', 'sdpa')
+    """
+    values = dict(zip(VARIANT_FIELDS, variant, strict=True))
+    if stage.startswith("vae") and values["attention"] == "sliced":
+        values["attention"] = "sdpa"
+    return (stage, *(str(values[name]) for name in STAGE[stage].fields))
 
 
-@contextmanager
-def watched(pipe: Any, enter: Callable[[str], None]) -> Iterator[None]:
-    """Call ``enter(stage)`` at each stage boundary of every run inside the ``with`` block, the first one at once."""
-    handles = []
-    for module, when, stage in boundaries(pipe):
-        hook = _hook(enter, stage)
-        register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
-        handles.append(register(hook))
-    enter(STAGES[0])
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(enter: Callable[[str], None], stage: str) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        enter(stage)
-
-    return hook
+def stages_of(variant: VariantKey) -> tuple[str, ...]:
+    """The stages that a variant runs through: the tiny VAE has no mid block, the checker may be absent."""
+    values = dict(zip(VARIANT_FIELDS, variant, strict=True))
+    skipped = {"safety_checker"} if not values["safety_checker"] else set()
+    if values["vae"] == "tiny":
+        skipped |= {"vae_encoder_mid", "vae_decoder_mid"}
+    return tuple(stage for stage in STAGES if stage not in skipped)

@@ -1,11 +1,13 @@
-"""What the components of Stable Diffusion v1.5 weigh: parameter counts, and the bytes they take in each dtype.
+"""What the components of Stable Diffusion v1.5 weigh: parameter counts, the bytes they take, what they are called.
 
 The one place for these numbers; the settings that give rise to them stand in `sdfit.backends.pipeline`.
 """
 
 from __future__ import annotations
 
-from sdfit.workload import DTYPE_BYTES, Workload
+from collections.abc import Mapping
+
+from sdfit.workload import CHOICES, DTYPE_BYTES, Workload
 
 PARAMETERS = {
     "unet": 859_520_964,
@@ -24,6 +26,20 @@ COMPONENT_BYTES = {
     dtype: {name: count * size for name, count in PARAMETERS.items()} for dtype, size in DTYPE_BYTES.items()
 }
 """Bytes of the weights by dtype and component."""
+
+GRANULE_BYTES = 512
+"""What PyTorch's caching allocator counts blocks in: `kMinBlockSize`, c10/cuda/CUDACachingAllocator.cpp."""
+
+
+def rounded(size_bytes: int) -> int:
+    """Round a request for memory up to the 512 B that the caching allocator counts in (its `round_size`).
+
+    Examples
+    --------
+    >>> rounded(1), rounded(512), rounded(513)
+    (512, 512, 1024)
+    """
+    return -(-size_bytes // GRANULE_BYTES) * GRANULE_BYTES
 
 
 def component_bytes(workload: Workload) -> dict[str, int]:
@@ -68,3 +84,37 @@ def weights_bytes(workload: Workload) -> int:
     2740433790
     """
     return sum(component_bytes(workload).values())
+
+
+def with_both_baselines(weights: Mapping[str, int]) -> dict[str, int]:
+    """Add what was allocated with or without the checker where only the other was swept: the checker's weights apart.
+
+    What the allocator holds around the weights then differs from the truth by a few MB.
+
+    Examples
+    --------
+    >>> with_both_baselines({"safety_checker": 10, "all/kl/checked": 105})["all/kl/unchecked"]
+    95
+    """
+    found = dict(weights)
+    if "safety_checker" not in weights:
+        return found
+    checker = weights["safety_checker"]
+    for vae in CHOICES["vae"]:
+        checked, unchecked = baseline_label(str(vae), True), baseline_label(str(vae), False)
+        if checked in weights:
+            found.setdefault(unchecked, weights[checked] - checker)
+        if unchecked in weights:
+            found.setdefault(checked, weights[unchecked] + checker)
+    return found
+
+
+def baseline_label(vae: str, safety_checker: bool) -> str:
+    """Where an artifact's component table keeps what was allocated before a run of this pipeline.
+
+    Examples
+    --------
+    >>> baseline_label("kl", True)
+    'all/kl/checked'
+    """
+    return f"all/{vae}/{'checked' if safety_checker else 'unchecked'}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdfit.fit.scores import error_summary
+from sdfit.fit.folds import error_summary
 from sdfit.fit.stage_model import nonnegative
 from sdfit.records import Record
 from sdfit.workload import Workload, variant_name
@@ -36,7 +36,7 @@ def baseline(ok: Sequence[Record]) -> dict[str, Any]:
         found[variant_name(variant)] = {
             "coef": coef.tolist(),
             "rows": len(rows),
-            **error_summary((design @ coef - y) / y),
+            **error_summary((design @ coef - y) / y).to_dict(),
         }
     return {"terms": list(BASELINE_TERMS), "units": list(BASELINE_UNITS), "variants": found}
 

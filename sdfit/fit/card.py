@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sdfit.equation.terms import REGIMES, TERMS
+from sdfit.equation.regimes import REGIMES
+from sdfit.equation.terms import TERMS
 from sdfit.predict.artifact import RESTS_ON, Artifact
 from sdfit.predict.predictor import Predictor
-from sdfit.study.comparison import residuals
 from sdfit.units import aligned, percent
 
 
@@ -17,13 +17,14 @@ def coefficient_rows(artifact: Artifact) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("stage", "regime", "term", "coefficient", "95 % low", "95 % high", "unit")]
     for key, stage in artifact.stages.items():
         for row, values in enumerate(stage["coef"]):
-            members = [REGIMES[i] for i, index in enumerate(stage["regimes"]) if index == row]
+            members = [REGIMES[i].words for i, index in enumerate(stage["regimes"]) if index == row]
             label = "all" if len(stage["coef"]) == 1 else "; ".join(members)
             for i, name in enumerate(stage["terms"]):
                 if name in stage["unidentified"]:
-                    lines.append((key, label, name, "not told apart", "", "", TERMS[name].unit))
+                    lines.append((key, label, name, "not identified", "", "", TERMS[name].unit))
                     continue
-                numbers = (f"{v:.6g}" for v in (values[i], stage["low"][row][i], stage["high"][row][i]))
+                found = (values[i], stage["low"][row][i], stage["high"][row][i])
+                numbers = ("open" if v is None else f"{v:.6g}" for v in found)
                 lines.append((key, label, name, *numbers, TERMS[name].unit))
     return lines
 
@@ -106,8 +107,7 @@ def _published(found: dict[str, Any]) -> list[str]:
         "from how well the equation follows the trace."
     ]
     lines += [
-        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: "
-        f"{residuals.REASONS.get(miss['id'], 'not explained')}."
+        f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: {miss['reason']}."
         for miss in found["misses"]
     ]
     return lines

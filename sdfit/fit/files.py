@@ -1,4 +1,4 @@
-"""From records files to a model file: read, pool, fit, judge, save, write the card."""
+"""From records files to a model file: read, pool, fit, save, write the card."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 
 from sdfit.errors import RecordsError, listed
 from sdfit.fit.card import write_card
+from sdfit.fit.scores import PublishedRow
 from sdfit.predict.artifact import Artifact
-from sdfit.records import RecordsFile, pool, read
+from sdfit.records import Record, RecordsFile, pool, read
 
 HOLDOUT = "holdout"
 """Records of the grid of this name are never fitted."""
@@ -25,7 +26,7 @@ class Fitted:
     artifact: Artifact
     path: Path
     notes: list[str]
-    findings: list[str]
+    records: list[Record]
 
 
 def swept_files(folder: Path, gpu: str | None = None) -> dict[str, list[Path]]:
@@ -65,7 +66,12 @@ def _environment(path: Path) -> dict[str, object] | None:
     return head.get("environment") if isinstance(head, dict) and "sdfit_records" in head else None
 
 
-def fit_files(paths: Sequence[Path], name: str | None = None, out: Path | None = None) -> Fitted:
+def fit_files(
+    paths: Sequence[Path],
+    name: str | None = None,
+    out: Path | None = None,
+    published: Sequence[PublishedRow] = (),
+) -> Fitted:
     """Fit records files and save the model with its card.
 
     Parameters
@@ -75,26 +81,25 @@ def fit_files(paths: Sequence[Path], name: str | None = None, out: Path | None =
         The card; None takes it from the records.
     out : Path, optional
         None: ``models/<name>.joblib`` under the current folder.
+    published : sequence of PublishedRow
+        See `sdfit.fit.fit.fit`.
 
     Raises
     ------
     RecordsError, FitError
     """
     from sdfit.fit.fit import fit
-    from sdfit.judging.judge import judge
 
     files = [read(path) for path in paths]
     grids = [str(f.environment.get("grid")) for f in files]
     if HOLDOUT in grids:
         raise RecordsError(f"'{paths[grids.index(HOLDOUT)]}' is a holdout: it judges models and is never fitted")
     data = pool(files)
-    artifact = fit(data, name, [_source(p, f) for p, f in zip(paths, files, strict=True)])
+    artifact = fit(data, name, [_source(p, f) for p, f in zip(paths, files, strict=True)], published)
     path = out or Path("models", f"{artifact.name}.joblib")
     artifact.save(path)
     write_card(artifact, path)
-    return Fitted(
-        artifact, path, data.notes, [f"{f.severity}: {f.where}: {f.message}" for f in judge(data.records, artifact)]
-    )
+    return Fitted(artifact, path, data.notes, data.records)
 
 
 def _source(path: Path, file: RecordsFile) -> dict[str, object]:

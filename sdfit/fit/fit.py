@@ -7,94 +7,43 @@ regression over whole runs is fitted beside it, as the baseline that the stages 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import GroupKFold
 
 import sdfit
-from sdfit.equation.terms import StageKey, domain_columns, size_columns, stage_key, stages_of
+from sdfit.equation.sizes import domain_columns, resolution, size_columns
+from sdfit.equation.stages import StageKey, stage_key, stages_of
+from sdfit.equation.weights import baseline_label
 from sdfit.errors import FitError
 from sdfit.fit.baseline import baseline
-from sdfit.fit.metric_models import FOLDS, fit_metrics
-from sdfit.fit.scores import error_summary, published_scores
+from sdfit.fit.folds import FOLDS, error_summary, left_out
+from sdfit.fit.metric_models import fit_metrics
+from sdfit.fit.observations import Observations, observe
+from sdfit.fit.scores import PublishedRow, published_scores
 from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact, canonical
-from sdfit.predict.variant import baseline_label
 from sdfit.records import Record, RecordsFile
-from sdfit.study.comparison import residuals
-from sdfit.workload import Workload, variant_name
+from sdfit.workload import variant_name
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
 LISTED_ERROR = 0.01
 """A published row that the trace misses by more is named in the model's card."""
-LEAST_SHARE = 0.01
-"""A stage counts at least this much in its fit, however small it is beside the run's peak."""
 MOST_ROUNDS = 20
 """Fits of one stage until the lower bounds that count are settled."""
 
 
-@dataclass
-class Observations:
-    """What one set of coefficients is fitted on: rows of `sdfit.equation.terms.SIZE_COLUMNS` and what they took [bytes]."""
-
-    workloads: list[Workload] = field(default_factory=list)
-    activation_bytes: list[float] = field(default_factory=list)
-    scale_bytes: list[float] = field(default_factory=list)
-    at_least: list[bool] = field(default_factory=list)
-
-    def add(self, workload: Workload, activation_bytes: float, scale_bytes: float, at_least: bool) -> None:
-        """Add one; ``at_least`` marks a lower bound (a run that ran out of memory there)."""
-        self.workloads.append(workload)
-        self.activation_bytes.append(max(activation_bytes, 0.0))
-        self.scale_bytes.append(scale_bytes)
-        self.at_least.append(at_least)
-
-
-def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:
-    """Sort what the records say by the coefficients it is evidence for.
-
-    A run that ran out of memory still tells the peaks of the stages that it finished, and a lower bound of the one in
-    which it failed.
-    """
-    found: dict[StageKey, Observations] = {}
-    for record in records:
-        if record.outcome == "crash" or not record.component_bytes:
-            continue
-        failed = record.oom_stage if record.outcome == "oom" else None
-        peaks = dict(record.stage_peaks_bytes)
-        if failed:
-            peaks[failed] = max(peaks.get(failed, 0), record.oom_bytes or 0)
-            if (
-                record.workload.vae_tiling or record.workload.vae_slicing
-            ):  # its visits to the VAE's stages are unfinished
-                peaks = {s: p for s, p in peaks.items() if s == failed or s[:5] != failed[:5]}
-        top = float(max(peaks.values(), default=0))
-        activation = max((p - record.weights_bytes(s) for s, p in peaks.items()), default=0.0)
-        for stage, peak in peaks.items():
-            key = stage_key(stage, record.workload.variant)
-            # an error of a stage that is far below the run's peak spoils little: it counts by its share of the peak
-            share = max(peak - record.weights_bytes(stage), 1.0) / max(activation, 1.0)
-            scale = top / min(max(share, LEAST_SHARE), 1.0)
-            found.setdefault(key, Observations()).add(
-                record.workload, peak - record.weights_bytes(stage), scale, stage == failed
-            )
-    return found
-
-
 def fit_stage(key: StageKey, seen: Observations) -> StageModel:
     """Fit one set of coefficients; a lower bound counts only where the fit lies below it, and pulls upwards only."""
-    X, y, scale = size_columns(seen.workloads), np.array(seen.activation_bytes), np.array(seen.scale_bytes)
-    bound = np.array(seen.at_least)
+    rows, bound = seen.rows(), np.array(seen.at_least)
     use = ~bound if not bound.all() else bound
     for _ in range(MOST_ROUNDS):
-        model = StageModel(key).fit(X[use], y[use], scale[use])
+        model = StageModel(key).fit(rows.X[use], rows.activation_bytes[use], rows.peak_bytes[use], rows.weight[use])
         # a bound that the fit has come to exceed must leave again, or it would pull the fit down
-        violated = bound & (model.predict(X) < y)
+        violated = bound & (model.predict(rows.X) < rows.activation_bytes)
         wanted = ~bound | violated if not bound.all() else bound
         if (wanted == use).all():
             break
@@ -118,34 +67,31 @@ def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Reco
     return peaks
 
 
-def resolutions(records: Sequence[Record]) -> list[tuple[int, int]]:
-    """The effective size of each record's images: the groups of the cross-validation."""
-    return [(r.workload.effective_height, r.workload.effective_width) for r in records]
-
-
 def cross_validate(records: Sequence[Record], failed: Sequence[Record] = ()) -> tuple[list[dict[str, float]], int]:
     """Predict each record by models that never saw its resolution; returns stage peaks and the number of folds.
 
     ``failed`` are runs out of memory: they help to fit, as in `fit`, and are not predicted.
     """
-    groups = np.unique(np.array([f"{h}x{w}" for h, w in resolutions(records)]), return_inverse=True)[1]
-    folds = min(FOLDS, int(groups.max()) + 1)
     out: list[dict[str, float]] = [{} for _ in records]
-    if folds < 2:
-        return out, 0
-    sizes, rest = resolutions(records), list(zip(failed, resolutions(failed), strict=True))
-    for train, test in GroupKFold(folds).split(groups, groups=groups):
-        held = {sizes[i] for i in test}
-        seen = observe([*(records[i] for i in train), *(r for r, size in rest if size not in held)])
+    sizes, folds = [resolution(r.workload) for r in records], 0
+    for stay, left in left_out(sizes, FOLDS):
+        folds += 1
+        held = {sizes[i] for i in left}
+        seen = observe([*(records[i] for i in stay), *(r for r in failed if resolution(r.workload) not in held)])
         models = {key: fit_stage(key, obs) for key, obs in seen.items() if not all(obs.at_least)}
-        for i, peaks in zip(test, predict_stages(models, [records[i] for i in test]), strict=True):
+        for i, peaks in zip(left, predict_stages(models, [records[i] for i in left]), strict=True):
             # a stage that no training fold saw makes the whole prediction unknown, not small
             complete = set(peaks) == set(stages_of(records[i].workload.variant))
             out[i] = peaks if complete else {}
     return out, folds
 
 
-def fit(data: RecordsFile, name: str | None = None, sources: Sequence[Mapping[str, Any]] = ()) -> Artifact:
+def fit(
+    data: RecordsFile,
+    name: str | None = None,
+    sources: Sequence[Mapping[str, Any]] = (),
+    published: Sequence[PublishedRow] = (),
+) -> Artifact:
     """Fit the equation to records of one environment.
 
     Parameters
@@ -156,6 +102,9 @@ def fit(data: RecordsFile, name: str | None = None, sources: Sequence[Mapping[st
         The card; None takes the environment's.
     sources : list of mapping
         Where the records come from: name, sha256, rows.
+    published : sequence of PublishedRow
+        Published measurements beside their traces: what the intervals of a trace with kernel workspaces rest on. Without
+        them its intervals only say how well the equation follows the trace.
 
     Returns
     -------
@@ -182,9 +131,9 @@ def fit(data: RecordsFile, name: str | None = None, sources: Sequence[Mapping[st
     environment = dict(data.environment)
     rests_on = provenance(environment)
     evaluation = _evaluation(ok, models, held_out, folds, data.records)
-    if rests_on == "published":
-        scores = published_scores(scores)
-        evaluation["published"] = _published_rows(str(environment.get("name")))
+    if rests_on == "published" and published:
+        scores = published_scores(scores, published)
+        evaluation["published"] = _published_rows(str(environment.get("name")), published)
     return Artifact(
         **canonical(
             {
@@ -236,15 +185,17 @@ def _enough_sizes(seen: Mapping[StageKey, Observations], ok: Sequence[Record]) -
             )
 
 
-def _published_rows(card: str) -> dict[str, Any]:
-    """The trace beside the published whole runs of a card; a row off by more than 1 % is listed."""
-    rows = [r for r in residuals.read() if r.card == card and r.pipeline in ("img2img", "txt2img")]
+def _published_rows(card: str, published: Sequence[PublishedRow]) -> dict[str, Any]:
+    """The trace beside the published whole runs of a card; a row off by more than 1 % is listed, with the reason."""
+    rows = [r for r in published if r.card == card and r.pipeline in ("img2img", "txt2img")]
     if not rows:
         return {"rows": 0}
     misses = [
-        {"id": r.id, "size": f"{r.height}x{r.width}", "error": r.error} for r in rows if abs(r.error) > LISTED_ERROR
+        {"id": r.id, "size": f"{r.height}x{r.width}", "error": r.error, "reason": r.reason}
+        for r in rows
+        if abs(r.error) > LISTED_ERROR
     ]
-    return {"rows": len(rows), **error_summary([r.error for r in rows]), "misses": misses}
+    return {"rows": len(rows), **error_summary([r.error for r in rows]).to_dict(), "misses": misses}
 
 
 def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
@@ -266,22 +217,24 @@ def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _stage(model: StageModel, obs: Observations) -> dict[str, Any]:
-    X, y, bound = size_columns(obs.workloads), np.array(obs.activation_bytes), np.array(obs.at_least)
+def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
+    rows, bound = seen.rows(), np.array(seen.at_least)
     # a lower bound that the fit exceeds is no observation of the peak
-    use = ~bound | (model.predict(X) < y) if not bound.all() else bound
-    groups = np.array([f"{w.effective_height}x{w.effective_width}" for w in obs.workloads])
-    low, high = model.bounds(X[use], y[use], np.array(obs.scale_bytes)[use], groups[use])
-    certain = [w for w, unsure in zip(obs.workloads, bound, strict=True) if not unsure] or obs.workloads
+    use = ~bound | (model.predict(rows.X) < rows.activation_bytes) if not bound.all() else bound
+    low, high = model.bounds(
+        rows.X[use], rows.activation_bytes[use], rows.peak_bytes[use], rows.weight[use], groups=rows.groups[use]
+    )
+    certain = [w for w, unsure in zip(seen.workloads, bound, strict=True) if not unsure] or seen.workloads
+    columns = domain_columns(*(np.array([getattr(w, n) for w in certain]) for n in ("pixels", "batch_size", "tokens")))
     return {
         "terms": list(model.terms_),
         "regimes": model.regimes_,
         "coef": model.coef_.tolist(),
         "low": low.tolist(),
-        "high": high.tolist(),
+        "high": [[bound if math.isfinite(bound) else None for bound in row] for row in high.tolist()],
         "unidentified": model.unidentified_,
         "condition": model.condition_,
-        "domain": {name: [min(v), max(v)] for name, v in domain_columns(certain).items()},
+        "domain": {name: [int(v.min()), int(v.max())] for name, v in columns.items()},
         "rows": len(certain),
     }
 
@@ -302,12 +255,13 @@ def _evaluation(
         "oom_rows": sum(r.outcome == "oom" for r in records),
         "crashed_rows": sum(r.outcome == "crash" for r in records),
         "folds": folds,
-        "fitted": error_summary((inside - actual) / actual),
+        "fitted": error_summary((inside - actual) / actual).to_dict(),
     }
     if known:
         outside = np.array([max(held_out[i].values()) for i in known])
         relative = (outside - actual[known]) / actual[known]
-        result["cross_validated"] = error_summary(relative) | {"rows": len(known)}
-        worst = int(np.argmax(np.abs(relative)))
-        result["worst_row"] = ok[known[worst]].workload.to_dict() | {"error": float(relative[worst])}
+        found = error_summary(relative)
+        result["cross_validated"] = found.to_dict() | {"rows": len(known)}
+        at = found.worst_at
+        result["worst_row"] = ok[known[at]].workload.to_dict() | {"error": float(relative[at])}
     return result

@@ -1,7 +1,6 @@
-"""Reserved, device and required memory: regressions on top of the predicted stage peaks.
+"""Fit reserved, device and required memory: regressions on top of the predicted stage peaks.
 
-How a caching allocator packs blocks depends on which convolution plans run, so these models are fitted per family of
-variants and per regime of the VAE decoder, where there are rows enough; otherwise by regime, by family, or over all.
+See `sdfit.equation.metrics` for the groups that have coefficients of their own.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import GroupKFold
 
-from sdfit.equation.metrics import METRICS
-from sdfit.equation.terms import stages_of
+from sdfit.equation.metrics import METRICS, family, metric_features, metric_groups, metric_regime, metric_value
+from sdfit.equation.sizes import Array, Sizes, resolution
+from sdfit.equation.stages import stages_of
+from sdfit.fit.folds import left_out
 from sdfit.fit.scores import by_family, score
 from sdfit.fit.stage_model import nonnegative
-from sdfit.predict.variant import family, metric_features, metric_groups, metric_regime
 from sdfit.records import Record
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 Peaks = Mapping[str, float]
-FOLDS = 10
-"""Of the cross-validation by resolution, the stages' (`sdfit.fit.fit`) as well as the metrics'."""
 FEWEST_ROWS = 12
 """A group with fewer rows leaves its workloads to a wider one."""
 
@@ -53,62 +49,53 @@ def fit_metrics(
             pairs = [score(ok[i], values[i], max(p.values()), p) for i, p in enumerate(held_out) if p]
             scores[metric] = by_family(pairs)
         elif values:
-            rows = [i for i in values if fitted[i]]
+            rows = [_Row(ok[i], values[i], fitted[i], held_out[i]) for i in values if fitted[i]]
             metrics[metric] = {
-                name: {"coef": _solve(ok, fitted, values, mine).tolist(), "rows": len(mine)}
-                for name, mine in _groups(ok, rows).items()
+                name: {"coef": coef, "rows": len(_groups(rows)[name])} for name, coef in _coefficients(rows).items()
             }
-            scores[metric] = by_family(_held_out_scores(ok, fitted, held_out, values, rows))
+            scores[metric] = by_family(_held_out_scores(rows))
     return metrics, scores
 
 
-def _groups(ok: Sequence[Record], rows: Sequence[int]) -> dict[str, list[int]]:
+class _Row:
+    """A run, one of its metrics [bytes], and its stage peaks as fitted and as predicted unseen."""
+
+    def __init__(self, record: Record, value: float, fitted: Peaks, held_out: Peaks) -> None:
+        self.record, self.value, self.fitted, self.held_out = record, value, fitted, held_out
+        w = record.workload
+        self.weights = {stage: record.weights_bytes(stage) for stage in stages_of(w.variant)}
+        self.sizes, self.family = Sizes.of_workload(w), family(w.variant)
+        self.groups = metric_groups(self.family, int(metric_regime(self.sizes)))
+
+
+def _groups(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
     """Rows by group, from the narrowest to all; narrow groups with few rows are left out."""
-    found: dict[str, list[int]] = {}
-    for i in rows:
-        w = ok[i].workload
-        for name in metric_groups(family(w.variant), int(metric_regime(w))):
-            found.setdefault(name, []).append(i)
+    found: dict[str, list[_Row]] = {}
+    for row in rows:
+        for name in row.groups:
+            found.setdefault(name, []).append(row)
     return {name: mine for name, mine in found.items() if not name or len(mine) >= FEWEST_ROWS}
 
 
-def _features(record: Record, peaks: Peaks) -> tuple[list[float], float]:
-    weights = {stage: record.weights_bytes(stage) for stage in stages_of(record.workload.variant)}
-    return [float(x) for x in metric_features(peaks, weights)], float(max(weights.values()))
+def _coefficients(rows: Sequence[_Row]) -> dict[str, list[float]]:
+    """Coefficients on `sdfit.equation.metrics.METRIC_FEATURES`, by group."""
+    return {name: _solve(mine).tolist() for name, mine in _groups(rows).items()}
 
 
-def _solve(ok: Sequence[Record], peaks: Sequence[Peaks], values: Mapping[int, float], rows: Sequence[int]) -> Array:
-    columns, target = [], []
-    for i in rows:
-        features, weights = _features(ok[i], peaks[i])
-        columns.append([x / values[i] for x in features])
-        target.append((values[i] - weights) / values[i])
-    return nonnegative(np.array(columns), np.array(target))
+def _solve(rows: Sequence[_Row]) -> Array:
+    values = np.array([row.value for row in rows])
+    design = np.array([[float(x) for x in metric_features(row.fitted, row.weights)] for row in rows])
+    above = values - np.array([float(max(row.weights.values())) for row in rows])
+    return nonnegative(design / values[:, None], above / values)
 
 
-def _held_out_scores(
-    ok: Sequence[Record],
-    fitted: Sequence[Peaks],
-    held_out: Sequence[Peaks],
-    values: Mapping[int, float],
-    rows: Sequence[int],
-) -> list[tuple[str, float]]:
+def _held_out_scores(rows: Sequence[_Row]) -> list[tuple[str, float]]:
     """Scores on resolutions that neither the metric's model nor the stages saw."""
-    sizes = [f"{ok[i].workload.effective_height}x{ok[i].workload.effective_width}" for i in rows]
-    groups = np.unique(np.array(sizes), return_inverse=True)[1]
-    folds = min(FOLDS, int(groups.max()) + 1)
     pairs: list[tuple[str, float]] = []
-    if folds < 2:
-        return pairs
-    for train, test in GroupKFold(folds).split(groups, groups=groups):
-        coefs = {name: _solve(ok, fitted, values, mine) for name, mine in _groups(ok, [rows[j] for j in train]).items()}
-        for j in test:
-            i = rows[j]
-            if not held_out[i]:
-                continue
-            w = ok[i].workload
-            coef = next(coefs[g] for g in metric_groups(family(w.variant), int(metric_regime(w))) if g in coefs)
-            features, weights = _features(ok[i], held_out[i])
-            predicted = max(weights + float(np.dot(coef, features)), *held_out[i].values())
-            pairs.append(score(ok[i], values[i], predicted, held_out[i]))
+    for stay, out in left_out([resolution(row.record.workload) for row in rows]):
+        coefficients = _coefficients([rows[j] for j in stay])
+        for row in (rows[j] for j in out):
+            if row.held_out:
+                predicted = metric_value(coefficients, row.family, row.held_out, row.weights, row.sizes)
+                pairs.append(score(row.record, row.value, float(predicted), row.held_out))
     return pairs

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from sdfit.equation.terms import stages_of
-from sdfit.predict.conformal import LEAST_ACTIVATION_BYTES
-from sdfit.predict.variant import family
+from sdfit.equation.metrics import family
+from sdfit.equation.stages import stages_of
+from sdfit.predict.conformal import scale
 from sdfit.records import Record
-from sdfit.study.comparison import residuals
 
 MOST_SCORES, MOST_FAMILY_SCORES = 600, 100
 """Scores kept of all variants and of one family; of more, evenly spaced ones in rank order, with both ends."""
@@ -19,11 +18,47 @@ FEWEST_SCORES = 20
 """A family with fewer scores uses those of all variants."""
 
 
+class PublishedRow(Protocol):
+    """What a fit asks of a published measurement beside its trace (`sdfit.study.comparison.residuals.Residual`)."""
+
+    @property
+    def id(self) -> str:
+        """Of the row."""
+
+    @property
+    def card(self) -> str:
+        """Whose measurement it is."""
+
+    @property
+    def pipeline(self) -> str:
+        """What ran: img2img, txt2img, or the VAE alone."""
+
+    @property
+    def height(self) -> int:
+        """[pixels]"""
+
+    @property
+    def width(self) -> int:
+        """[pixels]"""
+
+    @property
+    def error(self) -> float:
+        """The trace's error relative to the published number."""
+
+    @property
+    def score(self) -> float:
+        """The conformal score: how far the published number lies above the trace, in units of the activations."""
+
+    @property
+    def reason(self) -> str:
+        """Why the trace misses it, as far as anybody knows."""
+
+
 def score(record: Record, actual_bytes: float, predicted_bytes: float, peaks: Mapping[str, float]) -> tuple[str, float]:
     """The family of a run and its score; ``peaks`` are the predicted stage peaks [bytes]."""
-    least = min(record.weights_bytes(stage) for stage in stages_of(record.workload.variant))
-    activation = max(max(peaks.values()) - least, float(LEAST_ACTIVATION_BYTES))
-    return family(record.workload.variant), (actual_bytes - predicted_bytes) / activation
+    weights = [record.weights_bytes(stage) for stage in stages_of(record.workload.variant)]
+    size = float(scale(max(peaks.values()), weights))
+    return family(record.workload.variant), (actual_bytes - predicted_bytes) / size
 
 
 def by_family(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
@@ -53,14 +88,16 @@ def thinned(scores: Any, most: int = MOST_SCORES) -> list[float]:
     return [float(f"{s:.6g}") for s in ranked]
 
 
-def published_scores(traced: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, list[float]]]:
+def published_scores(
+    traced: Mapping[str, Mapping[str, Sequence[float]]], published: Sequence[PublishedRow]
+) -> dict[str, dict[str, list[float]]]:
     """Replace scores against the trace by scores against what was published.
 
     Allocated memory has published numbers. The other metrics of a whole run have none: their scores are every sum of
     one published score and one of the metric's own scores against the trace, which takes the model of the allocator
     to be right.
     """
-    known = np.array(residuals.scores())
+    known = np.array(sorted(row.score for row in published))
     found = {"allocated": {"": thinned(known)}}
     for metric, families in traced.items():
         if metric == "allocated":
@@ -70,13 +107,3 @@ def published_scores(traced: Mapping[str, Mapping[str, Sequence[float]]]) -> dic
                 every = np.add.outer(known, own).ravel()
                 found.setdefault(metric, {})[name] = thinned(every, MOST_FAMILY_SCORES if name else MOST_SCORES)
     return found
-
-
-def error_summary(relative: Any) -> dict[str, float]:
-    """Median, 95th percentile and worst of the absolute relative errors."""
-    size = np.abs(np.asarray(relative, dtype=float))
-    return {
-        "median": float(np.median(size)),
-        "p95": float(np.quantile(size, 0.95)),
-        "worst": float(size.max()),
-    }

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.terms import StageKey, regime
+from sdfit.equation.regimes import regime
+from sdfit.equation.sizes import Sizes
 from sdfit.errors import ArtifactError, UnknownVariant
 from sdfit.judging.findings import DUPLICATES, GRAVE, Finding, label
 from sdfit.judging.robust import MATERIAL
@@ -91,7 +92,7 @@ def check_censored(records: Sequence[Record], artifact: Artifact | None = None) 
 
 def _below_bound(record: Record, artifact: Artifact) -> list[Finding]:
     try:
-        peaks = Predictor(artifact).variant(record.workload.variant).stage_peaks(record.workload)
+        peaks = Predictor(artifact).predict_workload(record.workload).stage_peaks
     except UnknownVariant:
         return []
     bound = float(record.oom_bytes or 0)
@@ -178,7 +179,7 @@ def check_equation(artifact: Artifact) -> list[Finding]:
                 continue
             before, after = (_workload(grid, end, options) for end in fall)
             drop, off = peak[fall[0]] - peak[fall[1]], float(peak[fall[1]] / peak[fall[0]] - 1)
-            edge = any(_regime(found, k, before) != _regime(found, k, after) for k in found.stages.values())
+            edge = any(_regime(stage, before) != _regime(stage, after) for stage in found.stages)
             text = f"the peak falls by {format_bytes(drop)} ({off:.1%}) as the {side} grows from {_size(before)} to {_size(after)}"
             text += ", where one regime ends and another begins" if edge else ""
             severity = "warning" if edge else "error"
@@ -204,8 +205,8 @@ def _worst_fall(peak: Array, inside: Array, axis: int) -> tuple[Place, Place] | 
     return at, tuple(i + (a == axis) for a, i in enumerate(at))
 
 
-def _regime(found: Any, key: StageKey, w: Workload) -> int:
-    return int(regime(key, found.sizes(w)))
+def _regime(stage: str, w: Workload) -> int:
+    return int(regime(stage, Sizes.of_workload(w)))
 
 
 def _workload(grid: Mapping[str, Array], at: Any, options: Mapping[str, Any]) -> Workload:

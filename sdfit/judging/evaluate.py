@@ -19,7 +19,8 @@ from sdfit.errors import RecordsError, UnknownVariant, listed
 from sdfit.fit.baseline import predict_baseline
 from sdfit.predict import conformal
 from sdfit.predict.advise import SAFE_LEVEL
-from sdfit.predict.predictor import Prediction, Predictor
+from sdfit.predict.prediction import Prediction
+from sdfit.predict.predictor import Predictor
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload, variant_name
 

@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.terms import TERMS, StageKey, regime, size_columns
+from sdfit.equation.sizes import Sizes, size_columns
+from sdfit.equation.stages import StageKey
+from sdfit.equation.terms import TERMS, design_matrix
 from sdfit.errors import FitError
-from sdfit.fit.fit import Observations, fit_stage, observe
+from sdfit.fit.fit import fit_stage
+from sdfit.fit.observations import Observations, observe
 from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact
 from sdfit.records import Record
@@ -173,22 +176,21 @@ def variance_inflation(design: Array) -> Array:
 
 def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) -> StageReport:
     use = [i for i, bound in enumerate(seen.at_least) if not bound]
-    workloads = [seen.workloads[i] for i in use]
-    X, model = size_columns(workloads), fit_stage(key, seen)
-    design = model.design(model.sizes(X)) / np.maximum([seen.scale_bytes[i] for i in use], 1.0)[:, None]
+    workloads, rows, model = [seen.workloads[i] for i in use], seen.rows(use), fit_stage(key, seen)
+    sizes = Sizes.of(*rows.X.T)
+    columns = design_matrix(key, sizes)
+    design = columns / rows.peak_bytes[:, None]
     names = [name for name in model.terms_ if name not in model.unidentified_]
     kept = [model.terms_.index(name) for name in names]
     if fitted is None:
-        activation = np.array([seen.activation_bytes[i] for i in use])
-        scale = np.array([seen.scale_bytes[i] for i in use])
-        groups = [f"{w.effective_height}x{w.effective_width}" for w in workloads]
-        low, high = model.bounds(X, activation, scale, groups)
+        low, high = model.bounds(rows.X, rows.activation_bytes, rows.peak_bytes, rows.weight, groups=rows.groups)
         coef = model.coef_
     else:
-        coef, low, high = (np.asarray(fitted[name], dtype=float) for name in ("coef", "low", "high"))
-    row = _main_set(key, model, X) if len(coef) > 1 else 0
+        coef, low, high = (np.array(fitted[name], dtype=float) for name in ("coef", "low", "high"))
+        high = np.where(np.isnan(high), np.inf, high)
+    row = int(np.bincount(model.sets(sizes)).argmax()) if len(coef) > 1 else 0
     inflation = dict(zip(names, variance_inflation(design[:, kept]), strict=True))
-    worth = model.design(model.sizes(X)).max(axis=0)
+    worth = columns.max(axis=0)
     proposals = _proposals(key, workloads[0], model, seen)
     terms = []
     for i, name in enumerate(model.terms_):
@@ -221,17 +223,11 @@ def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) 
     return StageReport(
         stage=" ".join(key),
         rows=len(use),
-        resolutions=len({(w.effective_height, w.effective_width) for w in workloads}),
+        resolutions=len(set(rows.groups.tolist())),
         prompt_lengths=tuple(sorted({w.tokens for w in workloads})),
         condition=float(model.condition_),
         terms=tuple(terms),
     )
-
-
-def _main_set(key: StageKey, model: StageModel, X: Array) -> int:
-    """The row of coefficients that most rows use."""
-    used = np.asarray(model.regimes_)[np.broadcast_to(regime(key, model.sizes(X)), len(X))]
-    return int(np.bincount(used).argmax())
 
 
 def _closest(design: Array, i: int, kept: Sequence[int], terms: Sequence[str]) -> tuple[str | None, float | None]:
@@ -246,7 +242,7 @@ def _closest(design: Array, i: int, kept: Sequence[int], terms: Sequence[str]) -
 
 def _proposals(key: StageKey, like: Workload, model: StageModel, seen: Observations) -> tuple[list[Workload], Array]:
     """Workloads that could be swept next, of the variant at hand, and their rows of the design matrix."""
-    least = min(s - a for s, a in zip(seen.scale_bytes, seen.activation_bytes, strict=True))
+    least = min(p - a for p, a in zip(seen.peak_bytes, seen.activation_bytes, strict=True))
     options = like.to_dict()
     found = []
     for side, batch, prompt, guidance in itertools.product(SIDES, BATCHES, PROMPTS, (1.0, 7.5)):
@@ -261,7 +257,7 @@ def _proposals(key: StageKey, like: Workload, model: StageModel, seen: Observati
             found.append(Workload.from_dict(options | sizes))
     X = size_columns(found)
     scale = np.maximum(model.predict(X), 0) + max(least, 1.0)
-    return found, model.design(model.sizes(X)) / scale[:, None]
+    return found, design_matrix(key, Sizes.of(*X.T)) / scale[:, None]
 
 
 def _proposed(

@@ -16,9 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.terms import REGIMES, Sizes, StageKey, regime, size_columns, stages_of, terms_of
+from sdfit.equation.regimes import REGIMES, regime
+from sdfit.equation.sizes import Sizes, resolution
+from sdfit.equation.stages import StageKey, stages_of
+from sdfit.equation.terms import design_matrix, terms_of
 from sdfit.errors import FitError, listed
-from sdfit.fit.fit import observe
+from sdfit.fit.folds import left_out
+from sdfit.fit.observations import Rows as FitRows
+from sdfit.fit.observations import observe
 from sdfit.fit.stage_model import StageModel
 from sdfit.judging.checks import check_censored, check_duplicates, check_equation
 from sdfit.judging.findings import Finding, HeldOut, Verdict, label, verdict
@@ -35,7 +40,6 @@ from sdfit.judging.rowcheck import (
 )
 from sdfit.predict.artifact import Artifact
 from sdfit.records import Record
-from sdfit.workload import Workload
 
 __all__ = ["Finding", "HeldOut", "Verdict", "judge", "judge_table", "leave_one_resolution_out"]
 
@@ -165,46 +169,47 @@ def judge_table(
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """A stage's rows, where they came from, and the regime of each."""
+    """A stage's rows, where they came from, how much each counts in a fit, and the regime of each."""
 
     rows: Rows
-    X: Array
+    seen: FitRows
     places: tuple[int, ...]
     regimes: Array
+
+    def fitted(self, key: StageKey, use: Any = slice(None)) -> StageModel:
+        """The stage's model, of some of its rows."""
+        s = self.seen
+        return StageModel(key).fit(s.X[use], s.activation_bytes[use], s.peak_bytes[use], s.weight[use])
 
 
 def _stage_rows(records: Sequence[Record]) -> dict[StageKey, _Stage]:
     """Sort what was measured (lower bounds left out) by the coefficients that it is evidence for."""
-    found: dict[StageKey, list[tuple[int, Workload, float, float, str]]] = {}
-    for place, record in enumerate(records):
-        for key, seen in observe([record]).items():
-            if not seen.at_least[0]:
-                one = (place, record.workload, seen.activation_bytes[0], seen.scale_bytes[0], key[0])
-                found.setdefault(key, []).append(one)
     stages = {}
-    for key, many in found.items():
-        workloads = [w for _, w, _, _, _ in many]
-        X, model = size_columns(workloads), StageModel(key)
-        sizes = model.sizes(X)
+    for key, every in observe(records).items():
+        use = [i for i, bound in enumerate(every.at_least) if not bound]
+        if not use:
+            continue
+        seen, workloads = every.rows(use), [every.workloads[i] for i in use]
+        places = tuple(every.places[i] for i in use)
+        sizes = Sizes.of(*seen.X.T)
         rows = Rows(
-            labels=tuple(label(records[i]) for i, *_ in many),
-            resolution=tuple(f"{w.effective_height}x{w.effective_width}" for w in workloads),
-            design=model.design(sizes),
-            activation=np.array([a for _, _, a, _, _ in many]),
-            weights=np.array([float(records[i].weights_bytes(stage)) for i, *_, stage in many]),
-            scale=np.array([s for *_, s, _ in many]),
+            labels=tuple(label(records[i]) for i in places),
+            resolution=tuple(resolution(w) for w in workloads),
+            design=design_matrix(key, sizes),
+            activation=seen.activation_bytes,
+            weights=np.array([float(every.weights_bytes[i]) for i in use]),
+            scale=seen.peak_bytes,
             pixels=np.array([float(w.pixels) for w in workloads]),
-            candidates=candidate_columns(terms_of(key), sizes, X[:, 0], X[:, 1]),
+            candidates=candidate_columns(terms_of(key), sizes, seen.X[:, 0], seen.X[:, 1]),
         )
-        places = tuple(i for i, *_ in many)
-        stages[key] = _Stage(rows, X, places, np.broadcast_to(regime(key, sizes), len(X)))
+        stages[key] = _Stage(rows, seen, places, np.broadcast_to(regime(key[0], sizes), len(use)))
     return stages
 
 
 def _check_stage(key: StageKey, stage: _Stage) -> tuple[list[Finding], Array]:
     """Judge a stage: as a whole where that explains it, else each regime that has coefficients of its own by itself."""
     rows, where = stage.rows, " ".join(key)
-    model = StageModel(key).fit(stage.X, rows.activation, rows.scale)
+    model = stage.fitted(key)
     sets = np.asarray(model.regimes_)[stage.regimes]
     rows = replace(rows, design=rows.design[:, [name not in model.unidentified_ for name in model.terms_]])
     far = np.zeros(len(sets), dtype=bool)
@@ -221,7 +226,7 @@ def _check_stage(key: StageKey, stage: _Stage) -> tuple[list[Finding], Array]:
     findings = []
     for one in np.unique(sets):
         mine = sets == one
-        names = listed(REGIMES[r] for r in np.unique(stage.regimes[mine]))
+        names = listed(REGIMES[r].words for r in np.unique(stage.regimes[mine]))
         if mine.sum() < fewest:
             findings += _unchecked(where, names, rows, mine, fewest)
         else:
@@ -255,21 +260,19 @@ def _held_out(
     """Leave out one resolution after the other; only runs whose every stage could be predicted count."""
     peaks: list[dict[str, float]] = [{} for _ in records]
     for key, stage in stages.items():
-        rows, names = stage.rows, np.array(stage.rows.resolution)
-        for name in np.unique(names):
-            out, train = (names == name) & ~bad[key], (names != name) & ~bad[key]
-            if len(np.unique(names[train])) < 2:
+        for stay, out in left_out(stage.rows.resolution, None):
+            train, rest = stay[~bad[key][stay]], out[~bad[key][out]]
+            if not len(rest) or len(np.unique(np.array(stage.rows.resolution)[train])) < 2:
                 continue
-            model = StageModel(key).fit(stage.X[train], rows.activation[train], rows.scale[train])
-            values = model.predict(stage.X[out]) + rows.weights[out]
-            for i, value in zip(np.flatnonzero(out), values, strict=True):
+            values = stage.fitted(key, train).predict(stage.seen.X[rest]) + stage.rows.weights[rest]
+            for i, value in zip(rest, values, strict=True):
                 peaks[stage.places[i]][key[0]] = float(value)
     found = []
     for record, known in zip(records, peaks, strict=True):
         if record.outcome == "ok" and record.allocated_bytes and set(known) == set(stages_of(record.workload.variant)):
             w = record.workload
             error = max(known.values()) / record.allocated_bytes - 1
-            found.append((f"{w.effective_height}x{w.effective_width}", float(w.pixels), error))
+            found.append((resolution(w), float(w.pixels), error))
     if not found:
         return ()
     return by_resolution([f[0] for f in found], np.array([f[1] for f in found]), np.array([f[2] for f in found]))

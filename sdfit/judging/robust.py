@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sdfit.fit.folds import left_out
 from sdfit.fit.stage_model import nonnegative
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -150,9 +151,8 @@ def held_out_misfit(design: Array, target: Array, groups: Any) -> float:
     0.0
     """
     residual = np.zeros(len(target))
-    for group in np.unique(groups):
-        out = groups == group
-        residual[out] = target[out] - design[out] @ nonnegative(design[~out], target[~out])
+    for stay, out in left_out(groups, None):
+        residual[out] = target[out] - design[out] @ nonnegative(design[stay], target[stay])
     return float(np.sqrt(np.mean(residual**2)))
 
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.terms import REGIMES, TERMS, Sizes, evaluate
+from sdfit.equation.regimes import REGIMES
+from sdfit.equation.sizes import Sizes
+from sdfit.equation.terms import COLUMN, TERMS, products
 from sdfit.errors import FitError, listed
+from sdfit.fit.folds import left_out
 from sdfit.fit.stage_model import nonnegative
 from sdfit.judging.findings import GRAVE, MOST_NAMED, Finding, HeldOut
 from sdfit.judging.robust import MATERIAL, lacking_term, trimmed_fit
@@ -58,7 +61,7 @@ def term_column(name: str, sizes: Sizes) -> Array:
         return np.asarray(sizes.A, dtype=float)
     if name not in TERMS:
         raise FitError(f"'{name}' is no term; there are: A, {listed(TERMS)}", given=name)
-    column: Array = evaluate(name, sizes) * np.ones(len(sizes.A))
+    column: Array = products(*sizes)[COLUMN[name]] * np.ones(len(sizes.A))
     return column
 
 
@@ -170,7 +173,7 @@ def _regime_finding(where: str, rows: Rows, far: Array, which: int, actual: Arra
         where,
         rows.labels[worst],
         float(off[worst]),
-        f"its {far.sum()} row(s) with {REGIMES[which]} follow another equation ({rows.labels[worst]} by {off[worst]:+.1%}), "
+        f"its {far.sum()} row(s) with {REGIMES[which].words} follow another equation ({rows.labels[worst]} by {off[worst]:+.1%}), "
         f"and are too few for coefficients of their own; sweep that regime at {max(4 - int(far.sum()), 1)} more sizes",
     )
 
@@ -204,9 +207,8 @@ def leave_out(rows: Rows, use: Array) -> Array:
     design, target = rows.design / rows.scale[:, None], rows.activation / rows.scale
     names = np.array(rows.resolution)
     errors = np.full(len(names), np.nan)
-    for name in np.unique(names):
-        out = names == name
-        train = use & ~out
+    for stay, out in left_out(names, None):
+        train = stay[use[stay]]
         if len(np.unique(names[train])) >= 2:
             errors[out] = rows.design[out] @ nonnegative(design[train], target[train]) - rows.activation[out]
     return errors

@@ -16,7 +16,8 @@ from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
 
 if TYPE_CHECKING:
-    from sdfit.predict.predictor import Prediction, Predictor
+    from sdfit.predict.prediction import Prediction
+    from sdfit.predict.predictor import Predictor
 
 SAFE_LEVEL = 0.99
 """Share of runs that a bound should hold for, unless the model has too few scores to promise it."""

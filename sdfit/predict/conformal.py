@@ -11,12 +11,40 @@ What it does not know: runs outside the swept domain are not exchangeable with t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from sdfit.errors import InvalidWorkload
 
 LEAST_ACTIVATION_BYTES = 1 << 20
 """Floor of the scale of a score: activations below it would make any error look large."""
+Rule = Callable[[Sequence[float], float], float]
+"""`half_width` or `upper_width`."""
+
+
+def scale(peak: Any, weights: Iterable[float]) -> Any:
+    """What a score is in units of [bytes]: the peak above the least weights of its stages, at least 1 MiB.
+
+    Examples
+    --------
+    >>> float(scale(5 << 20, [3 << 20, 4 << 20]))
+    2097152.0
+    """
+    return np.maximum(peak - min(weights), float(LEAST_ACTIVATION_BYTES))
+
+
+def relative_width(scores: Mapping[str, Sequence[float]], families: Iterable[str], level: float, rule: Rule) -> float:
+    """The width by the scores of the first family that has enough of them for the level; infinite if none has.
+
+    Examples
+    --------
+    >>> relative_width({"": [0.1, 0.2, 0.3, 0.4]}, ("sdpa", ""), 0.8, upper_width)
+    0.4
+    """
+    widths = (rule(scores.get(name, ()), level) for name in families)
+    return next((width for width in widths if math.isfinite(width)), math.inf)
 
 
 def check_level(level: float) -> float:

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 
 from sdfit.errors import SimulatedModelWarning, UnknownModel, listed
-from sdfit.predict.artifact import RESTS_ON, load_artifact
+from sdfit.predict.artifact import RESTS_ON
+from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.shipped import shipped
 

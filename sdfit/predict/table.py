@@ -5,55 +5,47 @@ Rows are grouped by variant; within one, the terms are evaluated in blocks that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdfit.equation.terms import Sizes
+from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload
 from sdfit.predict import conformal
 from sdfit.workload import (
-    CHUNK_TOKENS,
-    MAX_BATCH_SIZE,
-    MAX_PROMPT_LENGTH,
-    MAX_SIDE,
-    MIN_SIDE,
-    VAE_SCALE,
+    LIMITS,
     VARIANT_FIELDS,
     VariantKey,
     Workload,
     check_keywords,
+    floored,
     one_of,
+    padded,
+    unet_samples,
 )
 
 if TYPE_CHECKING:
-    from sdfit.predict.predictor import Predictor
     from sdfit.predict.variant import Variant
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK_ROWS = 16_384
-_LIMITS = {
-    "height": (MIN_SIDE, MAX_SIDE),
-    "width": (MIN_SIDE, MAX_SIDE),
-    "prompt_length": (1, MAX_PROMPT_LENGTH),
-    "batch_size": (1, MAX_BATCH_SIZE),
-}
 _DEFAULTS = Workload(512, 512).to_dict()
 
 
-def predict_table(predictor: Predictor, table: Any, metric: str, level: float | None = None) -> tuple[Array, Array]:
-    """Predict each row; with a level also the half-width of its interval [bytes]."""
-    from sdfit.predict.predictor import check_metric
+def predict_table(
+    find: Callable[[VariantKey], Variant], table: Any, metric: str, level: float | None = None
+) -> tuple[Array, Array]:
+    """Predict each row; with a level also the half-width of its interval [bytes].
 
-    check_metric(metric)
+    ``find`` gives the `Variant` of a key (`sdfit.predict.predictor.Predictor.variant`).
+    """
     columns, rows = _columns(table)
-    numbers = {name: _numbers(name, columns[name], rows) for name in (*_LIMITS, "guidance_scale")}
+    numbers = {name: _numbers(name, columns[name], rows) for name in (*LIMITS, "guidance_scale")}
     value, half = np.empty(rows), np.zeros(rows)
     for key, where in _groups(columns, rows):
-        found = predictor.variant(key)
         part = {name: v if where is None else v[where] for name, v in numbers.items()}
-        got = _one_variant(found, part, metric, level)
+        got = _one_variant(find(key), part, metric, level)
         if where is None:
             value, half = got
         else:
@@ -64,27 +56,23 @@ def predict_table(predictor: Predictor, table: Any, metric: str, level: float | 
 def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: float | None) -> tuple[Array, Array]:
     rows = len(part["height"])
     value, half = np.empty(rows), np.zeros(rows)
-    relative = 0.0
-    if level is not None:
-        scores = found.artifact.scores.get(metric, {})
-        options = [conformal.half_width(scores.get(name, []), level) for name in found.families]
-        relative = next((width for width in options if np.isfinite(width)), np.inf)
     for start in range(0, rows, BLOCK_ROWS):
         cut = slice(start, start + BLOCK_ROWS)
-        height, width = (part[s][cut] // VAE_SCALE * VAE_SCALE for s in ("height", "width"))
-        batch = part["batch_size"][cut]
-        tokens = np.maximum(part["prompt_length"][cut], CHUNK_TOKENS)
-        unet_batch = batch * np.where(part["guidance_scale"][cut] > 1, 2.0, 1.0)
-        sizes = Sizes.of(height, width, tokens, batch, unet_batch, found.slicing, found.tiling)
+        block = {name: column[cut] for name, column in part.items()}
+        batch = block["batch_size"]
+        sizes = Sizes.of(
+            floored(block["height"]),
+            floored(block["width"]),
+            padded(block["prompt_length"]),
+            batch,
+            unet_samples(batch, block["guidance_scale"]),
+            found.slicing,
+            found.tiling,
+        )
         peaks = found.stage_arrays(sizes)
         value[cut] = found.metric(peaks, metric, sizes)
         if level is not None:
-            pixels = height * width
-            values = {"A": pixels, "B": batch, "B·A": batch * pixels, "L": tokens}
-            stretch = np.ones(len(pixels))
-            for column, (low, high) in found.domain.items():
-                stretch = np.maximum(stretch, np.maximum(values[column] / high, low / values[column]))
-            half[cut] = relative * found.activation(peaks) * stretch
+            half[cut] = found.width(peaks, sizes, metric, level, conformal.half_width)
     return value, half
 
 
@@ -119,13 +107,13 @@ def _numbers(name: str, column: Any, rows: int) -> Array:
         values = np.broadcast_to(values, rows).astype(np.float64)
     except (TypeError, ValueError):
         raise InvalidWorkload(f"column '{name}' must hold numbers", field=name) from None
-    low, high = _LIMITS.get(name, (0, np.inf))
+    low, high = LIMITS.get(name, (0, np.inf))
     wrong = ~((values >= low) & (values <= high) & np.isfinite(values))
-    if name in _LIMITS and values.size and np.asarray(column).dtype.kind == "f":
+    if name in LIMITS and values.size and np.asarray(column).dtype.kind == "f":
         wrong |= values != np.floor(values)
     if wrong.any():
         row = int(np.argmax(wrong))
-        kind = "a whole number" if name in _LIMITS else "a finite number"
+        kind = "a whole number" if name in LIMITS else "a finite number"
         raise InvalidWorkload(
             f"row {row}: {name} is {values[row]:g}; it must be {kind} from {low} to {high}", field=name, row=row
         )

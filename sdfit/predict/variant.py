@@ -1,105 +1,148 @@
-"""The part of an artifact that one variant uses, put together and compiled.
+"""The part of an artifact that one variant uses, put together: weights, coefficients and domain of its stages.
 
-A variant's stages take their coefficients from whatever sweep shared the fields that matter to them (see
-`sdfit.equation.terms.STAGE_FIELDS`), so a combination that was never swept as such still has a prediction, if each of its
-stages was.
+A variant's stages take their coefficients from whatever sweep shared the fields that reach them (see
+`sdfit.equation.stages`), so a combination that was never swept as such still has a prediction, if each of its stages
+was. The peaks of all stages are one product, a matrix of coefficients with the vector of `sdfit.equation.terms.products`,
+for one workload as for a million.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from sdfit.equation.metrics import METRIC_FEATURES
-from sdfit.equation.stages import resident
-from sdfit.equation.terms import Sizes, StageKey, evaluate, regime, stage_key, stages_of, terms_of
+from sdfit.equation.metrics import family, highest, metric_value
+from sdfit.equation.regimes import plain_below, regime
+from sdfit.equation.sizes import Sizes, domain_columns
+from sdfit.equation.stages import resident, stage_key, stages_of
+from sdfit.equation.terms import COLUMN, TERMS, products
+from sdfit.equation.weights import baseline_label, with_both_baselines
 from sdfit.errors import UnknownVariant, listed
+from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
-from sdfit.predict.conformal import LEAST_ACTIVATION_BYTES
-from sdfit.predict.scalar import compile_peak
-from sdfit.workload import CHOICES, VARIANT_FIELDS, VariantKey, Workload, variant_name
+from sdfit.workload import VARIANT_FIELDS, VariantKey, Workload, variant_name
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Variant:
-    """The part of an artifact that one variant uses, compiled."""
+    """What one variant takes from an artifact.
+
+    Attributes
+    ----------
+    stages : tuple of str
+        Those that it runs through, in their order.
+    weights : dict
+        Stage -> bytes that are resident in it.
+    domain : dict
+        Column of `domain_columns` -> least and most that every stage was swept at.
+    families : tuple of str
+        Whose conformal scores it may use, its own first.
+
+    Raises
+    ------
+    UnknownVariant
+        If a stage was never swept; names what was.
+    """
 
     def __init__(self, artifact: Artifact, key: VariantKey) -> None:
         self.artifact, self.key = artifact, key
         values = dict(zip(VARIANT_FIELDS, key, strict=True))
-        self.offload = str(values["offload"])
         self.slicing, self.tiling = bool(values["vae_slicing"]), bool(values["vae_tiling"])
-        weights = with_both_baselines(artifact.components.get(str(values["dtype"]), {}))
-        names = {"vae": f"vae/{values['vae']}"}
-        held = baseline_label(str(values["vae"]), bool(values["safety_checker"]))
-        self.stages: dict[str, StageKey] = {}
-        self.weights: dict[str, int] = {}
-        for stage in stages_of(key):
-            found = stage_key(stage, key)
-            parts = [c for c in resident(stage, self.offload) if c != "safety_checker" or values["safety_checker"]]
-            labels = [names.get(c, c) for c in parts]
-            if self.offload == "none" and held in weights:
-                labels = [held]
-            if "|".join(found) not in artifact.stages or any(label not in weights for label in labels):
-                raise UnknownVariant(
-                    f"'{artifact.name}' has no coefficients for {variant_name(key)} (its {stage} was never swept); swept: "
-                    f"{listed(artifact.swept)}; to add one: sdfit sweep --gpu {artifact.name} --grid FILE, then sdfit fit",
-                    variant=key,
-                )
-            self.stages[stage] = found
-            self.weights[stage] = sum(weights[label] for label in labels)
-            missing = artifact.stages["|".join(found)]["unidentified"]
-            if (self.slicing or self.tiling) and "D" in missing and stage.startswith("vae"):
-                raise UnknownVariant(
-                    f"'{artifact.name}' never saw slicing or tiling of the '{values['vae']}' VAE in {values['dtype']}; swept: {listed(artifact.swept)}; to "
-                    f"add it: sdfit sweep --gpu {artifact.name} --grid FILE, then sdfit fit",
-                    variant=key,
-                )
-        self.models = {stage: artifact.stages["|".join(found)] for stage, found in self.stages.items()}
+        self.stages = stages_of(key)
+        self.weights = {stage: self._resident(stage, values) for stage in self.stages}
+        models = {stage: artifact.stages["|".join(stage_key(stage, key))] for stage in self.stages}
+        self._regimes = {stage: model["regimes"] for stage, model in models.items()}
+        self._coefficients = {stage: _aligned(model, self.weights[stage]) for stage, model in models.items()}
         self.families = (family(key), "")
-        self.domain: dict[str, tuple[float, float]] = {}
-        for model in self.models.values():
-            for column, (least, most) in model["domain"].items():
-                low, high = self.domain.get(column, (0, np.inf))
-                self.domain[column] = (max(low, least), min(high, most))
-        self.peak: Callable[..., float] = compile_peak(
-            self.models, self.stages, self.weights, self.slicing, self.tiling
+        self.domain = _common_domain([model["domain"] for model in models.values()])
+        self._metrics = {
+            metric: {group: found["coef"] for group, found in groups.items()}
+            for metric, groups in artifact.metrics.items()
+            if groups
+        }
+        self._plain_below = plain_below(self.stages)
+        self._matrices: dict[Any, Array] = {}
+        self._widths: dict[Any, float] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Variant, (self.artifact, self.key))
+
+    def _resident(self, stage: str, values: Mapping[str, Any]) -> int:
+        """Bytes of weights in a stage."""
+        vae, checker, offload = str(values["vae"]), bool(values["safety_checker"]), str(values["offload"])
+        weights = with_both_baselines(self.artifact.components.get(str(values["dtype"]), {}))
+        parts = [c for c in resident(stage, offload) if c != "safety_checker" or checker]
+        labels = [f"vae/{vae}" if c == "vae" else c for c in parts]
+        if offload == "none" and baseline_label(vae, checker) in weights:
+            labels = [baseline_label(vae, checker)]
+        model = self.artifact.stages.get("|".join(stage_key(stage, self.key)))
+        if model is None or any(label not in weights for label in labels):
+            raise self._never_swept(f"has no coefficients for {variant_name(self.key)} (its {stage} was never swept)")
+        if (self.slicing or self.tiling) and stage.startswith("vae") and "D" in model["unidentified"]:
+            raise self._never_swept(f"never saw slicing or tiling of the '{vae}' VAE in {values['dtype']}")
+        return sum(weights[label] for label in labels)
+
+    def _never_swept(self, what: str) -> UnknownVariant:
+        name = self.artifact.name
+        return UnknownVariant(
+            f"'{name}' {what}; swept: {listed(self.artifact.swept)}; to add one: sdfit sweep --gpu {name} --grid FILE, "
+            "then sdfit fit",
+            variant=self.key,
         )
+
+    # -- the peaks of the stages --
 
     def sizes(self, w: Workload) -> Sizes:
         """The sizes that the terms are products of."""
-        return Sizes.of(
-            w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch, self.slicing, self.tiling
-        )
+        return Sizes.of_workload(w)
 
-    def terms(self, stage: str, sizes: Sizes) -> dict[str, Any]:
-        """Each term of a stage in bytes."""
-        model, key = self.models[stage], self.stages[stage]
-        rows = np.asarray(model["coef"])[np.asarray(model["regimes"])[regime(key, sizes)]]
-        return {
-            name: rows[..., i] * evaluate(name, sizes)
-            for i, name in enumerate(terms_of(key))
-            if any(row[i] for row in model["coef"])
-        }
+    def peak(self, sizes: Sizes) -> float:
+        """The peak of allocated memory of one workload [bytes]."""
+        found: float = max(self._matrix(sizes).dot(products(*sizes)).tolist())
+        return found
 
-    def stage_arrays(self, sizes: Sizes) -> dict[str, Any]:
-        """The peak of each stage, for one workload or for arrays of sizes."""
-        return {s: sum(self.terms(s, sizes).values(), start=float(self.weights[s])) for s in self.stages}
+    def stage_peaks(self, sizes: Sizes) -> dict[str, float]:
+        """The peak of each stage of one workload [bytes], resident weights included."""
+        return dict(zip(self.stages, self._matrix(sizes).dot(products(*sizes)).tolist(), strict=True))
 
-    def stage_peaks(self, w: Workload) -> dict[str, float]:
-        """The peak of each stage [bytes], resident weights included."""
-        return {stage: float(peak) for stage, peak in self.stage_arrays(self.sizes(w)).items()}
+    def _matrix(self, sizes: Sizes) -> Array:
+        """Coefficients, a row per stage, a column per term, weights in the first: those of the sizes' regimes."""
+        key: Any = (sizes.B > 1, sizes.n > 1, sizes.m > 1)
+        if sizes.m * sizes.P >= self._plain_below:
+            key = tuple(regime(stage, sizes) for stage in self.stages)
+        found = self._matrices.get(key)
+        if found is None:
+            rows = [self._coefficients[s][self._regimes[s][regime(s, sizes)]] for s in self.stages]
+            found = self._matrices[key] = np.array(rows)
+        return found
 
-    def breakdown(self, w: Workload, stage: str) -> dict[str, float]:
+    def stage_arrays(self, sizes: Sizes) -> dict[str, Array]:
+        """The peak of each stage [bytes] for sizes that are arrays."""
+        columns = np.stack(np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in products(*sizes))))
+        found: dict[str, Array] = {}
+        for stage in self.stages:
+            sets = np.asarray(self._regimes[stage])
+            if len(self._coefficients[stage]) > 1:
+                rows = sets[np.broadcast_to(regime(stage, sizes), columns.shape[1:])]
+                used = np.unique(rows)
+                values = self._coefficients[stage][used] @ columns
+                at = np.searchsorted(used, rows)
+                found[stage] = values[0] if len(used) == 1 else np.take_along_axis(values, at[None], axis=0)[0]
+            else:
+                found[stage] = self._coefficients[stage][0] @ columns
+        return found
+
+    def breakdown(self, sizes: Sizes, stage: str) -> dict[str, float]:
         """The resident weights and each term of a stage [bytes]."""
-        terms = self.terms(stage, self.sizes(w))
-        return {"weights": float(self.weights[stage])} | {name: float(v) for name, v in terms.items() if v > 0}
+        row = self._coefficients[stage][self._regimes[stage][regime(stage, sizes)]]
+        shares = dict(zip(TERMS, (float(c * x) for c, x in zip(row, products(*sizes), strict=True)), strict=True))
+        shares["1"] -= self.weights[stage]
+        return {"weights": float(self.weights[stage])} | {name: value for name, value in shares.items() if value > 0}
 
-    def stretch(self, w: Workload) -> float:
-        """How far outside the swept domain a workload lies: 1 inside, otherwise the largest ratio to its edge."""
-        values = {"A": w.pixels, "B": w.batch_size, "B·A": w.batch_size * w.pixels, "L": w.tokens}
-        return max(1.0, *(max(values[c] / high, low / values[c]) for c, (low, high) in self.domain.items()))
+    # -- what rests on the peaks --
 
     def metric(self, peaks: Mapping[str, Any], metric: str, sizes: Sizes) -> Any:
         """A metric from the stage peaks [bytes] of some sizes.
@@ -109,108 +152,40 @@ class Variant:
         UnknownVariant
             If the model was fitted on records without that metric.
         """
-        top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
         if metric == "allocated":
-            return top
-        models = self.artifact.metrics.get(metric)
-        if not models:
+            return highest(peaks)
+        if metric not in self._metrics:
             raise UnknownVariant(
-                f"'{self.artifact.name}' has no '{metric}'; it has: "
-                f"{listed(['allocated', *(m for m, found in self.artifact.metrics.items() if found)])}",
+                f"'{self.artifact.name}' has no '{metric}'; it has: {listed(['allocated', *self._metrics])}",
                 metric=metric,
             )
-        regimes = np.asarray(regime(DECODER, sizes))
-        columns = metric_features(peaks, self.weights)
-        value = np.zeros_like(top)
-        for which in np.unique(regimes):
-            coef = next(models[g] for g in metric_groups(self.families[0], int(which)) if g in models)["coef"]
-            found = sum(c * x for c, x in zip(coef, columns, strict=True))
-            value = np.where(regimes == which, max(self.weights.values()) + found, value)
-        return np.maximum(value, top)  # no counter can be below what is live
+        return metric_value(self._metrics[metric], self.families[0], peaks, self.weights, sizes)
 
-    def width(self, w: Workload, metric: str, level: float, rule: Callable[[Any, float], float]) -> float:
+    def stretch(self, sizes: Sizes) -> Any:
+        """How far outside the swept domain some sizes lie: 1 inside, otherwise the largest ratio to its edge."""
+        values = domain_columns(sizes.A, sizes.B, sizes.L)
+        ratios = [values[c] / high for c, (_, high) in self.domain.items()]
+        ratios += [low / values[c] for c, (low, _) in self.domain.items()]
+        return max(1.0, *ratios) if isinstance(sizes.A, int) else np.maximum.reduce([np.ones_like(sizes.A), *ratios])
+
+    def width(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, rule: conformal.Rule) -> Any:
         """The half-width of an interval, or the room above a prediction [bytes], by a rule of `sdfit.predict.conformal`."""
-        scores = self.artifact.scores.get(metric, {})
-        relative = np.inf
-        for name in self.families:  # the variant's own scores where there are enough of them, else those of all
-            relative = rule(scores.get(name, []), level)
-            if np.isfinite(relative):
-                break
-        return float(relative * self.activation(self.stage_peaks(w)) * self.stretch(w))
-
-    def activation(self, peaks: Mapping[str, Any]) -> Any:
-        """The scale of the conformal scores: the peak above the weights, at least 1 MiB."""
-        top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
-        return np.maximum(top - min(self.weights.values()), float(LEAST_ACTIVATION_BYTES))
+        known = metric, level, rule
+        if known not in self._widths:
+            scores = self.artifact.scores.get(metric, {})
+            self._widths[known] = conformal.relative_width(scores, self.families, level, rule)
+        top = max(peaks.values()) if isinstance(sizes.A, int) else highest(peaks)
+        return self._widths[known] * conformal.scale(top, self.weights.values()) * self.stretch(sizes)
 
 
-def with_both_baselines(weights: Mapping[str, int]) -> dict[str, int]:
-    """Add what was allocated with or without the checker where only the other was swept: the checker's weights apart.
-
-    What the allocator holds around the weights then differs from the truth by a few MB.
-
-    Examples
-    --------
-    >>> with_both_baselines({"safety_checker": 10, "all/kl/checked": 105})["all/kl/unchecked"]
-    95
-    """
-    found = dict(weights)
-    if "safety_checker" not in weights:
-        return found
-    checker = weights["safety_checker"]
-    for vae in CHOICES["vae"]:
-        checked, unchecked = baseline_label(str(vae), True), baseline_label(str(vae), False)
-        if checked in weights:
-            found.setdefault(unchecked, weights[checked] - checker)
-        if unchecked in weights:
-            found.setdefault(checked, weights[unchecked] + checker)
-    return found
+def _aligned(model: Mapping[str, Any], weights_bytes: int) -> Array:
+    """A stage's sets of coefficients in the columns of `products`, the weights added to the constant."""
+    sets = np.zeros((len(model["coef"]), len(TERMS)))
+    sets[:, [COLUMN[name] for name in model["terms"]]] = model["coef"]
+    sets[:, COLUMN["1"]] += weights_bytes
+    return sets
 
 
-def baseline_label(vae: str, safety_checker: bool) -> str:
-    """Where an artifact's component table keeps what was allocated before a run of this pipeline.
-
-    Examples
-    --------
-    >>> baseline_label("kl", True)
-    'all/kl/checked'
-    """
-    return f"all/{vae}/{'checked' if safety_checker else 'unchecked'}"
-
-
-DECODER: StageKey = ("vae_decoder_blocks", "", "")
-"""Its regimes are those of the metrics: its convolutions are the largest."""
-
-
-def metric_regime(workload: Workload) -> Any:
-    """The regime of a workload's metrics, an index into `sdfit.equation.terms.REGIMES`."""
-    return np.asarray(regime(DECODER, Sizes.of_workloads([workload]))).item()
-
-
-def metric_groups(family_name: str, which: int) -> tuple[str, ...]:
-    """The groups whose coefficients a metric may use, the narrowest first.
-
-    Examples
-    --------
-    >>> metric_groups("float16|sdpa|kl|False|False", 1)
-    ('float16|sdpa|kl|False|False#1', '#1', 'float16|sdpa|kl|False|False', '')
-    """
-    return (f"{family_name}#{which}", f"#{which}", family_name, "")
-
-
-def metric_features(peaks: Mapping[str, Any], weights: Mapping[str, int]) -> list[Any]:
-    """The columns of `METRIC_FEATURES` [bytes] from stage peaks and resident weights."""
-    top = np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
-    named = [peaks[s] - weights[s] if s in peaks else 0.0 * top for s in METRIC_FEATURES[2:]]
-    return [np.ones_like(top), top - max(weights.values()), *named]
-
-
-def family(key: VariantKey) -> str:
-    """The variants that share conformal scores: those that differ only in offload and the safety checker.
-
-    Examples
-    --------
-    >>> family(Workload(512, 512, safety_checker=False).variant)
-    'float16|sdpa|kl|False|False'
-    """
-    return "|".join(str(v) for v in key[:5])
+def _common_domain(domains: list[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """The sizes at which every stage was swept."""
+    return {column: (max(d[column][0] for d in domains), min(d[column][1] for d in domains)) for column in domains[0]}

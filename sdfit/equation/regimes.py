@@ -1,0 +1,88 @@
+"""Regimes: ranges of sizes in which a stage's kernels run the same plans, and so one set of coefficients holds.
+
+cuDNN chooses other plans for one image than for several (published: A100, RTX 4090, T4). A convolution of more than
+2^31 elements runs image by image and needs copies of one only: first those of the widest tensors, at twice the size
+those of tensors half as wide. With two images the copies for one still count, with more the tensors outweigh them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdfit.equation.sizes import Numbers, Sizes
+from sdfit.equation.stages import STAGE
+
+MANY_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """A range of images per pass and of elements of the widest tensor.
+
+    Parameters
+    ----------
+    words : str
+        How tables name it.
+    images : (int, float)
+        Fewest and most images, or samples, per pass.
+    elements : (int, float)
+        From the first, up to but not including the second.
+    neighbours : tuple of int
+        Where a regime without rows takes its coefficients from: the nearest that needs more rather than less.
+    """
+
+    words: str
+    images: tuple[int, float]
+    elements: tuple[int, float]
+    neighbours: tuple[int, ...]
+
+    def holds(self, images: Numbers, elements: Numbers) -> Numbers:
+        """Whether a pass lies in it; numbers or arrays."""
+        (fewest, most), (start, end) = self.images, self.elements
+        return (fewest <= images) & (images <= most) & (start <= elements) & (elements < end)
+
+
+_FEW, _MANY, _MORE, _ALL = (
+    (0, MANY_ELEMENTS),
+    (MANY_ELEMENTS, 2 * MANY_ELEMENTS),
+    (2 * MANY_ELEMENTS, math.inf),
+    math.inf,
+)
+REGIMES = (
+    #      words                                         images     elements    neighbours
+    Regime("one image per pass",                         (1, 1),    (0, _ALL),  (1, 2, 3, 4, 5)),
+    Regime("several images per pass",                    (2, _ALL), _FEW,       (0, 2, 3, 4, 5)),
+    Regime("two images, past 2^31 elements",             (2, 2),    _MANY,      (1, 3, 0, 4, 5)),
+    Regime("three images or more, past 2^31 elements",   (3, _ALL), _MANY,      (2, 1, 5, 4, 0)),
+    Regime("two images, past 2^32 elements",             (2, 2),    _MORE,      (2, 5, 3, 1, 0)),
+    Regime("three images or more, past 2^32 elements",   (3, _ALL), _MORE,      (3, 4, 2, 1, 0)),
+)  # fmt: skip
+
+
+def regime(stage: str, sizes: Sizes) -> Numbers:
+    """The regime of a stage at some sizes, an index into `REGIMES`; a number or an array.
+
+    Each stage counts its own batch and, where its convolutions can pass 2^31 elements, those of its widest tensor.
+
+    Examples
+    --------
+    >>> sizes = Sizes.of(2048, 2048, 77, 2, 4)
+    >>> regime("vae_decoder_blocks", sizes), regime("text_encoder", sizes)
+    (2, 1)
+    """
+    one = STAGE[stage]
+    images = getattr(sizes, one.batch)
+    elements = images * sizes.P * one.widest_channels
+    if isinstance(images, int | float) and isinstance(elements, int | float):
+        return next(i for i, r in enumerate(REGIMES) if r.holds(images, elements))
+    images, elements = np.broadcast_arrays(images, elements)
+    return np.select([r.holds(images, elements) for r in REGIMES], list(range(len(REGIMES))))
+
+
+def plain_below(stages: tuple[str, ...]) -> float:
+    """Images times pixels of a pass below which the regimes of some stages depend on the number of images alone."""
+    widest = max(STAGE[stage].widest_channels for stage in stages)
+    return MANY_ELEMENTS / widest if widest else math.inf

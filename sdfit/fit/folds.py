@@ -1,0 +1,74 @@
+"""Leaving resolutions out: the grouped cross-validation, and how errors are summed up. Once, for fits and judgements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Indices = np.ndarray[Any, np.dtype[np.intp]]
+
+FOLDS = 10
+"""Of the cross-validation by resolution."""
+
+
+def left_out(groups: Sequence[str] | Any, folds: int | None = FOLDS) -> Iterator[tuple[Indices, Indices]]:
+    """Split rows by whole groups: those that stay and those that are left out, a pair per fold.
+
+    Parameters
+    ----------
+    groups : sequence, shape (rows,)
+        The resolution of each row.
+    folds : int, optional
+        None leaves out one group at a time. Of fewer than two groups nothing can be left out: no pair.
+
+    Examples
+    --------
+    >>> [(stay.tolist(), out.tolist()) for stay, out in left_out(["a", "b", "a"], None)]
+    [([1], [0, 2]), ([0, 2], [1])]
+    """
+    from sklearn.model_selection import GroupKFold
+
+    if not len(groups):
+        return
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1]
+    count = int(codes.max()) + 1
+    if count < 2:
+        return
+    if folds is None:
+        for code in range(count):
+            yield np.flatnonzero(codes != code), np.flatnonzero(codes == code)
+    else:
+        yield from GroupKFold(min(folds, count)).split(codes, groups=codes)
+
+
+class ErrorSummary(NamedTuple):
+    """Relative errors in short: ``median``, ``p95`` and ``worst`` of their size, ``bias`` (their signed median), and the
+    place of the worst."""
+
+    median: float
+    p95: float
+    worst: float
+    bias: float
+    worst_at: int
+
+    def to_dict(self) -> dict[str, float]:
+        """What an artifact keeps."""
+        return {"median": self.median, "p95": self.p95, "worst": self.worst}
+
+
+def error_summary(relative: Any) -> ErrorSummary:
+    """Sum up relative errors.
+
+    Examples
+    --------
+    >>> error_summary([0.01, -0.03, 0.02]).to_dict()["median"]
+    0.02
+    """
+    signed = np.asarray(relative, dtype=float)
+    size = np.abs(signed)
+    at = int(np.argmax(size))
+    return ErrorSummary(
+        float(np.median(size)), float(np.quantile(size, 0.95)), float(size[at]), float(np.median(signed)), at
+    )

@@ -1,0 +1,166 @@
+"""A prediction: a float of bytes that knows its interval, the stage that sets the peak, and what it is made of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from sdfit.equation.sizes import Sizes
+from sdfit.predict import conformal
+from sdfit.predict.variant import Variant
+from sdfit.workload import Workload
+
+BEYOND = "beyond allocated"
+"""What a breakdown calls the part of a metric that is not allocated memory."""
+
+
+class Interval(NamedTuple):
+    """A two-sided prediction interval [bytes]."""
+
+    low: float
+    high: float
+
+
+class Prediction(float):
+    """Bytes of one metric at its peak, with what it rests on. Frozen; pickles and copies whole.
+
+    Parameters
+    ----------
+    value : float
+        [bytes]
+    variant : Variant
+    workload : Workload, or tuple of its fields
+    metric : str
+    level : float
+        Of ``interval`` and ``upper``.
+    """
+
+    __slots__ = ("_facts", "_known")
+    _facts: tuple[Variant, Workload | tuple[Any, ...], str, float]
+    _known: dict[str, Any]
+
+    def __new__(
+        cls, value: float, variant: Variant, workload: Workload | tuple[Any, ...], metric: str, level: float
+    ) -> Prediction:
+        """Make one; a tuple of fields becomes a Workload when it is first asked for."""
+        made = float.__new__(cls, value)
+        _put_facts(made, (variant, workload, metric, level))
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Prediction is frozen: '{name}' cannot be set; call f again with other arguments")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Prediction is frozen: '{name}' cannot be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Prediction, (float(self), *self._facts))
+
+    def __copy__(self) -> Prediction:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Prediction:
+        return self
+
+    @property
+    def metric(self) -> str:
+        """Of what it is the peak: allocated, reserved, device or required."""
+        return self._facts[2]
+
+    @property
+    def level(self) -> float:
+        """Of ``interval`` and ``upper``."""
+        return self._facts[3]
+
+    @property
+    def provenance(self) -> str:
+        """What the numbers rest on: measured, published, traced."""
+        return self._facts[0].artifact.provenance
+
+    @property
+    def workload(self) -> Workload:
+        """What was asked for."""
+        workload: Workload = self._told()["workload"]
+        return workload
+
+    @property
+    def stage_peaks(self) -> dict[str, float]:
+        """The peak of allocated memory in each stage [bytes], resident weights included."""
+        return dict(self._told()["peaks"])
+
+    @property
+    def stage(self) -> str:
+        """The stage that sets the peak of allocated memory."""
+        peaks: dict[str, float] = self._told()["peaks"]
+        return max(peaks, key=peaks.__getitem__)
+
+    @property
+    def breakdown(self) -> dict[str, float]:
+        """What this metric is made of [bytes]; adds up to it.
+
+        The weights, each term of the stage that sets the peak of allocated memory and, for another metric, what lies
+        beyond allocated memory: the allocator's segments, for ``device`` the CUDA context too.
+        """
+        variant, _, metric, _ = self._facts
+        parts = variant.breakdown(self._told()["sizes"], self.stage)
+        if metric != "allocated":
+            parts[BEYOND] = self - sum(parts.values())
+        return parts
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether the workload lies outside the swept domain; the interval is then wider, and a guess."""
+        return bool(self._facts[0].stretch(self._told()["sizes"]) > 1)
+
+    @property
+    def interval(self) -> Interval:
+        """Two-sided prediction interval at ``level``."""
+        half = self._width(conformal.half_width)
+        return Interval(max(self - half, 0.0), self + half)
+
+    @property
+    def upper(self) -> float:
+        """One-sided upper bound at ``level``."""
+        return self + self._width(conformal.upper_width)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, amounts in bytes; an infinite bound is None."""
+        low, high = self.interval
+        return {
+            "workload": self.workload.to_dict(),
+            "metric": self.metric,
+            f"{self.metric}_bytes": round(self),
+            "level": self.level,
+            "interval_bytes": [round(low), _whole(high)],
+            "upper_bytes": _whole(self.upper),
+            "stage": self.stage,
+            "stage_peaks_bytes": {k: round(v) for k, v in self.stage_peaks.items()},
+            "breakdown_bytes": {k: round(v) for k, v in self.breakdown.items()},
+            "extrapolated": self.extrapolated,
+            "provenance": self.provenance,
+        }
+
+    def _width(self, rule: conformal.Rule) -> float:
+        variant, _, metric, level = self._facts
+        told = self._told()
+        return float(variant.width(told["peaks"], told["sizes"], metric, level, rule))
+
+    def _told(self) -> dict[str, Any]:
+        """Workload, sizes and stage peaks, worked out once."""
+        try:
+            return self._known
+        except AttributeError:
+            variant, given, _, _ = self._facts
+            workload = given if isinstance(given, Workload) else Workload(*given)
+            sizes = Sizes.of_workload(workload)
+            _put_known(self, {"workload": workload, "sizes": sizes, "peaks": variant.stage_peaks(sizes)})
+            return self._known
+
+
+# the slots' own setters, which `__setattr__` keeps from everybody else
+_put_facts = Prediction._facts.__set__  # type: ignore[attr-defined]
+_put_known = Prediction._known.__set__  # type: ignore[attr-defined]
+
+
+def _whole(value: float) -> int | None:
+    return round(value) if math.isfinite(value) else None
