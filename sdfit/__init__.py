@@ -14,7 +14,8 @@ from sdfit.workload import Workload
 
 if TYPE_CHECKING:
     from sdfit.predict.library import available, load
-    from sdfit.predict.predictor import Prediction, Predictor
+    from sdfit.predict.prediction import Prediction
+    from sdfit.predict.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "Workload",
     "__version__",
     "available",
+    "errors",
+    "guard",
     "load",
 ]
+_MODULES = ("errors", "guard")
 
 _LATER = {
-    "Prediction": "sdfit.predict.predictor",
+    "Prediction": "sdfit.predict.prediction",
     "Predictor": "sdfit.predict.predictor",
     "available": "sdfit.predict.library",
     "load": "sdfit.predict.library",
@@ -37,10 +41,12 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'sdfit' has no attribute '{name}'")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"sdfit.{name}")  # which also sets the attribute
+    if name not in _LATER:
+        raise AttributeError(f"module 'sdfit' has no attribute '{name}'")
     found = getattr(import_module(_LATER[name]), name)
     globals()[name] = found
     return found

@@ -45,19 +45,25 @@ VARIANT_FIELDS = tuple(CHOICES)
 VariantKey = tuple[str, str, str, bool, bool, str, bool]
 
 
-def floored(side: Any) -> Any:
-    """A side as diffusers runs it [pixels]: floored to a multiple of 8; a number or an array."""
-    return side // VAE_SCALE * VAE_SCALE
+def effective(
+    height: Any, width: Any, prompt_length: Any, batch_size: Any, guidance_scale: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    """What a call really runs: sides floored to a multiple of 8 [pixels], tokens, images, samples per UNet call.
 
+    A prompt of up to 77 tokens is padded to 77; classifier-free guidance doubles the UNet's samples. Numbers or arrays.
 
-def padded(prompt_length: Any) -> Any:
-    """Tokens as the UNet sees them: a prompt of up to 77 is padded to 77; a number or an array."""
-    return prompt_length + (CHUNK_TOKENS - prompt_length) * (prompt_length < CHUNK_TOKENS)
-
-
-def unet_samples(batch_size: Any, guidance_scale: Any) -> Any:
-    """Samples per UNet call: classifier-free guidance doubles them; numbers or arrays."""
-    return batch_size * (1 + (guidance_scale > 1))
+    Examples
+    --------
+    >>> effective(380, 396, 12, 2, 7.5)
+    (376, 392, 77, 2, 4)
+    """
+    return (
+        height // VAE_SCALE * VAE_SCALE,
+        width // VAE_SCALE * VAE_SCALE,
+        prompt_length + (CHUNK_TOKENS - prompt_length) * (prompt_length < CHUNK_TOKENS),
+        batch_size,
+        batch_size * (1 + (guidance_scale > 1)),
+    )
 
 
 def plainly_valid(height: Any, width: Any, prompt_length: Any, batch_size: Any, guidance_scale: Any) -> bool:
@@ -195,15 +201,18 @@ class Workload:
         """Every field by name, as plain values."""
         return asdict(self)
 
+    def _effective(self) -> tuple[int, int, int, int, int]:
+        return effective(self.height, self.width, self.prompt_length, self.batch_size, self.guidance_scale)
+
     @property
     def effective_height(self) -> int:
         """Rows of pixels that really run: floored to a multiple of 8."""
-        return int(floored(self.height))
+        return self._effective()[0]
 
     @property
     def effective_width(self) -> int:
         """Columns of pixels that really run: floored to a multiple of 8."""
-        return int(floored(self.width))
+        return self._effective()[1]
 
     @property
     def pixels(self) -> int:
@@ -213,7 +222,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """L: tokens as the UNet sees them; a prompt of up to 77 is padded to 77."""
-        return int(padded(self.prompt_length))
+        return self._effective()[2]
 
     @property
     def guided(self) -> bool:
@@ -223,7 +232,7 @@ class Workload:
     @property
     def unet_batch(self) -> int:
         """n: samples per UNet call."""
-        return int(unet_samples(self.batch_size, self.guidance_scale))
+        return self._effective()[4]
 
     @property
     def variant(self) -> VariantKey:

@@ -8,6 +8,7 @@ those of tensors half as wide. With two images the copies for one still count, w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,18 @@ REGIMES = (
 )  # fmt: skip
 
 
+IMAGES_THAT_MATTER = max(r.images[0] for r in REGIMES)
+"""From so many images or samples on, more of them change no regime by themselves."""
+_ELEMENTS = sorted({r.elements[0] for r in REGIMES})
+_CELLS = np.array(
+    [
+        [next(i for i, r in enumerate(REGIMES) if r.holds(images, elements)) for elements in _ELEMENTS]
+        for images in range(1, IMAGES_THAT_MATTER + 1)
+    ]
+)
+"""The regime of each number of images that matters, and of each range of elements."""
+
+
 def regime(stage: str, sizes: Sizes) -> Numbers:
     """The regime of a stage at some sizes, an index into `REGIMES`; a number or an array.
 
@@ -75,14 +88,16 @@ def regime(stage: str, sizes: Sizes) -> Numbers:
     """
     one = STAGE[stage]
     images = getattr(sizes, one.batch)
-    elements = images * sizes.P * one.widest_channels
-    if isinstance(images, int | float) and isinstance(elements, int | float):
-        return next(i for i, r in enumerate(REGIMES) if r.holds(images, elements))
-    images, elements = np.broadcast_arrays(images, elements)
-    return np.select([r.holds(images, elements) for r in REGIMES], list(range(len(REGIMES))))
+    row = np.minimum(images, IMAGES_THAT_MATTER).astype(np.intp) - 1
+    if not one.widest_channels:
+        found = _CELLS[row, 0]
+    else:
+        elements = images * sizes.P * one.widest_channels
+        found = _CELLS[row, sum((elements >= start).astype(np.intp) for start in map(np.float64, _ELEMENTS[1:]))]
+    return found if np.ndim(found) else int(found)
 
 
-def plain_below(stages: tuple[str, ...]) -> float:
-    """Images times pixels of a pass below which the regimes of some stages depend on the number of images alone."""
-    widest = max(STAGE[stage].widest_channels for stage in stages)
-    return MANY_ELEMENTS / widest if widest else math.inf
+def edges(stages: Sequence[str]) -> list[float]:
+    """Images times pixels of a pass at which the regime of one of some stages may change, in ascending order."""
+    ends = {r.elements[0] / STAGE[s].widest_channels for r in REGIMES for s in stages if STAGE[s].widest_channels}
+    return sorted(ends - {0.0})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.workload import Workload
+from sdfit.workload import Workload, effective
 
 TILE_PIXELS, TILE_STRIDE = 512, 384
 """Side of a VAE tile and the distance to the next one [pixels] (`tile_sample_min_size`, overlap 0.25)."""
@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
         Examples
         --------
         >>> Sizes.of(512, 768, 77, 2, 4, tiling=True)
-        Sizes(B=2, n=4, A=393216, L=77, m=2, P=262144, D=1048576)
+        Sizes(B=2, n=4, A=393216, L=77, m=2, P=262144, D=622592)
         """
         A = height * width
         if slicing is False and tiling is False:
@@ -63,8 +63,8 @@ class Sizes(NamedTuple):
     @classmethod
     def of_workload(cls, w: Workload) -> Sizes:
         """The sizes of one workload, as whole numbers."""
-        sides = w.effective_height, w.effective_width
-        return cls.of(*sides, w.tokens, w.batch_size, w.unet_batch, w.vae_slicing, w.vae_tiling)
+        runs_as = effective(w.height, w.width, w.prompt_length, w.batch_size, w.guidance_scale)
+        return cls.of(*runs_as, w.vae_slicing, w.vae_tiling)
 
     @classmethod
     def of_workloads(cls, workloads: Sequence[Workload]) -> Sizes:
@@ -105,7 +105,7 @@ def tiled_pixels(side: Numbers) -> Numbers:
 
 
 def vae_passes(w: Workload) -> Iterator[tuple[int, int, int]]:
-    """List the passes that the VAE makes: (m, P, D) of each, in order; the last has the D of `Sizes`.
+    """List the passes that the VAE makes: (m, P, D) of each, in order.
 
     One for the whole batch; with slicing one for each image; with tiling, of an image with a side above 512, one for
     each tile.

@@ -60,7 +60,7 @@ def products(B: Numbers, n: Numbers, A: Numbers, L: Numbers, m: Numbers, P: Numb
     65536
     """
     mP, nA, nL = m * P, n * A, n * L
-    return 1, m, B, n, mP, mP * P, nA, nA * A, A * A, nL * A, nL, B * A, D
+    return 1.0, m, B, n, mP, mP * P, nA, nA * A, A * A, nL * A, nL, B * A, D
 
 
 def terms_of(key: StageKey) -> tuple[str, ...]:

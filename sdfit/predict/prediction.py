@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sdfit.equation.sizes import Sizes
 from sdfit.predict import conformal
 from sdfit.predict.variant import Variant
-from sdfit.workload import Workload
+from sdfit.workload import Workload, effective
 
 BEYOND = "beyond allocated"
 """What a breakdown calls the part of a metric that is not allocated memory."""
@@ -80,8 +80,8 @@ class Prediction(float):
     @property
     def workload(self) -> Workload:
         """What was asked for."""
-        workload: Workload = self._told()["workload"]
-        return workload
+        given = self._facts[1]
+        return given if isinstance(given, Workload) else Workload(*given)
 
     @property
     def stage_peaks(self) -> dict[str, float]:
@@ -146,14 +146,16 @@ class Prediction(float):
         return float(variant.width(told["peaks"], told["sizes"], metric, level, rule))
 
     def _told(self) -> dict[str, Any]:
-        """Workload, sizes and stage peaks, worked out once."""
+        """Sizes and stage peaks, worked out once."""
         try:
             return self._known
         except AttributeError:
             variant, given, _, _ = self._facts
-            workload = given if isinstance(given, Workload) else Workload(*given)
-            sizes = Sizes.of_workload(workload)
-            _put_known(self, {"workload": workload, "sizes": sizes, "peaks": variant.stage_peaks(sizes)})
+            if isinstance(given, Workload):
+                sizes = Sizes.of_workload(given)
+            else:  # already found valid
+                sizes = Sizes.of(*effective(*given[:5]), variant.slicing, variant.tiling)
+            _put_known(self, {"sizes": sizes, "peaks": variant.stage_peaks(sizes)})
             return self._known
 
 

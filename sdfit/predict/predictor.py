@@ -21,11 +21,9 @@ from sdfit.workload import (
     VariantKey,
     Workload,
     check_keywords,
-    floored,
+    effective,
     one_of,
-    padded,
     plainly_valid,
-    unet_samples,
 )
 
 DEFAULT_LEVEL = 0.95
@@ -134,17 +132,9 @@ offload, safety_checker
             and metric == "allocated"
             and level == DEFAULT_LEVEL
         ):
-            sizes = Sizes.of(
-                floored(height),
-                floored(width),
-                padded(prompt_length),
-                batch_size,
-                unet_samples(batch_size, guidance_scale),
-                vae_slicing,
-                vae_tiling,
-            )
+            runs_as = effective(height, width, prompt_length, batch_size, guidance_scale)
             fields = (height, width, prompt_length, batch_size, guidance_scale, *key)
-            return Prediction(found.peak(sizes), found, fields, metric, level)
+            return Prediction(found.peak(*runs_as), found, fields, metric, level)
         workload = Workload(height, width, prompt_length, batch_size, guidance_scale, *key)
         return self.predict_workload(workload, metric=metric, level=level)
 

@@ -19,10 +19,8 @@ from sdfit.workload import (
     VariantKey,
     Workload,
     check_keywords,
-    floored,
+    effective,
     one_of,
-    padded,
-    unet_samples,
 )
 
 if TYPE_CHECKING:
@@ -59,16 +57,8 @@ def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: flo
     for start in range(0, rows, BLOCK_ROWS):
         cut = slice(start, start + BLOCK_ROWS)
         block = {name: column[cut] for name, column in part.items()}
-        batch = block["batch_size"]
-        sizes = Sizes.of(
-            floored(block["height"]),
-            floored(block["width"]),
-            padded(block["prompt_length"]),
-            batch,
-            unet_samples(batch, block["guidance_scale"]),
-            found.slicing,
-            found.tiling,
-        )
+        height, width, tokens, batch, samples = (np.asarray(c, dtype=np.float64) for c in effective(**block))
+        sizes = Sizes.of(height, width, tokens, batch, samples, found.slicing, found.tiling)
         peaks = found.stage_arrays(sizes)
         value[cut] = found.metric(peaks, metric, sizes)
         if level is not None:
@@ -117,7 +107,7 @@ def _numbers(name: str, column: Any, rows: int) -> Array:
         raise InvalidWorkload(
             f"row {row}: {name} is {values[row]:g}; it must be {kind} from {low} to {high}", field=name, row=row
         )
-    return values
+    return values.astype(np.int64) if name in LIMITS else values
 
 
 def _groups(columns: dict[str, Any], rows: int) -> list[tuple[VariantKey, Array | None]]:

@@ -8,13 +8,14 @@ for one workload as for a million.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from sdfit.equation.metrics import family, highest, metric_value
-from sdfit.equation.regimes import plain_below, regime
+from sdfit.equation.regimes import IMAGES_THAT_MATTER, edges, regime
 from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.equation.stages import resident, stage_key, stages_of
 from sdfit.equation.terms import COLUMN, TERMS, products
@@ -22,7 +23,7 @@ from sdfit.equation.weights import baseline_label, with_both_baselines
 from sdfit.errors import UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
-from sdfit.workload import VARIANT_FIELDS, VariantKey, Workload, variant_name
+from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -51,6 +52,7 @@ class Variant:
         self.artifact, self.key = artifact, key
         values = dict(zip(VARIANT_FIELDS, key, strict=True))
         self.slicing, self.tiling = bool(values["vae_slicing"]), bool(values["vae_tiling"])
+        self._one_pass = not (self.slicing or self.tiling)
         self.stages = stages_of(key)
         self.weights = {stage: self._resident(stage, values) for stage in self.stages}
         models = {stage: artifact.stages["|".join(stage_key(stage, key))] for stage in self.stages}
@@ -63,8 +65,8 @@ class Variant:
             for metric, groups in artifact.metrics.items()
             if groups
         }
-        self._plain_below = plain_below(self.stages)
-        self._matrices: dict[Any, Array] = {}
+        self._edges = edges(self.stages)
+        self._matrices: dict[tuple[int, ...], Array] = {}
         self._widths: dict[Any, float] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,44 +97,49 @@ class Variant:
 
     # -- the peaks of the stages --
 
-    def sizes(self, w: Workload) -> Sizes:
-        """The sizes that the terms are products of."""
-        return Sizes.of_workload(w)
-
-    def peak(self, sizes: Sizes) -> float:
-        """The peak of allocated memory of one workload [bytes]."""
-        found: float = max(self._matrix(sizes).dot(products(*sizes)).tolist())
+    def peak(self, height: int, width: int, tokens: int, batch: int, samples: int) -> float:
+        """The peak of allocated memory of one workload [bytes], from what it runs as (`sdfit.workload.effective`)."""
+        letters: tuple[Any, ...]
+        if self._one_pass:  # the common case without a Sizes, which takes a tenth of a call
+            A = float(height * width)
+            letters = batch, samples, A, tokens, batch, A, 0.0
+        else:
+            letters = Sizes.of(height, width, tokens, batch, samples, self.slicing, self.tiling)
+        found: float = max(self._matrix(*letters).dot(products(*letters)).tolist())
         return found
 
     def stage_peaks(self, sizes: Sizes) -> dict[str, float]:
         """The peak of each stage of one workload [bytes], resident weights included."""
-        return dict(zip(self.stages, self._matrix(sizes).dot(products(*sizes)).tolist(), strict=True))
+        return dict(zip(self.stages, self._matrix(*sizes).dot(products(*sizes)).tolist(), strict=True))
 
-    def _matrix(self, sizes: Sizes) -> Array:
+    def _matrix(self, B: int, n: int, A: int, L: int, m: int, P: int, D: int) -> Array:
         """Coefficients, a row per stage, a column per term, weights in the first: those of the sizes' regimes."""
-        key: Any = (sizes.B > 1, sizes.n > 1, sizes.m > 1)
-        if sizes.m * sizes.P >= self._plain_below:
-            key = tuple(regime(stage, sizes) for stage in self.stages)
-        found = self._matrices.get(key)
+        most = IMAGES_THAT_MATTER
+        cell = (B if B < most else most, n if n < most else most, m if m < most else most, bisect(self._edges, m * P))
+        found = self._matrices.get(cell)
         if found is None:
+            sizes = Sizes(B, n, A, L, m, P, D)
             rows = [self._coefficients[s][self._regimes[s][regime(s, sizes)]] for s in self.stages]
-            found = self._matrices[key] = np.array(rows)
+            found = self._matrices[cell] = np.array(rows)
         return found
 
     def stage_arrays(self, sizes: Sizes) -> dict[str, Array]:
         """The peak of each stage [bytes] for sizes that are arrays."""
-        columns = np.stack(np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in products(*sizes))))
+        columns = np.empty((len(TERMS), *np.shape(sizes.A)))
+        for column, product in zip(columns, products(*sizes), strict=True):
+            column[...] = product
         found: dict[str, Array] = {}
         for stage in self.stages:
-            sets = np.asarray(self._regimes[stage])
-            if len(self._coefficients[stage]) > 1:
-                rows = sets[np.broadcast_to(regime(stage, sizes), columns.shape[1:])]
-                used = np.unique(rows)
-                values = self._coefficients[stage][used] @ columns
-                at = np.searchsorted(used, rows)
-                found[stage] = values[0] if len(used) == 1 else np.take_along_axis(values, at[None], axis=0)[0]
-            else:
-                found[stage] = self._coefficients[stage][0] @ columns
+            coefficients = self._coefficients[stage]
+            if len(coefficients) == 1:
+                found[stage] = coefficients[0] @ columns
+                continue
+            rows = np.asarray(self._regimes[stage])[regime(stage, sizes)]
+            used = np.flatnonzero(np.bincount(rows.ravel(), minlength=len(coefficients)))
+            values = coefficients[used] @ columns
+            found[stage] = values[0]
+            for row, value in zip(used[1:], values[1:], strict=True):
+                np.copyto(found[stage], value, where=rows == row)
         return found
 
     def breakdown(self, sizes: Sizes, stage: str) -> dict[str, float]:
