@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from worlds import drawn, generator, measured
 
-from sdfit.backends.fake import FakeBackend
-from sdfit.predict.artifact import load_artifact
+from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
-from sdfit.records import Record, RecordsFile
-from sdfit.workload import Workload
-
-
-def measured(workloads: Iterable[Workload], **options: Any) -> RecordsFile:
-    """Records of the fake card, without a file or a process."""
-    card = FakeBackend(**options)
-    rows = [Record(i, w, **card.measure(w)) for i, w in enumerate(workloads)]
-    return RecordsFile(card.environment(), rows, [])
 
 
 @pytest.fixture(scope="session")
@@ -45,5 +34,15 @@ def fake_model(fake_records: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def f(fake_model: Path) -> Predictor:
-    """The loaded model."""
+    """The loaded model of the fake card: one set of coefficients per stage, intervals of next to nothing."""
     return Predictor(load_artifact(fake_model), fake_model)
+
+
+@pytest.fixture(scope="session")
+def noisy() -> Predictor:
+    """A model with real intervals: 150 runs of a fake card with ±2 % misfit."""
+    pytest.importorskip("sklearn")
+    from sdfit.fit.fit import fit
+
+    workloads = drawn(generator(9), 150, sides=range(256, 1600), batches=(1, 2, 4))
+    return Predictor(fit(measured(workloads, noise=0.02)))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdfit.errors import InvalidWorkload
-from sdfit.units import GIB, format_bytes, parse_bytes, parse_duration
+from sdfit.units import GIB, KIB, MIB, format_bytes, parse_bytes, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,17 @@ def test_what_is_no_time_span_is_refused(span: str) -> None:
         parse_duration(span)
 
 
-@given(st.integers(1, 1 << 50))
-def test_what_is_shown_can_be_read_back(amount: int) -> None:
-    """Formatting loses no more than half a unit of the last digit shown."""
-    again = parse_bytes(format_bytes(amount).replace(",", ""))
-    assert abs(again - amount) <= max(amount * 0.051, 1) if amount < GIB else abs(again - amount) <= 0.0005 * GIB + 1
+@pytest.mark.parametrize(
+    ("low", "high", "half_digit_bytes"),
+    [
+        pytest.param(1, KIB, 0, id="bytes"),
+        pytest.param(KIB, MIB, 0.05 * KIB, id="KiB"),
+        pytest.param(MIB, GIB, 0.05 * MIB, id="MiB"),
+        pytest.param(GIB, 1 << 50, 0.0005 * GIB, id="GiB"),
+    ],
+)
+@given(data=st.data())
+def test_what_is_shown_can_be_read_back(low: int, high: int, half_digit_bytes: float, data: st.DataObject) -> None:
+    """Formatting loses no more than half a unit of the last digit shown, and reading no more than the rest of a byte."""
+    amount = data.draw(st.integers(low, high - 1))
+    assert abs(parse_bytes(format_bytes(amount).replace(",", "")) - amount) <= half_digit_bytes + 1

@@ -1,10 +1,14 @@
-"""Made-up worlds whose answer is known: cards with chosen coefficients, misfit, regimes and a capacity."""
+"""Made-up worlds whose answer is known: cards with chosen coefficients, misfit, regimes and a capacity; and draws of runs."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
 
 from sdfit.backends.fake import FakeBackend
 from sdfit.equation.stages import STAGES, resident
@@ -13,6 +17,12 @@ from sdfit.records import Record, RecordsFile, fingerprint
 from sdfit.workload import Workload
 
 SIDES = (256, 320, 384, 456, 512, 584, 640, 768, 776, 896, 1024, 1200)
+SWEPT: tuple[dict[str, Any], ...] = (
+    {}, {"attention": "eager"}, {"attention": "math"}, {"attention": "sliced"}, {"dtype": "bfloat16"},
+    {"dtype": "float32"}, {"dtype": "float32", "attention": "eager"}, {"vae_slicing": True}, {"vae_tiling": True},
+    {"vae_slicing": True, "vae_tiling": True}, {"vae": "tiny"}, {"offload": "model"}, {"safety_checker": False},
+)  # fmt: skip
+"""Options of variants that the default grid sweeps."""
 
 
 class World(FakeBackend):
@@ -22,13 +32,22 @@ class World(FakeBackend):
     ±``noise`` on top, and the decoder of a single image by ``first`` (another regime).
     """
 
-    def __init__(self, seed=0, *, noise=0.0, wobble=0.0, first=0.0, capacity_bytes=1 << 40):
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        noise: float = 0.0,
+        wobble: float = 0.0,
+        first: float = 0.0,
+        capacity_bytes: int = 1 << 40,
+    ) -> None:
         super().__init__("t4", capacity_bytes=capacity_bytes)
         self.seed, self.run_noise, self.wobble, self.first = seed, noise, wobble, first
         rng = random.Random(seed)
         self.scale = {stage: rng.uniform(0.8, 1.25) for stage in STAGES}
 
-    def stage_peaks(self, workload):
+    def stage_peaks(self, workload: Workload) -> dict[str, int]:
+        """The fake card's peaks, scaled and missed [bytes]."""
         exact = super().stage_peaks(workload)
         parts = component_bytes(workload)
         size = [workload.effective_height, workload.effective_width]
@@ -44,23 +63,38 @@ class World(FakeBackend):
             peaks[stage] = weights + round((peak - weights) * factor)
         return peaks
 
-    def _draw(self, most, key):
+    def _draw(self, most: float, key: Any) -> float:
         return random.Random(fingerprint([self.seed, key])).uniform(-most, most)
 
 
-def run(backend, workloads, start=0):
-    """Measure workloads on a fake card."""
+def run(backend: FakeBackend, workloads: Iterable[Workload], start: int = 0) -> list[Record]:
+    """Measure workloads on a fake card, without a file or a process."""
     return [Record(i, w, **backend.measure(w)) for i, w in enumerate(workloads, start)]
 
 
-def file_of(backend, records):
+def file_of(backend: FakeBackend, records: Iterable[Record]) -> RecordsFile:
     """The records file that a sweep of the card would leave."""
     return RecordsFile(backend.environment(), list(records), [])
 
 
-def drawn(rng, count, *, sides=SIDES, batches=(1, 2, 3, 4), prompts=(77, 154, 231), attention=("sdpa",), most=8 << 20):
+def measured(workloads: Iterable[Workload], **options: Any) -> RecordsFile:
+    """Records of the plain fake card, made with some options."""
+    card = FakeBackend(**options)
+    return file_of(card, run(card, workloads))
+
+
+def drawn(
+    rng: np.random.Generator,
+    count: int,
+    *,
+    sides: Sequence[int] = SIDES,
+    batches: Sequence[int] = (1, 2, 3, 4),
+    prompts: Sequence[int] = (77, 154, 231),
+    attention: Sequence[str] = ("sdpa",),
+    most: int = 8 << 20,
+) -> list[Workload]:
     """Draw workloads at random from one law, so that those of a sweep and fresh ones are exchangeable."""
-    found = []
+    found: list[Workload] = []
     while len(found) < count:
         w = Workload(
             int(rng.choice(sides)),
@@ -75,7 +109,12 @@ def drawn(rng, count, *, sides=SIDES, batches=(1, 2, 3, 4), prompts=(77, 154, 23
     return found
 
 
-def grid(sides=(256, 384, 512, 520, 640, 768, 896, 1024), batches=(1, 2, 4), prompts=(77, 154), **options):
+def grid(
+    sides: Sequence[int] = (256, 384, 512, 520, 640, 768, 896, 1024),
+    batches: Sequence[int] = (1, 2, 4),
+    prompts: Sequence[int] = (77, 154),
+    **options: Any,
+) -> list[Workload]:
     """A small factorial grid, square and not."""
     return [
         Workload(h, w, p, b, **options)
@@ -87,5 +126,19 @@ def grid(sides=(256, 384, 512, 520, 640, 768, 896, 1024), batches=(1, 2, 4), pro
     ]
 
 
-def generator(seed):
+def generator(seed: int) -> np.random.Generator:
+    """NumPy's generator."""
     return np.random.default_rng(seed)
+
+
+@st.composite
+def swept_workloads(draw: DrawFn) -> Workload:
+    """Any size, in a variant that the default grid sweeps: for hypothesis."""
+    return Workload(
+        draw(st.integers(64, 4000)),
+        draw(st.integers(64, 4000)),
+        draw(st.integers(1, 400)),
+        draw(st.integers(1, 40)),
+        draw(st.sampled_from((0.0, 1.0, 1.5, 7.5))),
+        **draw(st.sampled_from(SWEPT)),
+    )

@@ -1,5 +1,7 @@
 """The short names of cards."""
 
+from __future__ import annotations
+
 import pytest
 
 from sdfit.predict.cards import card_slug
@@ -34,17 +36,17 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_card_is_called_by_its_model(name):
+def test_a_card_is_called_by_its_model(name: str) -> None:
     """What the driver says becomes the name that people type, for every kind of name in use."""
     assert card_slug(name) == NAMES[name]
 
 
 @pytest.mark.parametrize("slug", sorted(set(NAMES.values())))
-def test_a_short_name_is_its_own_short_name(slug):
+def test_a_short_name_is_its_own_short_name(slug: str) -> None:
     """Shortening twice changes nothing, so --gpu may be given either way."""
     assert card_slug(slug) == slug
 
 
-def test_a_name_of_nothing_but_makers_still_has_a_name():
+def test_a_name_of_nothing_but_makers_still_has_a_name() -> None:
     """It becomes a file name, so it is never empty."""
     assert card_slug("NVIDIA Graphics") == "unnamed"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_predictor import _loaded, _models, swept_workloads  # noqa: F401
+from worlds import swept_workloads
 
 from sdfit.errors import InvalidWorkload, SdfitError
 from sdfit.predict.predictor import Predictor
@@ -20,9 +20,8 @@ SIZES = {"height": [512, 768], "width": [512, 512]}
 
 @given(st.lists(swept_workloads(), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_rows_of_mixed_variants_keep_their_order(rows: list[Workload]) -> None:
+def test_rows_of_mixed_variants_keep_their_order(f: Predictor, rows: list[Workload]) -> None:
     """Each row of a table of mixed variants gets the prediction and the interval of its own workload."""
-    f = _models["f"]
     columns = {name: np.array([getattr(w, name) for w in rows]) for name in rows[0].to_dict()}
     one_by_one = [f.predict_workload(w) for w in rows]
     assert f.predict(columns) == pytest.approx(np.array([float(p) for p in one_by_one]), rel=1e-12)
