@@ -6,6 +6,7 @@ exception, so that a caller need not parse the text.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -131,3 +132,38 @@ def missing(error: ModuleNotFoundError) -> DependencyError | None:
     """
     module = (error.name or "").split(".")[0]
     return needs(EXTRAS[module], module) if module in EXTRAS else None
+
+
+def run_command(command: Any, arguments: Sequence[str] | None, program: str) -> int:
+    """Run a click command; returns the exit code. A known failure is one line on stderr.
+
+    Parameters
+    ----------
+    command : click.Command
+    arguments : sequence of str, optional
+        None: those of the process.
+    program : str
+        Its name, for help and usage errors.
+    """
+    import click  # not here before: predicting needs no command line
+
+    try:
+        return int(command.main(arguments, prog_name=program, standalone_mode=False) or 0)
+    except SdfitError as error:
+        click.echo(f"sdfit: {error}", err=True)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        lacking = missing(error)
+        if lacking is None:
+            raise
+        click.echo(f"sdfit: {lacking}", err=True)
+        return lacking.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("sdfit: interrupted; what was recorded is kept, run the same command to go on", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as head does
+        sys.stderr.close()
+        return 0

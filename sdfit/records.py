@@ -1,19 +1,19 @@
 """Records: one row per workload that was run, kept as JSON Lines.
 
-The first line of a file is its environment (what every number in it depends on), each further line one `Record`. A
-record is appended and fsynced before the next workload starts, so the file is the progress of a sweep. Amounts are
-integers of bytes; a missing value is null; a run that failed is a row too.
+The first line of a file is its environment (what every number in it depends on), each further line one `Record`, which
+is valid from its birth. Amounts are integers of bytes; a missing value is null; a run that failed is a row too. What
+appends them is `sdfit.sweep.journal`; other rows that are kept the same way are other `Kind` s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sdfit.equation.metrics import METRICS
 from sdfit.equation.stages import COMPONENTS, STAGES, resident
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
-_HEAD = b'{"sdfit_records":'
-"""How a records file begins."""
 OUTCOMES = ("ok", "oom", "crash")
 
 MATTERS = (
@@ -87,6 +85,42 @@ class Record:
     attention_kernel: str | None = None
     message: str | None = None
 
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises
+        ------
+        RecordsError
+            If an amount is negative or not a whole number, a stage or outcome unknown, an ``ok`` row without peaks.
+        """
+        if not isinstance(self.workload, Workload):
+            raise RecordsError(f"workload is {self.workload!r}; it must be a Workload")
+        if self.outcome not in OUTCOMES:
+            raise RecordsError(f"outcome is {self.outcome!r}; it must be one of {listed(OUTCOMES)}")
+        if type(self.index) is not int or self.index < 0:
+            raise RecordsError(f"index is {self.index!r}; it must be a whole number >= 0")
+        for name, known in _TABLES:
+            table = getattr(self, name)
+            if not isinstance(table, dict) or not known.issuperset(table):
+                raise RecordsError(f"{name} must be a table of {listed(STAGES if 'stage' in name else COMPONENTS)}")
+            for part, value in table.items():
+                if name.endswith("_bytes"):
+                    _whole(f"{name} of {part}", value)
+                elif type(value) not in (int, float) or not 0 <= value < math.inf:
+                    raise RecordsError(f"{name} of {part} is {value!r}; it must be a number of seconds")
+        for name in _AMOUNTS:
+            value = getattr(self, name)
+            if value is not None:
+                _whole(name, value)
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise RecordsError(f"{name} is {value!r}; it must be text")
+        if self.oom_stage is not None and self.oom_stage not in STAGES:
+            raise RecordsError(f"oom_stage is {self.oom_stage!r}; it must be one of {listed(STAGES)}")
+        if self.outcome == "ok" and not (self.stage_peaks_bytes and self.allocated_bytes):
+            raise RecordsError("an 'ok' row without peaks")
+
     def weights_bytes(self, stage: str) -> int:
         """The weights that are on the card in a stage of this run.
 
@@ -96,44 +130,72 @@ class Record:
             return self.baseline_bytes
         return sum(self.component_bytes.get(c, 0) for c in resident(stage, self.workload.offload))
 
-    def to_json(self) -> str:
-        """One line, keys in the order of the fields."""
-        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """Check a parsed line and make a Record of it.
+        """Make a Record of a parsed line.
 
         Raises
         ------
         ValueError
-            If a key is unknown, a workload invalid, an amount negative or not a whole number.
+            If it is no table, a key is unknown, or a value wrong.
         """
         if not isinstance(values, dict):
-            raise ValueError("it is not a table of fields")
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
-        if values.get("outcome") not in OUTCOMES:
-            raise ValueError(f"outcome is {values.get('outcome')!r}; it must be one of {listed(OUTCOMES)}")
-        index = values.get("index")
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"index is {index!r}; it must be a whole number >= 0")
-        tables = {"stage_peaks_bytes": STAGES, "component_bytes": COMPONENTS}
-        amounts = [(k, v) for k, v in values.items() if k.endswith("_bytes") and k not in tables and v is not None]
-        for name, known in tables.items():
-            table = values.get(name, {})
-            if not isinstance(table, dict) or not set(table) <= set(known):
-                raise ValueError(f"{name} must be a table of {listed(known)}")
-            amounts += [(f"{name} of {part}", v) for part, v in table.items()]
-        if values.get("oom_stage") not in (None, *STAGES):
-            raise ValueError(f"oom_stage is {values['oom_stage']!r}; it must be one of {listed(STAGES)}")
-        for name, amount in amounts:
-            if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
-                raise ValueError(f"{name} is {amount!r}; it must be a whole number of bytes")
-        if values["outcome"] == "ok" and not (values.get("stage_peaks_bytes") and values.get("allocated_bytes")):
-            raise ValueError("an 'ok' row without peaks")
-        return cls(**{**values, "workload": Workload.from_dict(values.get("workload"))})  # type: ignore[arg-type]
+            raise RecordsError("it is not a table of fields")
+        for key in values:
+            if key not in _FIELDS:
+                raise RecordsError(f"unknown key '{key}'")
+        workload = Workload.from_dict(values.get("workload"))  # type: ignore[arg-type]
+        return cls(**{"index": None, "outcome": None, **values, "workload": workload})
+
+
+_FIELDS = frozenset(f.name for f in fields(Record))
+_TABLES = (
+    ("stage_peaks_bytes", frozenset(STAGES)),
+    ("component_bytes", frozenset(COMPONENTS)),
+    ("stage_s", frozenset(STAGES)),
+)
+_AMOUNTS = (*(n for n in sorted(_FIELDS - dict(_TABLES).keys()) if n.endswith("_bytes")), "retries")
+_TEXTS = ("attention_kernel", "message")
+
+
+def _whole(name: str, amount: Any) -> None:
+    if type(amount) is not int or amount < 0:
+        raise RecordsError(
+            f"{name} is {amount!r}; it must be a whole number{' of bytes' * ('bytes' in name)}, 0 or more"
+        )
+
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[Row]):
+    """What the rows of a JSON Lines file are.
+
+    Parameters
+    ----------
+    noun : str
+        One row, for messages; the first line's key is ``sdfit_<noun>s``.
+    parse : callable
+        ``parse(values) -> row`` of one parsed line; raises ValueError or TypeError where it is none.
+    dump : callable
+        ``dump(row) -> values``, its twin.
+    hint : str
+        What to type where there is no row yet.
+    """
+
+    noun: str
+    parse: Callable[[Any], Row]
+    dump: Callable[[Row], dict[str, Any]]
+    hint: str
+
+    @property
+    def key(self) -> str:
+        """The first line's key."""
+        return f"sdfit_{self.noun}s"
+
+
+RECORDS = Kind("record", Record.from_dict, asdict, "sdfit sweep --gpu auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,132 +228,57 @@ def read(path: Path | str) -> RecordsFile:
     RecordsError
         With the file, the line number and what is wrong.
     """
+    environment, rows, notes = read_rows(path, RECORDS)
+    records = {row.index: row for row in rows}  # a workload that was run again replaces its earlier row
+    return RecordsFile(environment, [records[i] for i in sorted(records)], notes)
+
+
+def read_rows(path: Path | str, kind: Kind[Row]) -> tuple[dict[str, Any], list[Row], list[str]]:
+    """Read a JSON Lines file of any kind, as `read` does: its environment, all its rows in order, notes."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise RecordsError(f"cannot read records from '{path}': {reason}", path=str(path)) from error
+        raise RecordsError(f"cannot read {kind.noun}s from '{path}': {reason}", path=str(path)) from error
     lines = text.split("\n")
     notes: list[str] = []
     torn = lines.pop()  # what follows the last newline: nothing, unless the writer was killed
     if torn:
-        notes.append(f"{path.name}: the last line is torn and was dropped; the sweep will run that workload again")
+        notes.append(f"{path.name}: the last line is torn and was dropped; run the same command to have it again")
     if not lines:
-        raise RecordsError(f"'{path}' holds no records; type: sdfit sweep --gpu auto", path=str(path))
-    environment = _environment(path, lines[0])
-    records: dict[int, Record] = {}
+        raise RecordsError(f"'{path}' holds no {kind.noun}s; type: {kind.hint}", path=str(path))
+    environment = _environment(path, lines[0], kind)
+    rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            record = Record.from_dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError) as error:
+            rows.append(kind.parse(json.loads(line)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RecordsError(
-                f"{path}, line {number} is no record ({error}); mend or delete that line", path=str(path), line=number
+                f"{path}, line {number} is no {kind.noun} ({error}); mend or delete that line",
+                path=str(path),
+                line=number,
             ) from error
-        records[record.index] = record  # a workload that was run again replaces its earlier row
-    return RecordsFile(environment, [records[i] for i in sorted(records)], notes)
+    return environment, rows, notes
 
 
-def _environment(path: Path, line: str) -> dict[str, Any]:
+def _environment(path: Path, line: str, kind: Kind[Any]) -> dict[str, Any]:
     try:
         head = json.loads(line)
-        if head["sdfit_records"] != FORMAT:
-            raise RecordsError(
-                f"'{path}' has records of format {head['sdfit_records']}; this sdfit reads format {FORMAT}",
-                path=str(path),
-            )
-        environment = head["environment"]
-        assert isinstance(environment, dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        if isinstance(error, RecordsError):
-            raise
+        version, environment = head[kind.key], head["environment"] if head[kind.key] == FORMAT else {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _no_environment(path, kind) from error
+    if version != FORMAT:
         raise RecordsError(
-            f"{path}, line 1 is not the environment of an sdfit records file", path=str(path), line=1
-        ) from error
+            f"'{path}' has {kind.noun}s of format {version}; this sdfit reads format {FORMAT}", path=str(path)
+        )
+    if not isinstance(environment, dict):
+        raise _no_environment(path, kind)
     return environment
 
 
-class Writer:
-    """Appends records to a file, each one on the disk before `append` returns.
-
-    Opening an existing file checks that its environment agrees, and cuts off a torn last line. A second writer of
-    the same file is refused.
-    """
-
-    def __init__(self, path: Path | str, environment: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.done: list[Record] = []
-        self.notes: list[str] = []
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        except OSError as error:
-            raise RecordsError(f"cannot write records to '{path}': {error.strerror}", path=str(path)) from error
-        try:
-            self._lock()
-            self._take_up(environment)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _take_up(self, environment: Mapping[str, Any]) -> None:
-        """Read what is there; only a file that proves to be one of ours is touched."""
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole and not (content.startswith(_HEAD) or _HEAD.startswith(content)):
-            raise RecordsError(
-                f"'{self.path}' is there and is no records file; choose another file with --out", path=str(self.path)
-            )
-        if whole:
-            known = read(self.path)
-            self.notes = known.notes
-            differ = differences(known.environment, environment, (*MATTERS, "grid_sha256", "num_inference_steps"))
-            if differ:
-                raise RecordsError(
-                    f"'{self.path}' was swept under other conditions ({'; '.join(differ)}); choose another file with --out",
-                    path=str(self.path),
-                )
-            self.done = known.records
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
-        if not whole:
-            self._put({"sdfit_records": FORMAT, "environment": dict(environment)})
-
-    def append(self, record: Record) -> None:
-        """Write one record and wait until it is on the disk."""
-        self._file.write(record.to_json().encode() + b"\n")
-        self._sync()
-
-    def close(self) -> None:
-        """Release the file."""
-        self._file.close()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _put(self, value: dict[str, Any]) -> None:
-        self._file.write(json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n")
-        self._sync()
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not on this system: then two writers are the user's business
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RecordsError(
-                f"another sweep is writing '{self.path}'; wait for it, or choose another --out"
-            ) from error
+def _no_environment(path: Path, kind: Kind[Any]) -> RecordsError:
+    return RecordsError(f"{path}, line 1 is not the environment of an sdfit {kind.noun}s file", path=str(path), line=1)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str] = MATTERS) -> list[str]:

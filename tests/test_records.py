@@ -1,41 +1,83 @@
-"""Records files: what is written can be read, what is damaged is named, what is recorded is never lost."""
+"""Records and their files: valid from birth, what is damaged is named, and what may be pooled."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import measured
 from hypothesis import given
 from hypothesis import strategies as st
-from test_workload import WORKLOADS
+from worlds import drawn, file_of, run
 
 from sdfit import records
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import RecordsError
-from sdfit.records import MATTERS, Record, RecordsFile, Writer, pool, read, to_frame
+from sdfit.records import MATTERS, RECORDS, Record, RecordsFile, pool, read, to_frame
+from sdfit.sweep.journal import Journal
 from sdfit.workload import Workload
 
-WORKLOADS_SMALL = (Workload(256, 256), Workload(512, 520, batch_size=2), Workload(768, 512, attention="eager"))
+WORKLOADS = (Workload(256, 256), Workload(512, 520, batch_size=2), Workload(768, 512, attention="eager"))
+
+
+def measured(**options: Any) -> RecordsFile:
+    """Records of the fake card, without a file."""
+    card = FakeBackend(**options)
+    return file_of(card, run(card, WORKLOADS))
 
 
 def written(path: Path) -> list[Record]:
     """Write a few records and return them."""
-    rows = measured(WORKLOADS_SMALL)
-    with Writer(path, rows.environment) as writer:
+    rows = measured()
+    with Journal(path, rows.environment, RECORDS) as journal:
         for row in rows.records:
-            writer.append(row)
+            journal.append(row)
     return rows.records
 
 
-@given(WORKLOADS, st.integers(0, 2**40))
-def test_one_record_survives_its_line(w: Workload, capacity_bytes: int) -> None:
+@given(st.integers(0, 2**32), st.integers(0, 2**40))
+def test_one_record_survives_its_line(seed: int, capacity_bytes: int) -> None:
     """A success or an out-of-memory row of any workload comes back equal from its line."""
+    (w,) = drawn(random.Random(seed), 1)
     record = Record(3, w, **FakeBackend(capacity_bytes=capacity_bytes).measure(w))
-    assert Record.from_dict(json.loads(record.to_json())) == record
+    assert Record.from_dict(json.loads(json.dumps(asdict(record)))) == record
+
+
+PEAKS: dict[str, Any] = {"stage_peaks_bytes": {"unet": 7}, "allocated_bytes": 7}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"index": -1}, "index is -1; it must be a whole number >= 0"),
+        ({"index": True}, "index is True"),
+        ({"workload": {"height": 512, "width": 512}}, "it must be a Workload"),
+        ({"outcome": "fine"}, "outcome is 'fine'; it must be one of ok, oom, crash"),
+        ({"stage_peaks_bytes": {}}, "an 'ok' row without peaks"),
+        ({"allocated_bytes": None}, "an 'ok' row without peaks"),
+        ({"allocated_bytes": -7}, "allocated_bytes is -7; it must be a whole number of bytes"),
+        ({"allocated_bytes": 7.0}, "allocated_bytes is 7.0"),
+        ({"allocated_bytes": np.int64(7)}, "allocated_bytes is "),
+        ({"oom_bytes": False}, "oom_bytes is False"),
+        ({"retries": 1, "stage_peaks_bytes": {"lunch": 7}}, "stage_peaks_bytes must be a table of text_encoder"),
+        ({"component_bytes": {"unet": 1.5}}, "component_bytes of unet is 1.5"),
+        ({"stage_s": {"unet": float("nan")}}, "stage_s of unet is nan; it must be a number of seconds"),
+        ({"stage_s": {"unet": "fast"}}, "stage_s of unet is 'fast'"),
+        ({"oom_stage": "lunch"}, "oom_stage is 'lunch'; it must be one of text_encoder"),
+        ({"message": 3}, "message is 3; it must be text"),
+        ({"retries": -1}, "retries is -1; it must be a whole number"),
+    ],
+)
+def test_a_bad_record_cannot_be_made(fields: dict[str, Any], words: str) -> None:
+    """Whoever makes it, from a line or by hand, so that none can be written and spoil its file."""
+    good = Record(0, WORKLOADS[0], "ok", **PEAKS)
+    with pytest.raises(RecordsError) as caught:
+        replace(good, **fields)
+    assert words in str(caught.value)
 
 
 def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -45,48 +87,6 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     file = read(path)
     assert file.records == rows and file.environment == FakeBackend().environment() and not file.notes
     assert path.read_bytes().endswith(b"\n")
-
-
-def test_a_torn_last_line_is_dropped_with_a_note_and_cut_off_by_the_writer(tmp_path: Path) -> None:
-    """Whatever the place it is torn at, the rows before it stay and the file can be written on."""
-    path = tmp_path / "r.jsonl"
-    rows = written(path)
-    content = path.read_bytes()
-    last = content.rstrip(b"\n").rfind(b"\n") + 1
-    for end in (last + 1, last + 30, len(content) - 1):
-        path.write_bytes(content[:end])
-        file = read(path)
-        assert file.records == rows[:-1] and "torn" in file.notes[0]
-        with Writer(path, file.environment) as writer:
-            assert writer.done == rows[:-1] and "torn" in writer.notes[0]
-            writer.append(rows[-1])
-        assert path.read_bytes() == content
-
-
-def test_a_torn_first_line_is_written_again(tmp_path: Path) -> None:
-    """A sweep killed while it wrote its environment leaves a file that the next one takes up."""
-    path = tmp_path / "r.jsonl"
-    written(path)
-    content = path.read_bytes()
-    for end in (0, 1, 5, 20, 60):
-        path.write_bytes(content[:end])
-        with pytest.raises(RecordsError, match=r"holds no records; type: sdfit sweep"):
-            read(path)
-        written(path)
-        assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    "content", [b"my notes", b"first\nsecond", b"a,b\n1,2\n3", b"\x80\x04pickle", b'{"a": 1}\n{"torn']
-)
-def test_a_foreign_file_is_not_touched(tmp_path: Path, content: bytes) -> None:
-    """--out on a file that is no records file is refused, and the file stays as it was to the byte."""
-    path = tmp_path / "notes.txt"
-    path.write_bytes(content)
-    for _ in range(2):  # and the refused writer holds no lock
-        with pytest.raises(RecordsError, match=r"no records file|not the environment|not text"):
-            Writer(path, FakeBackend().environment())
-    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_broken_middle_line_is_refused_by_number(tmp_path: Path, line: Any, wo
         read(path)
     assert words in str(caught.value) and caught.value.facts["line"] == 3
     with pytest.raises(RecordsError, match="line 3"):
-        Writer(path, FakeBackend().environment())
+        Journal(path, FakeBackend().environment(), RECORDS)
     assert path.read_bytes() == before
 
 
@@ -166,36 +166,14 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\xff\xfe\n")
     with pytest.raises(RecordsError, match="not text"):
         read(tmp_path / "x")
-    with pytest.raises(RecordsError, match="cannot write records"):
-        Writer(tmp_path / "x" / "y.jsonl", {})
-
-
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    """While one writes, another is refused; afterwards it is let in."""
-    path = tmp_path / "r.jsonl"
-    environment = FakeBackend().environment()
-    with Writer(path, environment), pytest.raises(RecordsError, match="another sweep is writing"):
-        Writer(path, environment)
-    Writer(path, environment).close()
-
-
-@pytest.mark.parametrize("name", ["gpu", "torch", "workspaces", "grid_sha256", "num_inference_steps"])
-def test_writing_on_under_other_conditions_is_refused(tmp_path: Path, name: str) -> None:
-    """A fact that numbers depend on, or the plan, differs: refused with both values, nothing changed."""
-    path = tmp_path / "r.jsonl"
-    written(path)
-    before = path.read_bytes()
-    with pytest.raises(RecordsError, match=rf"other conditions \({name}: .* / other\).*--out"):
-        Writer(path, FakeBackend().environment() | {name: "other"})
-    assert path.read_bytes() == before
 
 
 def test_a_repeated_workload_replaces_its_earlier_row(tmp_path: Path) -> None:
     """A crash that was tried again counts once, as what it became."""
     path = tmp_path / "r.jsonl"
     rows = written(path)
-    with Writer(path, read(path).environment) as writer:
-        writer.append(replace(rows[0], outcome="crash", message="tried again"))
+    with Journal(path, read(path).environment, RECORDS) as journal:
+        journal.append(replace(rows[0], outcome="crash", message="tried again"))
     again = read(path).records
     assert [r.index for r in again] == [0, 1, 2] and again[0].outcome == "crash"
 
@@ -203,7 +181,7 @@ def test_a_repeated_workload_replaces_its_earlier_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MATTERS)
 def test_mixed_environments_do_not_pool(name: str) -> None:
     """Two files that differ in one fact that matters are refused, and the error names that fact and no other."""
-    one = measured(WORKLOADS_SMALL)
+    one = measured()
     other = RecordsFile(one.environment | {name: "something else"}, one.records, [])
     with pytest.raises(RecordsError, match="cannot be pooled") as caught:
         pool([one, other])
@@ -212,7 +190,7 @@ def test_mixed_environments_do_not_pool(name: str) -> None:
 
 def test_pooling_keeps_all_rows_and_names_the_grids() -> None:
     """Files that agree pool; the facts that do not matter may differ; none at all is refused."""
-    one = measured(WORKLOADS_SMALL)
+    one = measured()
     other = RecordsFile(one.environment | {"grid": "b", "seed": 5}, one.records, ["a note"])
     both = pool([RecordsFile(one.environment | {"grid": "a"}, one.records, []), other])
     assert len(both.records) == 6 and both.environment["grid"] == "a, b" and both.notes == ["a note"]
@@ -223,7 +201,7 @@ def test_pooling_keeps_all_rows_and_names_the_grids() -> None:
 def test_a_frame_has_one_row_per_record() -> None:
     """Columns are the fields, the peaks and the derived sizes; what is missing is NaN."""
     pytest.importorskip("pandas")
-    rows = measured(WORKLOADS_SMALL, capacity_bytes=4 << 30).records
+    rows = measured(capacity_bytes=4 << 30).records
     frame = to_frame(rows)
     assert list(frame["height"]) == [256, 512, 768] and list(frame["unet_batch"]) == [2, 4, 2]
     assert list(frame["allocated_bytes"]) == [r.allocated_bytes for r in rows]

@@ -10,7 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sdfit.errors import DeviceError, InvalidWorkload, listed, missing, needs
+from sdfit.backends.environment import a_card_is_there
+from sdfit.errors import InvalidWorkload, listed, missing
 from sdfit.workload import Workload
 
 BACKENDS = ("cuda", "trace", "fake")
@@ -21,7 +22,7 @@ FAKE_OPTIONS = "SDFIT_FAKE"
 class Backend(Protocol):
     """Runs workloads one after the other."""
 
-    spent: bool
+    tainted: bool
     """Whether this process can no longer be trusted and must be replaced by a fresh one."""
 
     def environment(self) -> dict[str, Any]:
@@ -31,24 +32,6 @@ class Backend(Protocol):
     def measure(self, workload: Workload) -> dict[str, Any]:
         """Run one workload; returns the fields of a `sdfit.records.Record` but index and workload."""
         ...
-
-
-def a_card_is_there(gpu: str) -> None:
-    """Refuse to go on without a CUDA card.
-
-    Raises
-    ------
-    DeviceError
-        Naming both ways on: another machine, or a trace.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise needs("sweep", "torch") from error
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace", gpu=gpu
-        )
 
 
 def open_backend(name: str, options: Mapping[str, Any]) -> Backend:
@@ -76,7 +59,7 @@ def _opened(name: str, options: Mapping[str, Any]) -> Backend:
 
         return TraceBackend(**options)
     if name == "cuda":
-        if options.get("device", "cuda") == "cuda":
+        if "counters" not in options:
             a_card_is_there(options.get("gpu", "auto"))  # before the imports that take seconds
         from sdfit.backends.cuda import CudaBackend
 

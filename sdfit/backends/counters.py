@@ -1,6 +1,6 @@
-"""The memory counters that `sdfit.backends.cuda` reads: a card's, or, to test it without one, those of CPU tensors.
+"""The memory counters that `sdfit.backends.cuda` reads.
 
-All that talks to CUDA and NVML stands in `CudaCounters`; everything above it runs on either.
+All that talks to CUDA and NVML stands in `CudaCounters`; everything above it runs on any `Counters`, as its tests do.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from typing import Any, Protocol
 
 import torch
 
-from sdfit.backends import a_card_is_there
+from sdfit.backends.environment import a_card_is_there
 from sdfit.backends.nvml import Nvml
-from sdfit.backends.trace.meter import FollowStorages, Meter
-from sdfit.backends.trace.segments import rounded
 from sdfit.errors import DeviceError, listed
 from sdfit.predict.cards import card_slug
-from sdfit.units import MIB
 
 ANY_CARD = "auto"
 
@@ -160,71 +157,6 @@ class CudaCounters:
         """See `Counters.cap`: what is reserved may not grow past it; context and libraries are not counted."""
         share = 1.0 if capacity_bytes is None else min(capacity_bytes / self._properties.total_memory, 1.0)
         torch.cuda.set_per_process_memory_fraction(share, self._index)
-
-
-class CpuCounters:
-    """The storages of CPU tensors, followed as a trace follows them: for tests, no card is like this."""
-
-    SEGMENT_BYTES = 2 * MIB
-
-    def __init__(self) -> None:
-        self.device = "cpu"
-        self.meter = Meter()
-        self.capacity_bytes: int | None = None
-        self._failures = 0
-        self._follow = FollowStorages(self.meter, "cpu", observe=self._check)
-
-    def facts(self) -> dict[str, Any]:
-        """See `Counters.facts`."""
-        return {"backend": "cpu", "gpu": "none (CPU tensors)", "name": "cpu", "total_memory_bytes": None}
-
-    def watching(self) -> AbstractContextManager[Any]:
-        """See `Counters.watching`: only what is made inside is seen, so the weights must be made inside too."""
-        return self._follow
-
-    def settle(self) -> None:
-        """See `Counters.settle`."""
-        gc.collect()
-
-    def forget(self) -> None:
-        """See `Counters.forget`: nothing is kept."""
-
-    def synchronise(self) -> None:
-        """See `Counters.synchronise`: nothing is under way."""
-
-    def allocated(self) -> int:
-        """See `Counters.allocated`."""
-        return self.meter.live_bytes
-
-    def reset_peaks(self) -> None:
-        """See `Counters.reset_peaks`."""
-        self.meter.stage = ""  # else entering would write the old peak down again
-        self.meter.stage_peaks.clear()
-        self.meter.enter("since the reset")
-
-    def peaks(self) -> tuple[int, int]:
-        """See `Counters.peaks`; for reserved it stands whole segments of 2 MiB."""
-        self.meter.leave()
-        peak = max(self.meter.stage_peaks.values(), default=self.meter.live_bytes)
-        return peak, -(-peak // self.SEGMENT_BYTES) * self.SEGMENT_BYTES
-
-    def used(self) -> int | None:
-        """See `Counters.used`."""
-        return None
-
-    def troubles(self) -> tuple[int, int]:
-        """See `Counters.troubles`."""
-        return 0, self._failures
-
-    def cap(self, capacity_bytes: int | None) -> None:
-        """See `Counters.cap`."""
-        self.capacity_bytes = capacity_bytes
-
-    def _check(self, func: Any, args: Any, out: Any) -> None:
-        if self.capacity_bytes is not None and self.meter.live_bytes > self.capacity_bytes:
-            self._failures += 1
-            size = rounded(out.untyped_storage().nbytes()) if isinstance(out, torch.Tensor) else 0
-            raise torch.OutOfMemoryError(f"CPU tensors out of memory. Tried to allocate {size} bytes.")
 
 
 def chosen(gpu: str, names: list[str]) -> list[int]:

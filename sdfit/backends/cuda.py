@@ -5,28 +5,28 @@ A worker lives long and must measure like a fresh process. What could make it di
 - Handles of cuBLAS and cuDNN, and whatever else stays after a kind of run was seen once: each variant is run once on a
   small image before its first workload.
 - Memory that a run leaves behind: after each workload the allocator is settled and its bytes compared with those
-  before; if they differ, the worker is spent. Rebuilding the pipeline starts from an empty allocator.
+  before; if they differ, the worker is tainted. Rebuilding the pipeline starts from an empty allocator.
 - Plans of convolutions: cuDNN takes one with less workspace where the best did not fit, and PyTorch keeps it for that
-  shape as long as the process lives. So a run that ran out of memory, or nearly did, makes the worker spent; and a
+  shape as long as the process lives. So a run that ran out of memory, or nearly did, makes the worker tainted; and a
   size that was tried under caps is refused afterwards.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from sdfit.backends.boundaries import watched
 from sdfit.backends.capacity import STEP_BYTES, smallest_capacity
-from sdfit.backends.counters import ANY_CARD, Counters, CpuCounters, CudaCounters
+from sdfit.backends.counters import ANY_CARD, Counters, CudaCounters
+from sdfit.backends.environment import software
 from sdfit.backends.kernels import kernels_noted
-from sdfit.backends.oom import is_out_of_memory
 from sdfit.backends.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
-from sdfit.backends.run import Run
-from sdfit.backends.trace.backend import software
-from sdfit.backends.trace.segments import rounded
-from sdfit.equation.stages import COMPONENTS, watched
+from sdfit.backends.run import Run, is_out_of_memory
+from sdfit.equation.stages import COMPONENTS
+from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 from sdfit.workload import VariantKey, Workload
 
@@ -44,8 +44,8 @@ class CudaBackend:
         Denoising steps asked for; PNDM runs one more UNet call.
     capacity_bytes : int, optional
         Cap of what the process may reserve, context not included. None: all there is.
-    required : bool
-        Also bisect for the smallest capacity of each workload that runs.
+    bisect : bool
+        Also bisect for ``required``, the smallest capacity of each workload that runs.
     warm_up_side : int
         Side of the image [pixels] on which each variant is run once before its first workload; 0: it is not. With
         tiling a quarter more, so that a tile of 512 is not all.
@@ -53,8 +53,8 @@ class CudaBackend:
         Of the random weights.
     settings : dict, optional
         Other component settings, for tests.
-    device : {'cuda', 'cpu'}
-        ``cpu`` counts CPU tensors: for tests of this class, not of any card.
+    counters : callable
+        ``counters(gpu)`` makes the `Counters` to read: the card's, or in tests those of another device.
 
     Raises
     ------
@@ -69,16 +69,16 @@ class CudaBackend:
         weights: str = ARCHITECTURE,
         num_inference_steps: int = 2,
         capacity_bytes: int | None = None,
-        required: bool = False,
+        bisect: bool = False,
         warm_up_side: int = 512,
         seed: int = 0,
         settings: dict[str, dict[str, Any]] | None = None,
-        device: str = "cuda",
+        counters: Callable[[str], Counters] = CudaCounters,
     ) -> None:
-        self.counters: Counters = CudaCounters(gpu) if device == "cuda" else CpuCounters()
+        self.counters = counters(gpu)
         self.weights, self.num_inference_steps, self.capacity_bytes = weights, num_inference_steps, capacity_bytes
-        self.required, self.warm_up_side, self.seed, self.settings = required, warm_up_side, seed, settings
-        self.spent = False
+        self.bisect, self.warm_up_side, self.seed, self.settings = bisect, warm_up_side, seed, settings
+        self.tainted = False
         self._facts = self.counters.facts()
         self._pipe: Any = None
         self._pipe_key: tuple[Any, ...] = ()
@@ -87,7 +87,6 @@ class CudaBackend:
         self._baseline_bytes = 0
         self._capped: set[tuple[Any, ...]] = set()
         self.counters.cap(capacity_bytes)
-        logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of each switched-off checker
 
     def environment(self) -> dict[str, Any]:
         """See `sdfit.backends.Backend.environment`."""
@@ -107,15 +106,15 @@ class CudaBackend:
         Raises
         ------
         SdfitError
-            If this process cannot measure this workload as a fresh one would; it is then spent.
+            If this process cannot measure this workload as a fresh one would; it is then tainted.
         """
         if _convolutions(workload) in self._capped:
-            self.spent = True
+            self.tainted = True
             raise SdfitError("this process tried this size under caps before; a fresh one must measure it")
         pipe = self._prepared(workload)
         baseline = self.counters.allocated()
         if baseline != self._baseline_bytes:
-            self.spent = True
+            self.tainted = True
             raise SdfitError(
                 f"{baseline} B are allocated before the run, and {self._baseline_bytes} B were after the run before"
             )
@@ -139,7 +138,7 @@ class CudaBackend:
             total = self._facts["total_memory_bytes"]
             fields |= {"oom_stage": run.stage, "oom_bytes": run.oom_bytes, "message": run.message}
             fields["cap_bytes"] = total if self.capacity_bytes is None else self.capacity_bytes
-        elif self.required and not self.spent:
+        elif self.bisect and not self.tainted:
             fields["required_bytes"] = self._smallest(pipe, workload, allocated, run.reserved_bytes)
         return fields
 
@@ -160,7 +159,7 @@ class CudaBackend:
                 run.leave()
         except Exception as error:
             if not is_out_of_memory(error, self.counters.troubles()[1] - troubles[1]):
-                self.spent = True  # nobody knows what it left behind
+                self.tainted = True  # nobody knows what it left behind
                 raise
             run.fail(error)
         # a scheduler keeps what the UNet said last on the device: up to four latents of this run's size
@@ -173,7 +172,7 @@ class CudaBackend:
         self.counters.settle()
         self._baseline_bytes = self.counters.allocated()
         # where a request failed and the run went on, a convolution went on with another plan
-        self.spent = self.spent or run.failed or run.failures > 0 or self._baseline_bytes != baseline
+        self.tainted = self.tainted or run.failed or run.failures > 0 or self._baseline_bytes != baseline
 
     def _smallest(self, pipe: Any, workload: Workload, allocated: int, reserved: int) -> int | None:
         """Bisect, with the same allocator state before each try; None if it could not be restored."""
@@ -194,7 +193,7 @@ class CudaBackend:
         try:
             return smallest_capacity(fits, allocated, reserved, step_bytes=STEP_BYTES)
         except _StateLost:
-            self.spent = True
+            self.tainted = True
             return None
 
     # -- the pipeline --
@@ -246,7 +245,7 @@ class CudaBackend:
         self.counters.settle()
         left = self.counters.allocated()
         if left:
-            self.spent = True
+            self.tainted = True
             raise SdfitError(
                 f"{left} B stay allocated after the pipeline before; a fresh process must measure this one"
             )

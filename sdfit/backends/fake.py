@@ -11,19 +11,19 @@ import random
 import time
 from typing import Any
 
-from sdfit.equation.stages import resident
-from sdfit.equation.terms import design_matrix, stage_key, stages_of, terms_of
+from sdfit.equation.stages import resident, stage_key, stages_of
+from sdfit.equation.terms import design_of, terms_of
 from sdfit.equation.weights import component_bytes
 from sdfit.records import fingerprint
 from sdfit.workload import DTYPE_BYTES, Workload
 
 COEFFICIENTS: dict[str, dict[str, float]] = {
     "text_encoder": {"1": 9_000_000, "n": 400_000, "n·L": 1536},
-    "vae_encoder_blocks": {"1": 9_000_000, "m·A": 1290.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
-    "vae_encoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
+    "vae_encoder_blocks": {"1": 9_000_000, "m·P": 1290.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
+    "vae_encoder_mid": {"1": 9_000_000, "m·P": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "unet": {"1": 12_000_000, "n·A": 260.0, "n": 300_000, "n·L": 1600, "n·L·A": 0.0},
-    "vae_decoder_mid": {"1": 9_000_000, "m·A": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
-    "vae_decoder_blocks": {"1": 9_000_000, "m·A": 2433.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
+    "vae_decoder_mid": {"1": 9_000_000, "m·P": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
+    "vae_decoder_blocks": {"1": 9_000_000, "m·P": 2433.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "safety_checker": {"1": 9_000_000, "B": 3_000_000, "B·A": 24.0, "n·L": 1536},
 }
 """Bytes per unit of each term, for 16 bits and fused attention; materialised attention adds the terms below."""
@@ -40,7 +40,7 @@ def true_coefficients(workload: Workload, stage: str) -> dict[str, float]:
         known[name] = value
         known["n·L·A"] = 0.02
     if stage.endswith("_mid") and workload.attention in ("eager", "math"):
-        known["m·A²"] = 2 * SCORES[workload.attention][1] / 16
+        known["m·P²"] = 2 * SCORES[workload.attention][1] / 16
     names = terms_of(stage_key(stage, workload.variant))
     return {name: known.get(name, 0.0) * scale for name in names}
 
@@ -74,7 +74,7 @@ class FakeBackend:
     ) -> None:
         self.gpu, self.capacity_bytes, self.noise = gpu, capacity_bytes, noise
         self.delay_s, self.crash_batch_size, self.num_inference_steps = delay_s, crash_batch_size, num_inference_steps
-        self.spent = False
+        self.tainted = False
 
     def environment(self) -> dict[str, Any]:
         """A made-up card in a made-up environment."""
@@ -93,7 +93,7 @@ class FakeBackend:
         for stage in stages_of(workload.variant):
             key = stage_key(stage, workload.variant)
             known = true_coefficients(workload, stage)
-            activation = float(design_matrix(key, [workload])[0] @ [known[name] for name in terms_of(key)])
+            activation = float(design_of(key, [workload])[0] @ [known[name] for name in terms_of(key)])
             random_part = random.Random(fingerprint([workload.to_dict(), stage])).uniform(-self.noise, self.noise)
             weights = sum(components.get(c, 0) for c in resident(stage, workload.offload))
             peaks[stage] = weights + round(activation * (1 + random_part))

@@ -1,13 +1,21 @@
-"""One call of the pipeline, followed stage by stage through a device's counters."""
+"""One call of the pipeline, followed stage by stage through a device's counters, and what its error says about memory."""
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 from sdfit.backends.counters import Counters
-from sdfit.backends.oom import requested_bytes
 from sdfit.equation.stages import STAGES
+
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_REQUEST = re.compile(r"Tried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)")
+_ALLOCATION_FAILED = re.compile(r"out of memory|_ALLOC_FAILED", re.IGNORECASE)
+_NO_ENGINE = re.compile(r"unable to find an engine", re.IGNORECASE)
+_HOST = re.compile(r"DefaultCPUAllocator", re.IGNORECASE)
 
 
 @dataclass
@@ -53,7 +61,7 @@ class Run:
     def fail(self, error: BaseException) -> None:
         """Take down where memory ended. The error still holds the frames, and they what was live."""
         live = self.counters.allocated()
-        self.failed, self.message = True, str(error).splitlines()[0]
+        self.failed, self.message = True, (str(error) or type(error).__name__).splitlines()[0]
         if not self.stage:  # it failed while the prompt's embeddings were made
             self.stage = STAGES[0]
         self.leave()
@@ -64,3 +72,47 @@ class Run:
         """The UNet's kernel, and the VAE's where it is another one."""
         unet, vae = self.kernels.get("unet"), self.kernels.get("vae")
         return unet if vae is None or vae == unet else f"{unet}; vae: {vae}"
+
+
+def requested_bytes(message: str) -> int:
+    """The request that failed, from PyTorch's message: the least that its rounded text allows; 0 if it names none.
+
+    Examples
+    --------
+    >>> requested_bytes("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    2142114938
+    >>> requested_bytes("Tried to allocate 512 bytes.")
+    512
+    """
+    match = _REQUEST.search(message)
+    if match is None:
+        return 0
+    unit = _UNITS[match[2]]
+    return int((float(match[1]) - (0.005 if unit > 1 else 0)) * unit)
+
+
+def is_out_of_memory(error: BaseException, failures: int = 0) -> bool:
+    """Whether a failure means that the device had too little memory.
+
+    Besides PyTorch's own error, libraries report in their words that an allocation of theirs failed. cuDNN says that
+    there is no plan both where none exists and where none fitted: it is the latter if requests failed on the way.
+
+    Parameters
+    ----------
+    error : BaseException
+    failures : int
+        Requests that the allocator could not serve during the run.
+
+    Examples
+    --------
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    True
+    >>> is_out_of_memory(ValueError("out of memory"))
+    False
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    if not isinstance(error, RuntimeError) or _HOST.search(text):
+        return False
+    return bool(_ALLOCATION_FAILED.search(text) or (failures and _NO_ENGINE.search(text)))

@@ -25,7 +25,6 @@ MOST_FINDINGS = 12
 @click.option("--budget", default=None, help="Start nothing new after this time, for example 5m.")
 @click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
 @click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
-@click.option("--operators", is_flag=True, help="Measure kernel workspaces operator by operator, instead of a grid.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 def sweep(
     gpu: str,
@@ -37,15 +36,9 @@ def sweep(
     budget: str | None,
     weights: str,
     workspaces: bool,
-    operators: bool,
     dry_run: bool,
 ) -> None:
     """Run a grid on a card and record the peaks."""
-    if operators:
-        if backend != "cuda":
-            raise click.UsageError(f"--operators measures kernels on a card; the backend {backend} has none")
-        _operators(gpu, out, dry_run)
-        return
     from sdfit.cli.progress import Reporter
     from sdfit.sweep import grid as grids
     from sdfit.sweep.run import sweep as run
@@ -89,26 +82,6 @@ def sweep(
     if not outcome.complete:
         click.echo("not complete: run the same command to go on", err=True)
     click.echo(outcome.path)
-
-
-def _operators(gpu: str, out: Path | None, dry_run: bool) -> None:
-    from datetime import date
-
-    from sdfit.backends.environment import a_card_is_there
-
-    if not dry_run:
-        a_card_is_there(gpu)
-    from sdfit.backends.counters import CudaCounters
-    from sdfit.study.lab import operators as kernels
-
-    wanted = kernels.operators_of(kernels.WORKLOADS)
-    if dry_run:
-        click.echo(f"{len(wanted)} operators of {len(kernels.WORKLOADS)} workloads")
-        return
-    counters = CudaCounters(gpu)
-    path = out or Path("data", str(counters.facts()["name"]), f"{date.today().isoformat()}-operators.jsonl")
-    click.echo(kernels.table(kernels.sweep_operators(wanted, counters, path)))
-    click.echo(f"wrote {path}", err=True)
 
 
 @click.command()

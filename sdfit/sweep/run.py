@@ -8,16 +8,18 @@ tried again on resume; an out-of-memory run is an answer and is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from sdfit.errors import RecordsError, SdfitError
-from sdfit.records import Record, Writer, read
+from sdfit.records import RECORDS, Record, read
 from sdfit.sweep.grid import Plan
-from sdfit.sweep.workers import Job, LocalPool, RayPool, default_workers
+from sdfit.sweep.journal import Journal
+from sdfit.sweep.ray import RayPool
+from sdfit.sweep.workers import Job, LocalPool, crashed, default_workers
 from sdfit.workload import Workload
 
 
@@ -51,7 +53,7 @@ class Outcome:
 def default_path(name: str, plan: Plan, folder: Path | str = "data", backend: str = "cuda") -> Path:
     """``data/<name>/<date>-<grid>.jsonl``; a trace's name ends in ``-trace``.
 
-    An unfinished file of the same grid is taken up again, whatever its date.
+    An unfinished file of the same grid is resumed, whatever its date.
     """
     home = Path(folder, name)
     grid = f"{plan.name}-trace" if backend == "trace" else plan.name
@@ -64,9 +66,29 @@ def default_path(name: str, plan: Plan, folder: Path | str = "data", backend: st
 def _finished(path: Path) -> int:
     """Workloads of a file that need not run again."""
     try:
-        return sum(r.outcome != "crash" for r in read(path).records)
+        return len(finished(read(path).records))
     except RecordsError:  # to be told when it is opened for writing
         return 0
+
+
+def finished(records: Iterable[Record]) -> dict[int, Record]:
+    """The rows that need not run again, by index: a later row replaces an earlier one, and a crash is tried again."""
+    latest = {r.index: r for r in records}
+    return {index: r for index, r in latest.items() if r.outcome != "crash"}
+
+
+def workloads_left(plan: Plan, records: Iterable[Record]) -> list[Workload]:
+    """What a plan still lacks."""
+    known = finished(records)
+    return [w for i, w in enumerate(plan.workloads) if i not in known]
+
+
+def record_of(index: int, workload: Workload, fields: Mapping[str, Any]) -> Record:
+    """Make the row of a result; what a backend says that no row can be is a crash row with the reason."""
+    try:
+        return Record(index, workload, **fields)
+    except (RecordsError, TypeError) as error:
+        return Record(index, workload, **crashed(f"the backend's result is no record: {error}"))
 
 
 def sweep(
@@ -104,7 +126,7 @@ def sweep(
     Raises
     ------
     DeviceError
-        If the card asked for is not there.
+        If the card asked for, or a free processor for a Ray actor, is not there.
     RecordsError
         If the file was swept under other conditions, or is being written by another sweep.
     """
@@ -119,8 +141,8 @@ def sweep(
             "num_inference_steps": plan.num_inference_steps,
         }
         path = out or default_path(str(environment["name"]), plan, backend=backend)
-        with Writer(path, environment) as writer:
-            return _run(plan, pool, writer, budget_s, only, report)
+        with Journal(path, environment, RECORDS) as journal:
+            return _run(plan, pool, journal, budget_s, only, report)
     finally:
         pool.close()
 
@@ -128,16 +150,16 @@ def sweep(
 def _run(
     plan: Plan,
     pool: Any,
-    writer: Writer,
+    journal: Journal[Record],
     budget_s: float | None,
     only: Callable[[Workload], bool],
     report: Callable[[Progress], None],
 ) -> Outcome:
     started = time.monotonic()
-    known = {r.index: r for r in writer.done if r.outcome != "crash"}
+    known = finished(journal.rows)
     foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
     if foreign:
-        raise SdfitError(f"row {foreign[0]} of '{writer.path}' is not of this grid; choose another file with --out")
+        raise SdfitError(f"row {foreign[0]} of '{journal.path}' is not of this grid; choose another file with --out")
     outcomes = [r.outcome for r in known.values()]
     done, oom, crashed = len(known), outcomes.count("oom"), 0
 
@@ -150,8 +172,8 @@ def _run(
             yield index, workload
 
     for fresh, (index, fields) in enumerate(pool.run(jobs()), start=1):
-        record = Record(index, plan.workloads[index], **fields)
-        writer.append(record)
+        record = record_of(index, plan.workloads[index], fields)
+        journal.append(record)
         oom += record.outcome == "oom"
         if record.outcome == "crash":
             crashed += 1
@@ -161,10 +183,4 @@ def _run(
         left = len(plan.workloads) - done - crashed
         report(Progress(done, len(plan.workloads), oom, crashed, elapsed, elapsed / fresh * left, record))
     complete = done == len(plan.workloads)
-    return Outcome(writer.path, done, len(plan.workloads), oom, crashed, len(known), complete, writer.notes)
-
-
-def workloads_left(plan: Plan, records: list[Record]) -> list[Workload]:
-    """What a plan still lacks."""
-    known = {r.index for r in records if r.outcome != "crash"}
-    return [w for i, w in enumerate(plan.workloads) if i not in known]
+    return Outcome(journal.path, done, len(plan.workloads), oom, crashed, len(known), complete, journal.notes)

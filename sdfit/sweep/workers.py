@@ -1,7 +1,7 @@
-"""Processes that run workloads for a sweep: local ones, or Ray actors.
+"""Local processes that run workloads for a sweep; `sdfit.sweep.ray` has the same on any machines of a cluster.
 
-Both give the same thing: jobs in, results out as they come, one job at a time per worker, a fresh worker where one died
-or says that it is spent. A worker that dies takes down its job, not the sweep.
+Jobs go in and results come out as they are there, one job at a time per worker, with a fresh worker where one died or
+says that it is tainted. A worker that dies takes down its job, not the sweep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sdfit.backends import open_backend
-from sdfit.errors import SdfitError, needs
+from sdfit.backends.environment import quiet_libraries
+from sdfit.errors import SdfitError
 from sdfit.workload import Workload
 
 Job = tuple[int, Workload]
@@ -112,10 +113,10 @@ class LocalPool:
         if not worker.ready:
             worker.ready = True  # its environment; the first worker's was taken for all
             return None
-        fields, spent = answer
+        fields, tainted = answer
         assert worker.job is not None
         index, worker.job = worker.job[0], None
-        if spent:
+        if tainted:
             self._drop([worker])
         return index, fields
 
@@ -158,8 +159,7 @@ class _Worker:
 def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> None:
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice on optional packages is not the sweep's
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    quiet_libraries()
     try:
         first: Any
         try:
@@ -179,86 +179,11 @@ def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> Non
             return
         fields = run_one(made, workload)
         try:
-            connection.send((fields, made.spent))
+            connection.send((fields, made.tainted))
         except OSError:
             return
-        if made.spent:
+        if made.tainted:
             return
-
-
-class RayPool:
-    """Ray actors, one per card (or per processor, for a backend that needs no card), on any machines of a cluster."""
-
-    def __init__(self, backend: str, options: Mapping[str, Any], workers: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise needs("ray", "ray") from error
-        self.ray, self.backend, self.options, self.workers = ray, backend, dict(options), workers
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
-        resources = {"num_gpus": 1} if backend == "cuda" else {"num_cpus": 1}
-        self._remote = ray.remote(**resources, max_restarts=0)(_Actor)
-        self._first: Any = None
-
-    def environment(self) -> dict[str, Any]:
-        """Start the first actor and ask it what its numbers depend on."""
-        self._first = self._remote.remote(self.backend, self.options)
-        answer = self.ray.get(self._first.environment.remote())
-        if isinstance(answer, SdfitError):
-            raise answer
-        environment: dict[str, Any] = answer
-        return environment
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
-        """Yield each job's result as it comes."""
-        queue = iter(jobs)
-        idle = [self._first or self._remote.remote(self.backend, self.options)]
-        idle += [self._remote.remote(self.backend, self.options) for _ in range(self.workers - 1)]
-        busy: dict[Any, tuple[Any, int]] = {}
-        left = next(queue, None)
-        try:
-            while left is not None or busy:
-                while left is not None and idle:
-                    actor = idle.pop()
-                    busy[actor.measure.remote(left[1].to_dict())] = (actor, left[0])
-                    left = next(queue, None)
-                for done in self.ray.wait(list(busy), num_returns=1)[0]:
-                    actor, index = busy.pop(done)
-                    try:
-                        fields, spent = self.ray.get(done)
-                    except self.ray.exceptions.RayError as error:
-                        fields, spent = crashed(f"the actor died ({type(error).__name__})"), True
-                    if spent:
-                        self.ray.kill(actor)
-                        actor = self._remote.remote(self.backend, self.options)
-                    idle.append(actor)
-                    yield index, fields
-        finally:
-            for actor in [*idle, *(a for a, _ in busy.values())]:
-                self.ray.kill(actor)
-
-    def close(self) -> None:
-        """Leave the cluster."""
-        self.ray.shutdown()
-
-
-class _Actor:
-    """A backend in a Ray actor."""
-
-    def __init__(self, backend: str, options: dict[str, Any]) -> None:
-        self.made: Any
-        try:
-            self.made = open_backend(backend, options)
-        except SdfitError as error:
-            self.made = error
-
-    def environment(self) -> Any:
-        return self.made if isinstance(self.made, SdfitError) else self.made.environment()
-
-    def measure(self, workload: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        fields = run_one(self.made, Workload.from_dict(workload))
-        return fields, self.made.spent
 
 
 def default_workers(backend: str) -> int:

@@ -4,14 +4,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdfit.backends.trace.replay import Replay, replay, required
-from sdfit.backends.trace.segments import Block, CachingAllocator, rounded, segment_bytes
+from sdfit.backends.trace.replay import Replay, replay, smallest_cap
+from sdfit.backends.trace.segments import Block, CachingAllocator, segment_bytes
+from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 from sdfit.units import KIB, MIB
 
 
 def in_mib(run: Replay) -> tuple[float, float, float]:
     return run.live_bytes / MIB, run.allocated_bytes / MIB, run.reserved_bytes / MIB
+
+
+def expandable(events) -> CachingAllocator:
+    """An allocator with expandable segments that has served the events."""
+    allocator, living = CachingAllocator(expandable=True), {}
+    for number, size in events:
+        if size > 0:
+            living[number] = allocator.malloc(size)
+        else:
+            allocator.free(living.pop(number))
+    return allocator
 
 
 # -- the rules, by hand --
@@ -129,14 +141,15 @@ def test_sizes_are_rounded_up_to_512_and_nothing_is_no_block():
 def test_expandable_segments_grow_by_pages_and_split_off_every_remainder():
     """12 + 13 MiB lie end to end in 2 pages of 20 MiB, allocated reads 25; without: 12 + 14, both counted whole."""
     events = [(1, 12 * MIB), (2, 13 * MIB)]
-    assert in_mib(replay(events, expandable=True)) == (25, 25, 40)
+    grown = expandable(events)
+    assert (grown.allocated_bytes, grown.reserved_bytes) == (25 * MIB, 40 * MIB)
     assert in_mib(replay(events)) == (25, 26, 26)
 
 
 def test_an_expandable_segment_extends_a_cached_block_at_its_end():
     """A cached 12 of 20 MiB grows to 30 with one more page: 40, where two segments would hold 12 + 30 = 42."""
     events = [(1, 12 * MIB), (1, -12 * MIB), (2, 30 * MIB)]
-    assert replay(events, expandable=True).reserved_bytes == 40 * MIB
+    assert expandable(events).reserved_bytes == 40 * MIB
     assert replay(events).reserved_bytes == 42 * MIB
 
 
@@ -168,37 +181,21 @@ def test_expandable_best_fit_leaves_the_end_that_can_grow():
 
 def test_expandable_reserved_may_pass_the_cap_by_less_than_a_page():
     """12 MiB are compared with the cap as 12, and then map a page of 20: PyTorch's own arithmetic."""
-    run = replay([(1, 12 * MIB)], cap_bytes=12 * MIB, expandable=True)
-    assert (run.outcome, run.reserved_bytes, run.ample_bytes) == ("ok", 20 * MIB, 12 * MIB)
-
-
-def test_a_transient_may_be_done_without():
-    """20 MiB live and a workspace of 20: under a cap of 30 it is an OOM, or skipped where workspaces are optional."""
-    events = [(1, 20 * MIB), (2, 20 * MIB), (2, -20 * MIB), (3, 10 * MIB)]
-    assert replay(events, cap_bytes=30 * MIB).oom_at == 1
-    run = replay(events, cap_bytes=30 * MIB, optional_transients=True)
-    assert (run.outcome, run.skipped, run.reserved_bytes) == ("ok", 1, 30 * MIB)
-    assert replay(events, optional_transients=True).skipped == 0
-    assert required(events, step_bytes=1) == 40 * MIB
-    assert required(events, step_bytes=1, optional_transients=True) == 30 * MIB
-
-
-def test_a_block_that_lasts_is_never_optional():
-    """A block that outlives the next event is an OOM though transients are optional."""
-    events = [(1, 20 * MIB), (2, 20 * MIB), (3, 512), (2, -20 * MIB)]
-    assert replay(events, cap_bytes=30 * MIB, optional_transients=True).oom_at == 1
+    allocator = CachingAllocator(12 * MIB, expandable=True)
+    assert allocator.malloc(12 * MIB) is not None
+    assert allocator.reserved_bytes == 20 * MIB
 
 
 @pytest.mark.parametrize(
     ("events", "words"),
     [
-        ([(1, 512), (1, 512)], "born while it lives"),
-        ([(1, -512)], "block 1 of 0 bytes dies with 512"),
-        ([(1, 512), (1, -1024)], "block 1 of 512 bytes dies with 1024"),
+        ([(1, 512), (1, 512)], "allocated while it is live"),
+        ([(1, -512)], "block 1 of 0 bytes is freed with 512"),
+        ([(1, 512), (1, -1024)], "block 1 of 512 bytes is freed with 1024"),
     ],
 )
 def test_events_that_cannot_be_are_refused(events, words):
-    """A second birth, a death without a birth, and a death of another size say which event it was."""
+    """A second allocation, a free without one, and a free of another size say which event it was."""
     with pytest.raises(SdfitError, match=words) as caught:
         replay(events)
     assert caught.value.facts["index"] == len(events) - 1
@@ -207,12 +204,12 @@ def test_events_that_cannot_be_are_refused(events, words):
 def test_a_step_below_one_byte_is_refused():
     """The bisection would not end."""
     with pytest.raises(SdfitError, match="step_bytes is 0"):
-        required([(1, 512)], step_bytes=0)
+        smallest_cap([(1, 512)], step_bytes=0)
 
 
 def test_no_events_need_nothing():
     """An empty list reserves and requires nothing."""
-    assert replay([]).reserved_bytes == required([]) == 0
+    assert replay([]).reserved_bytes == smallest_cap([]) == 0
 
 
 # -- properties --
@@ -228,7 +225,7 @@ SIZES = st.one_of(
 
 @st.composite
 def event_lists(draw):
-    """Births of all kinds of sizes, and deaths of any living block."""
+    """Allocations of all kinds of sizes, and frees of any live block."""
     events, living = [], {}
     for number in range(draw(st.integers(1, 40))):
         events.append((number, draw(SIZES)))
@@ -327,10 +324,10 @@ def blocks_of(allocator: CachingAllocator, handed_out: list[Block]) -> list[Bloc
 
 @given(event_lists(), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_bytes_are_conserved_and_all_goes_back(events, expandable, tight):
+def test_bytes_are_conserved_and_all_goes_back(events, grows, tight):
     """After each event the counters are the sums over sound links without two free neighbours; in the end all is 0."""
-    cap_bytes = replay(events, expandable=expandable).reserved_bytes * 3 // 4 if tight else None
-    allocator, living = CachingAllocator(cap_bytes, expandable=expandable), {}
+    free_peak = expandable(events).reserved_peak_bytes if grows else replay(events).reserved_bytes
+    allocator, living = CachingAllocator(free_peak * 3 // 4 if tight else None, expandable=grows), {}
     for number, size in events:
         if size > 0:
             block = allocator.malloc(size)
@@ -357,43 +354,35 @@ def test_bytes_are_conserved_and_all_goes_back(events, expandable, tight):
     assert not allocator._large.cached
 
 
-@given(event_lists(), st.booleans())
+@given(event_lists())
 @settings(max_examples=100, deadline=None)
-def test_live_allocated_and_reserved_are_in_order(events, expandable):
+def test_live_allocated_and_reserved_are_in_order(events):
     """Live <= allocated <= reserved; with expandable segments nothing is left unsplit, so live = allocated."""
-    run = replay(events, expandable=expandable)
+    run, grown = replay(events), expandable(events)
     assert run.outcome == "ok"
     assert run.live_bytes <= run.allocated_bytes <= run.reserved_bytes
     assert run.retries == 0
-    if expandable:
-        assert run.live_bytes == run.allocated_bytes
-    else:
-        assert run.ample_bytes == run.reserved_bytes
+    assert run.live_bytes == grown.allocated_peak_bytes <= grown.reserved_peak_bytes
 
 
-@given(event_lists(), st.booleans(), st.integers(0, 64 * MIB))
+@given(event_lists(), st.integers(0, 64 * MIB))
 @settings(max_examples=100, deadline=None)
-def test_an_ample_cap_changes_nothing(events, expandable, more_bytes):
-    """At the ample amount (the reserved peak, unless expandable) and above, the capped replay is the uncapped one."""
-    free_run = replay(events, expandable=expandable)
-    capped = replay(events, cap_bytes=free_run.ample_bytes + more_bytes, expandable=expandable)
-    assert capped == free_run
+def test_an_ample_cap_changes_nothing(events, more_bytes):
+    """At the reserved peak and above, the capped replay is the uncapped one."""
+    free_run = replay(events)
+    assert replay(events, cap_bytes=free_run.reserved_bytes + more_bytes) == free_run
 
 
-@given(event_lists(), st.booleans(), st.booleans(), st.sampled_from([1, 512, MIB, 16 * MIB]))
+@given(event_lists(), st.sampled_from([1, 512, MIB, 16 * MIB]))
 @settings(max_examples=60, deadline=None)
-def test_required_lies_between_live_and_reserved_and_works(events, expandable, optional, step_bytes):
-    """The cap found works, is at most the ample one and, unless expandable, at least what lives at once."""
-    free_run = replay(events, expandable=expandable)
-    cap_bytes = required(events, step_bytes=step_bytes, expandable=expandable, optional_transients=optional)
-    capped = replay(events, cap_bytes=cap_bytes, expandable=expandable, optional_transients=optional)
-    assert capped.outcome == "ok"
-    assert cap_bytes <= free_run.ample_bytes
-    if not optional and not expandable:
-        assert cap_bytes >= free_run.live_bytes
+def test_the_smallest_cap_lies_between_live_and_reserved_and_works(events, step_bytes):
+    """The cap found works, is at most the reserved peak and at least what lives at once; one step less fails."""
+    free_run = replay(events)
+    cap_bytes = smallest_cap(events, step_bytes=step_bytes)
+    assert replay(events, cap_bytes=cap_bytes).outcome == "ok"
+    assert free_run.live_bytes <= cap_bytes <= free_run.reserved_bytes
     if step_bytes == 1 and cap_bytes:
-        below = replay(events, cap_bytes=cap_bytes - 1, expandable=expandable, optional_transients=optional)
-        assert below.outcome == "oom"
+        assert replay(events, cap_bytes=cap_bytes - 1).outcome == "oom"
 
 
 @given(SIZES)
@@ -438,9 +427,9 @@ def test_unsplit_remainders_of_the_weights_are_a_constant_of_tens_of_megabytes(t
     assert 20 * MIB < run.allocated_bytes - run.live_bytes < 30 * MIB
 
 
-def test_required_of_a_trace_is_below_reserved_and_found_by_giving_segments_back(traced):
+def test_the_smallest_cap_of_a_trace_is_below_reserved_and_found_by_giving_segments_back(traced):
     """The cap found is under the reserved peak, works only with retries, and one step less does not work."""
-    free_run, cap_bytes = replay(traced.events), required(traced.events, step_bytes=MIB)
+    free_run, cap_bytes = replay(traced.events), smallest_cap(traced.events, step_bytes=MIB)
     assert free_run.live_bytes <= cap_bytes < free_run.reserved_bytes
     assert replay(traced.events, cap_bytes=cap_bytes).retries > 0
     assert replay(traced.events, cap_bytes=cap_bytes - MIB).outcome == "oom"
@@ -448,7 +437,7 @@ def test_required_of_a_trace_is_below_reserved_and_found_by_giving_segments_back
 
 def test_expandable_segments_reserve_less_for_a_trace(traced):
     """The trace's reserved memory exceeds its live bytes by less with expandable segments."""
-    assert replay(traced.events, expandable=True).reserved_bytes < replay(traced.events).reserved_bytes
+    assert expandable(traced.events).reserved_peak_bytes < replay(traced.events).reserved_bytes
 
 
 def test_a_published_card_counts_unsplit_remainders_as_allocated():

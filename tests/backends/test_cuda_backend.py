@@ -1,23 +1,26 @@
-"""The logic of the backend ``cuda``, run on CPU tensors: stage boundaries, rows, out of memory, a worker that is spent.
+"""The logic of the backend ``cuda``, run on CPU tensors: stage boundaries, rows, out of memory, a worker that is tainted.
 
 The same class runs on a card; only its counters are others (`sdfit.backends.counters`).
 """
 
+import ast
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cpu_counters import CpuCounters
 from tiny import TINY
 
 from sdfit.backends import counters, cuda, kernels
 from sdfit.backends.capacity import STEP_BYTES
 from sdfit.backends.counters import chosen, claimed
 from sdfit.backends.cuda import CudaBackend
-from sdfit.backends.oom import is_out_of_memory, requested_bytes
 from sdfit.backends.pipeline import build_pipeline
-from sdfit.backends.trace.segments import rounded
-from sdfit.equation.terms import stages_of
+from sdfit.backends.run import is_out_of_memory, requested_bytes
+from sdfit.equation.stages import stages_of
+from sdfit.equation.weights import rounded
 from sdfit.errors import DeviceError, SdfitError
 from sdfit.records import Record, read
 from sdfit.sweep.grid import Plan
@@ -26,7 +29,8 @@ from sdfit.sweep.workers import run_one
 from sdfit.units import MIB
 from sdfit.workload import Workload
 
-OPTIONS = {"settings": TINY, "device": "cpu", "warm_up_side": 64}
+MEASURED = ("boundaries", "capacity", "counters", "cuda", "environment", "kernels", "nvml", "pipeline", "run")
+OPTIONS = {"settings": TINY, "counters": CpuCounters, "warm_up_side": 64}
 no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
 
 
@@ -45,6 +49,15 @@ def one_thread():
 @pytest.fixture
 def backend():
     return CudaBackend(**OPTIONS)
+
+
+def test_what_measures_does_not_import_what_simulates():
+    """No module of the measured backend imports the trace, nor does one of them inside a function."""
+    for name in MEASURED:
+        tree = ast.parse(Path(cuda.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        found = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        found |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        assert not [module for module in found if "trace" in module], name
 
 
 # -- rows --
@@ -74,7 +87,7 @@ def test_each_variant_becomes_a_row_with_every_stage_it_runs_through(backend, op
     assert record.allocated_bytes == max(record.stage_peaks_bytes.values())
     assert record.baseline_bytes < min(record.stage_peaks_bytes.values())
     assert record.reserved_bytes >= record.allocated_bytes
-    assert not backend.spent
+    assert not backend.tainted
 
 
 def test_the_same_workload_gives_the_same_bytes_however_long_the_worker_lives(backend):
@@ -84,7 +97,7 @@ def test_the_same_workload_gives_the_same_bytes_however_long_the_worker_lives(ba
         backend.measure(other)
     names = ("stage_peaks_bytes", "baseline_bytes", "component_bytes", "reserved_bytes")
     again, fresh = backend.measure(job(192, 128)), CudaBackend(**OPTIONS).measure(job(192, 128))
-    assert not backend.spent
+    assert not backend.tainted
     for name in names:
         assert first[name] == again[name] == fresh[name]
 
@@ -172,20 +185,20 @@ def test_out_of_memory_is_a_row_with_its_stage_and_a_lower_bound():
     Record.from_dict({"index": 0, "workload": job(256, 256).to_dict(), **row})
 
 
-def test_a_worker_that_ran_out_of_memory_is_spent_though_its_memory_came_back():
+def test_a_worker_that_ran_out_of_memory_is_tainted_though_its_memory_came_back():
     """cuDNN may have kept other plans, so the next workload needs a fresh process, clean as this one looks."""
     _, backend, row = capped(4096)
-    assert backend.spent
+    assert backend.tainted
     assert backend.counters.allocated() == row["baseline_bytes"]
 
 
-def test_a_failure_that_the_run_survived_makes_the_worker_spent_and_keeps_the_row(backend, monkeypatch):
+def test_a_failure_that_the_run_survived_makes_the_worker_tainted_and_keeps_the_row(backend, monkeypatch):
     """A convolution whose best plan did not fit went on with another one: the row stands, the worker goes."""
     failures = iter([(0, 0), (0, 0), (0, 0), (2, 1)])  # warm-up before and after, the run before and after
     monkeypatch.setattr(backend.counters, "troubles", lambda: next(failures))
     row = backend.measure(job())
     assert (row["outcome"], row["retries"]) == ("ok", 2)
-    assert backend.spent
+    assert backend.tainted
 
 
 @pytest.mark.parametrize(
@@ -230,7 +243,7 @@ def test_cudnn_without_a_plan_is_out_of_memory_only_if_requests_failed():
     assert not is_out_of_memory(error, failures=0)
 
 
-def test_another_failure_is_a_crash_row_and_the_worker_is_spent(backend, monkeypatch):
+def test_another_failure_is_a_crash_row_and_the_worker_is_tainted(backend, monkeypatch):
     """What is not out of memory is not made one; nobody knows what it left behind."""
     backend.measure(job())
 
@@ -240,13 +253,13 @@ def test_another_failure_is_a_crash_row_and_the_worker_is_spent(backend, monkeyp
     monkeypatch.setattr(backend._pipe.unet, "forward", broken)
     fields = run_one(backend, job())
     assert fields == {"outcome": "crash", "message": "RuntimeError: device-side assert"}
-    assert backend.spent
+    assert backend.tainted
 
 
-# -- a worker that is spent --
+# -- a worker that is tainted --
 
 
-def test_memory_left_behind_makes_the_worker_spent_and_keeps_the_row(backend):
+def test_memory_left_behind_makes_the_worker_tainted_and_keeps_the_row(backend):
     """The baseline after a workload differs by what stayed: that row was measured from a clean start, the next is not."""
     backend.measure(job())
     pipe, kept = backend._pipe, []
@@ -254,7 +267,7 @@ def test_memory_left_behind_makes_the_worker_spent_and_keeps_the_row(backend):
     row = backend.measure(job())
     handle.remove()
     assert row["outcome"] == "ok"
-    assert backend.spent
+    assert backend.tainted
     assert backend.counters.allocated() > row["baseline_bytes"]
 
 
@@ -265,7 +278,7 @@ def test_memory_that_appears_between_two_workloads_is_refused(backend):
         stray = torch.zeros(1000)
     with pytest.raises(SdfitError, match="allocated before the run"):
         backend.measure(job())
-    assert backend.spent
+    assert backend.tainted
     assert stray.numel() == 1000
 
 
@@ -273,7 +286,7 @@ def test_a_scheduler_holds_nothing_over(backend):
     """PNDM keeps the UNet's last answers on the device; they would shift the next baseline by the size of this run."""
     baselines = {backend.measure(job(side, side, batch_size=2))["baseline_bytes"] for side in (64, 128, 192)}
     assert len(baselines) == 1
-    assert not backend.spent
+    assert not backend.tainted
 
 
 def test_a_pipeline_is_rebuilt_from_an_empty_allocator(backend):
@@ -288,7 +301,7 @@ def test_a_pipeline_is_rebuilt_from_an_empty_allocator(backend):
 
 
 @pytest.mark.slow
-def test_a_sweep_replaces_spent_workers_and_finishes(tmp_path):
+def test_a_sweep_replaces_tainted_workers_and_finishes(tmp_path):
     """Through real worker processes: out of memory in the middle, and every other row as if it had not happened."""
     jobs = (job(64, 64), job(256, 256), job(128, 64))
     plan = Plan("few", "", 0, 2, jobs, "0" * 16, ())
@@ -310,10 +323,10 @@ def test_required_is_bisected_and_lies_between_allocated_and_reserved(monkeypatc
     """CPU tensors have no fragmentation: the smallest cap that works is the peak itself, to one step."""
     monkeypatch.setattr(cuda, "STEP_BYTES", 64 << 10)
     monkeypatch.setattr("sdfit.backends.capacity.SEGMENT_BYTES", 4 << 10)
-    backend = CudaBackend(**OPTIONS, required=True)
+    backend = CudaBackend(**OPTIONS, bisect=True)
     row = backend.measure(job())
     assert row["allocated_bytes"] <= row["required_bytes"] <= row["allocated_bytes"] + (64 << 10)
-    assert not backend.spent
+    assert not backend.tainted
     assert backend.counters.capacity_bytes is None
     other = backend.measure(job(192, 64))
     assert other["stage_peaks_bytes"] == CudaBackend(**OPTIONS).measure(job(192, 64))["stage_peaks_bytes"]
@@ -321,17 +334,17 @@ def test_required_is_bisected_and_lies_between_allocated_and_reserved(monkeypatc
 
 def test_a_size_that_was_tried_under_caps_is_not_measured_again_in_that_process():
     """Its convolutions may keep smaller plans; the row says so, is no result, and is run again on resume."""
-    backend = CudaBackend(**OPTIONS, required=True)
+    backend = CudaBackend(**OPTIONS, bisect=True)
     backend.measure(job())
     fields = run_one(backend, job(guidance_scale=1.0))
     assert fields["outcome"] == "crash"
     assert "under caps" in fields["message"]
-    assert backend.spent
+    assert backend.tainted
 
 
 def test_required_is_unknown_where_the_allocators_state_is_lost(monkeypatch):
-    """A try that leaves memory behind ends the bisection: no number, and a spent worker."""
-    backend = CudaBackend(**OPTIONS, required=True)
+    """A try that leaves memory behind ends the bisection: no number, and a tainted worker."""
+    backend = CudaBackend(**OPTIONS, bisect=True)
     backend.measure(job(64, 64))
     kept = []
     run = backend._run
@@ -347,7 +360,7 @@ def test_required_is_unknown_where_the_allocators_state_is_lost(monkeypatch):
     row = backend.measure(job(128, 64))
     assert row["outcome"] == "ok"
     assert row["required_bytes"] is None
-    assert backend.spent
+    assert backend.tainted
     assert STEP_BYTES == 16 * MIB
 
 
@@ -386,7 +399,7 @@ def test_two_workers_never_take_the_same_card(tmp_path, monkeypatch):
 def test_a_folder_of_weights_is_measured_like_the_settings(tmp_path):
     """--weights PATH goes the same way: an ok row with the same component bytes."""
     build_pipeline(dtype="float32", settings=TINY).save_pretrained(tmp_path)
-    row = CudaBackend(weights=str(tmp_path), device="cpu", warm_up_side=64).measure(job())
+    row = CudaBackend(weights=str(tmp_path), counters=CpuCounters, warm_up_side=64).measure(job())
     assert row["outcome"] == "ok"
     assert row["component_bytes"] == CudaBackend(**OPTIONS).measure(job())["component_bytes"]
 

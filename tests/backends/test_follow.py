@@ -29,11 +29,12 @@ pytest.importorskip("diffusers")
 # ruff: noqa: E402
 from tiny import TINY
 
+from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter
-from sdfit.backends.trace.segments import rounded
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.equation.stages import COMPONENTS, watched
+from sdfit.equation.stages import COMPONENTS
+from sdfit.equation.weights import rounded
 from sdfit.workload import Workload
 
 TIMESTEPS_BYTES = 2 * 512
@@ -187,17 +188,17 @@ def test_repeating_a_span_counts_what_running_it_again_would() -> None:
     """A measured span put on top of other live blocks gives the peaks and events of running it there."""
 
     def work(meter: Meter) -> None:
-        block = meter.born(5 * 512)
+        block = meter.allocate(5 * 512)
         meter.enter("vae_decoder_blocks")
         meter.passing(9 * 512)
-        meter.dies(block, 5 * 512)
+        meter.free(block, 5 * 512)
         meter.enter("unet")
 
     def total(again: bool) -> tuple[dict[str, int], list[int]]:
         meter = Meter(keep_events=True)
         meter.enter("unet")
         _, span = meter.measure(lambda: work(meter))
-        meter.born(3 * 512)
+        meter.allocate(3 * 512)
         if again:
             meter.repeat(span)
         else:

@@ -6,7 +6,7 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -19,10 +19,11 @@ pytest.importorskip("sklearn")
 from tiny import TINY
 
 from sdfit.backends import open_backend
-from sdfit.backends.trace.segments import rounded
 from sdfit.backends.trace.tracer import Traced, Tracer
-from sdfit.equation.terms import stage_key, stages_of
-from sdfit.fit.fit import fit_stage, observe
+from sdfit.equation.stages import stage_key, stages_of
+from sdfit.equation.weights import rounded
+from sdfit.fit.fit import fit_stage
+from sdfit.fit.observations import observe
 from sdfit.records import Record
 from sdfit.workload import Workload
 
@@ -218,7 +219,7 @@ def test_the_backend_gives_a_whole_record() -> None:
     environment = backend.environment()
     w = Workload(256, 256)
     record = Record(0, w, **backend.measure(w))
-    assert Record.from_dict(json.loads(record.to_json())) == record
+    assert Record.from_dict(json.loads(json.dumps(asdict(record)))) == record
     assert record.outcome == "ok" and record.allocated_bytes == max(record.stage_peaks_bytes.values())
     assert environment["backend"] == "trace" and environment["workspaces"] is None and environment["name"] == "none"
     assert record.reserved_bytes is record.required_bytes is record.device_bytes is None

@@ -27,7 +27,7 @@ from sdfit.backends.trace.workspaces import (  # noqa: E402
 )
 from sdfit.errors import InvalidWorkload, SdfitError  # noqa: E402
 from sdfit.study.comparison import published  # noqa: E402
-from sdfit.study.comparison.residuals import trace_published  # noqa: E402
+from sdfit.study.lab.published import trace_published  # noqa: E402
 from sdfit.units import GIB, MIB  # noqa: E402
 from sdfit.workload import Workload  # noqa: E402
 

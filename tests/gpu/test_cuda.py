@@ -5,7 +5,7 @@ import torch
 
 from sdfit.backends.capacity import STEP_BYTES
 from sdfit.backends.cuda import CudaBackend
-from sdfit.equation.terms import stages_of
+from sdfit.equation.stages import stages_of
 from sdfit.errors import DeviceError
 from sdfit.predict.cards import card_slug
 from sdfit.records import Record
@@ -54,7 +54,7 @@ def test_a_workload_becomes_a_row_and_the_same_one_twice(backend):
     assert weights < record.baseline_bytes < record.allocated_bytes <= record.reserved_bytes < record.device_bytes
     assert record.attention_kernel.split(";")[0] in ("flash_attention", "efficient_attention", "cudnn_attention")
     backend.measure(Workload(520, 776, attention="eager"))
-    assert not backend.spent
+    assert not backend.tainted
     again = backend.measure(w)
     assert again["stage_peaks_bytes"] == row["stage_peaks_bytes"]
     assert again["reserved_bytes"] == row["reserved_bytes"]
@@ -73,11 +73,11 @@ def test_going_back_to_a_pipeline_gives_the_same_bytes(backend):
 def test_required_is_bisected_and_a_cap_below_it_is_an_oom_row(backend):
     """A run succeeds with its required capacity; one step under it, it is a row that says where it failed."""
     w = Workload(640, 576)
-    backend.required = True
+    backend.bisect = True
     try:
         row = backend.measure(w)
     finally:
-        backend.required = False
+        backend.bisect = False
     assert 0 < row["required_bytes"] <= row["reserved_bytes"]
     backend.capacity_bytes = row["required_bytes"] - 2 * STEP_BYTES
     backend._capped.clear()
@@ -90,5 +90,5 @@ def test_required_is_bisected_and_a_cap_below_it_is_an_oom_row(backend):
     assert failed["outcome"] == "oom"
     assert failed["oom_stage"] in stages_of(w.variant)
     assert failed["oom_bytes"] <= row["allocated_bytes"] + 64 * MIB
-    assert backend.spent
+    assert backend.tainted
     assert row["reserved_bytes"] < 16 * GIB

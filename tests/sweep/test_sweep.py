@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from sdfit.backends.fake import FakeBackend
-from sdfit.errors import DependencyError, InvalidWorkload, RecordsError, SdfitError
+from sdfit.errors import DependencyError, DeviceError, InvalidWorkload, RecordsError, SdfitError
 from sdfit.records import Record, fingerprint, read
 from sdfit.sweep.grid import Plan
-from sdfit.sweep.run import Progress, default_path, sweep, workloads_left
+from sdfit.sweep.run import Progress, default_path, record_of, sweep, workloads_left
 from sdfit.sweep.workers import LocalPool
 from sdfit.workload import Workload
 
@@ -154,6 +154,17 @@ def test_an_exception_in_a_run_is_a_row() -> None:
     assert run_one(Broken(), PLAN.workloads[0]) == {"outcome": "crash", "message": "RuntimeError: first"}
 
 
+def test_a_result_that_no_record_can_be_is_a_crash_row() -> None:
+    """A backend that says nonsense spoils its own row, with the reason, and neither the file nor the sweep."""
+    for fields, words in (
+        ({"outcome": "ok", "allocated_bytes": -1, "stage_peaks_bytes": {"unet": 1}}, "allocated_bytes is -1"),
+        ({"outcome": "ok"}, "an 'ok' row without peaks"),
+        ({"outcome": "ok", "peak": 1}, "unexpected keyword argument 'peak'"),
+    ):
+        row = record_of(3, PLAN.workloads[3], fields)
+        assert (row.index, row.outcome) == (3, "crash") and words in str(row.message)
+
+
 def test_another_grid_or_card_does_not_write_into_the_file(tmp_path: Path) -> None:
     """Each is refused with what differs, and no byte changes."""
     path = sweep(PLAN, "fake", {}, tmp_path / "r.jsonl").path
@@ -181,14 +192,38 @@ def test_what_cannot_start_is_refused_before_a_file_is_made(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of one processor, and no card."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
 def test_ray_records_what_local_workers_do(tmp_path: Path) -> None:
-    """The same rows from Ray actors."""
-    pytest.importorskip("ray")
-    outcome = sweep(PLAN, "fake", {"crash_batch_size": 0}, tmp_path / "r.jsonl", engine="ray", workers=2)
-    assert read(outcome.path).records == told(PLAN) and outcome.complete
+    """The same rows from Ray actors, a fresh one where one died; no more of them than there are processors."""
+    plan = planned((256, 384), (1, 2))
+    outcome = sweep(plan, "fake", {"crash_batch_size": 2}, tmp_path / "r.jsonl", engine="ray", workers=4)
+    rows = read(outcome.path).records
+    assert [r for r in rows if r.outcome == "ok"] == [r for r in told(plan) if r.workload.batch_size != 2]
+    assert [r.message for r in rows if r.outcome == "crash"] == ["the actor died (ActorDiedError)"] * 2
+    assert sweep(plan, "fake", {}, outcome.path).complete and read(outcome.path).records == told(plan)
 
 
-def test_an_unfinished_file_of_any_date_is_taken_up(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_ray_without_a_card_is_refused_at_once(tmp_path: Path) -> None:
+    """No actor waits for a card that no machine has, and a cluster that was there stays."""
+    with pytest.raises(DeviceError, match=r"no GPU is free in this Ray cluster.*--engine local"):
+        sweep(PLAN, "cuda", {}, tmp_path / "r.jsonl", engine="ray")
+    assert not list(tmp_path.iterdir())
+    import ray
+
+    assert ray.is_initialized()
+
+
+def test_an_unfinished_file_of_any_date_is_resumed(tmp_path: Path) -> None:
     """A file with crashed rows is unfinished though it has all lines; a finished one is left alone."""
     home = tmp_path / "fake"
     assert default_path("fake", PLAN, tmp_path).parent == home

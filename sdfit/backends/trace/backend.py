@@ -7,14 +7,14 @@ Nothing here is measured, and the records say so.
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from sdfit.backends.trace.replay import replay, required
+from sdfit.backends.capacity import STEP_BYTES
+from sdfit.backends.environment import software
+from sdfit.backends.trace.replay import replay, smallest_cap
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
 from sdfit.errors import SdfitError
@@ -24,7 +24,6 @@ from sdfit.workload import Workload
 
 CONTEXT_BYTES = {"t4": 180 * MIB}
 """CUDA context and libraries by card [bytes], as published; grows as kernels load, so it is a lower bound."""
-REQUIRED_STEP_BYTES = 16 * MIB
 
 
 class TraceBackend:
@@ -43,7 +42,7 @@ class TraceBackend:
         torch.set_num_threads(1)
         self.gpu = "none" if gpu == "auto" else gpu.lower()
         self.num_inference_steps = num_inference_steps
-        self.spent = False
+        self.tainted = False
         self.kernels: Workspaces | None = None
         if workspaces and self.gpu != "none":
             try:
@@ -73,10 +72,10 @@ class TraceBackend:
         traced = self._tracer.run(workload, keep_events=True)
         assert traced.events is not None
         # without workspaces the trace is of no card, and what an allocator would do with it says little
-        reserved = need = None
+        reserved = required = None
         if self.kernels is not None:
             reserved = replay(traced.events).reserved_bytes
-            need = required(traced.events, step_bytes=REQUIRED_STEP_BYTES)
+            required = smallest_cap(traced.events, step_bytes=STEP_BYTES)
         context = CONTEXT_BYTES.get(self.gpu)
         return {
             "outcome": "ok",
@@ -85,18 +84,7 @@ class TraceBackend:
             "allocated_bytes": traced.peak_bytes,
             "reserved_bytes": reserved,
             "device_bytes": reserved + context if reserved is not None and context is not None else None,
-            "required_bytes": need,
+            "required_bytes": required,
             "baseline_bytes": traced.weights_bytes + traced.unsplit_bytes,
             "stage_s": {stage: round(seconds, 4) for stage, seconds in traced.stage_seconds.items()},
         }
-
-
-def software() -> dict[str, str | None]:
-    """Versions of what runs the pipeline."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("diffusers", "transformers", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -16,14 +16,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdfit.backends.trace.segments import rounded
+from sdfit.equation.weights import rounded
 
 
 class Meter:
     """A running total of live bytes, its peak per stage, and, if asked for, the list of events.
 
-    ``events`` holds ``(block, size_bytes)``: a block born with its size, or dying with the negative of it. A
-    workspace is born and dies at once.
+    ``events`` holds ``(block, size_bytes)``: a block allocated with its size, or freed with the negative of it. A
+    workspace is allocated and freed at once.
     """
 
     def __init__(self, *, keep_events: bool = False) -> None:
@@ -45,7 +45,7 @@ class Meter:
         if self.stage:
             self.stage_peaks[self.stage] = max(self._peak_bytes, self.stage_peaks.get(self.stage, 0))
 
-    def born(self, size_bytes: int) -> int:
+    def allocate(self, size_bytes: int) -> int:
         """Count a block, already rounded, and return its number."""
         self._blocks += 1
         self.live_bytes += size_bytes
@@ -54,7 +54,7 @@ class Meter:
             self.events.append((self._blocks, size_bytes))
         return self._blocks
 
-    def dies(self, block: int, size_bytes: int) -> None:
+    def free(self, block: int, size_bytes: int) -> None:
         """Take a block off again."""
         self.live_bytes -= size_bytes
         if self.events is not None:
@@ -62,7 +62,7 @@ class Meter:
 
     def passing(self, size_bytes: int) -> None:
         """Count bytes that a kernel holds only while it runs."""
-        self.dies(self.born(size_bytes), size_bytes)
+        self.free(self.allocate(size_bytes), size_bytes)
 
     def measure(self, call: Callable[[], Any]) -> tuple[Any, Span]:
         """Run ``call``; return its result and what it took, so that `repeat` can count it again without running it."""
@@ -140,8 +140,8 @@ class FollowStorages(TorchDispatchMode):
         The device type to count, ``meta`` or ``cpu``. Tensors elsewhere stand for host memory.
     workspace : callable, optional
         ``workspace(func, args, out) -> bytes`` that the kernel of this operation holds while it runs.
-    observe : callable, optional
-        ``observe(func, args, out)`` after each operation, with the outputs already counted.
+    after : callable, optional
+        ``after(func, args, out)`` is called after each operation, with the outputs already counted.
     """
 
     def __init__(
@@ -150,11 +150,11 @@ class FollowStorages(TorchDispatchMode):
         device: str = "meta",
         *,
         workspace: Callable[[Any, tuple[Any, ...], Any], int] | None = None,
-        observe: Operation | None = None,
+        after: Operation | None = None,
     ) -> None:
         super().__init__()
         self.meter, self.device = meter, device
-        self.workspace, self.observe = workspace, observe
+        self.workspace, self.after = workspace, after
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensor: torch.Tensor) -> None:
@@ -180,8 +180,8 @@ class FollowStorages(TorchDispatchMode):
             scratch = self.workspace(func, args, out)
             if scratch:
                 self.meter.passing(scratch)
-        if self.observe is not None:
-            self.observe(func, args, out)
+        if self.after is not None:
+            self.after(func, args, out)
         return out
 
     def _see(self, tensor: torch.Tensor) -> None:
@@ -192,12 +192,12 @@ class FollowStorages(TorchDispatchMode):
         if key in self._known:
             return
         size = rounded(storage.nbytes())
-        block = self.meter.born(size)
+        block = self.meter.allocate(size)
         known, meter = self._known, self.meter
 
         def gone(_: Any) -> None:
             del known[key]
-            meter.dies(block, size)
+            meter.free(block, size)
 
         known[key] = weakref.ref(storage, gone)
 
@@ -239,5 +239,5 @@ class FusedAttention(TorchFunctionMode):
             )[0]
         batch, heads, rows = query.shape[:3]
         out = torch.empty(batch, rows, heads, value.shape[-1], dtype=query.dtype, device=query.device).transpose(1, 2)
-        torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)  # the log-sum-exp dies at once
+        torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)  # the log-sum-exp is freed at once
         return out

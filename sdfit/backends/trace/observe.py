@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sdfit.backends.trace.meter import Meter, Operation, Span
-from sdfit.backends.trace.segments import rounded
 from sdfit.backends.trace.tracer import Traced, Tracer
 from sdfit.equation.stages import COMPONENTS
+from sdfit.equation.weights import rounded
 from sdfit.workload import Workload
 
 PIPELINE = "pipeline"
@@ -173,7 +173,7 @@ class Observer:
         if self._tensors:
             for part in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(part, torch.Tensor) and part.is_meta:
-                    self._birth(part, path, operation)
+                    self._allocated(part, path, operation)
         self._ordinal += 1
         current = self.passes[-1]
         if current.repeated:
@@ -189,7 +189,7 @@ class Observer:
                 live_now = tuple(tensor for _, tensor in self._live.values())
                 self.peaks[key] = Peak(name, live, scratch, self._ordinal - 1, live_now)
 
-    def _birth(self, tensor: torch.Tensor, path: str, operation: str) -> None:
+    def _allocated(self, tensor: torch.Tensor, path: str, operation: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or key in self._weights:

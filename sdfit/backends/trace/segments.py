@@ -22,16 +22,18 @@ in its successor, which shares the code between devices; the constants are those
 Not modelled: other streams, CUDA graphs, `max_split_size_mb`, `garbage_collection_threshold`,
 `roundup_power2_divisions`, a driver that fails before the cap, and where `cudaMalloc` puts a segment: addresses rise
 in the order of the calls here, which decides only between cached blocks of equal size.
+
+A sweep runs in default settings. Expandable segments are here because some of the allocation lists that others have
+published, which this model is held against, were recorded with them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from sdfit.equation.weights import GRANULE_BYTES, rounded
 from sdfit.units import MIB
 
-MIN_BLOCK_BYTES = 512
-"""`kMinBlockSize`."""
 SMALL_BYTES = 1 * MIB
 """`kSmallSize`: the largest request of the small pool, and the largest remainder that the large pool does not split."""
 SMALL_SEGMENT_BYTES = 2 * MIB
@@ -44,17 +46,6 @@ ROUND_LARGE_BYTES = 2 * MIB
 """`kRoundLarge`."""
 
 _ADDRESS_SPACE_BYTES = 1 << 60  # an expandable segment reserves 1 1/8 of the card; no replay reaches either
-
-
-def rounded(size_bytes: int) -> int:
-    """Round a request up to the 512 B that blocks are counted in (`round_size`).
-
-    Examples
-    --------
-    >>> rounded(1), rounded(512), rounded(513)
-    (512, 512, 1024)
-    """
-    return -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
 
 
 def segment_bytes(size_bytes: int) -> int:
@@ -120,9 +111,6 @@ class CachingAllocator:
         What `memory_allocated` and `memory_reserved` read now [bytes].
     allocated_peak_bytes, reserved_peak_bytes : int
         What `max_memory_allocated` and `max_memory_reserved` read [bytes].
-    ample_bytes : int
-        The largest amount that the cap was compared with in a try that succeeded [bytes]. Without a cap: under any
-        cap from here on, the same requests give the same result.
     retries : int
         `num_alloc_retries` of `memory_stats`: how often all cached segments were given back.
 
@@ -142,10 +130,10 @@ class CachingAllocator:
         self.cap_bytes, self.expandable = cap_bytes, expandable
         self.allocated_bytes = self.allocated_peak_bytes = 0
         self.reserved_bytes = self.reserved_peak_bytes = 0
-        self.ample_bytes = self.retries = 0
-        self._small = _Pool(page_bytes=SMALL_SEGMENT_BYTES, split_bytes=MIN_BLOCK_BYTES)
+        self.retries = 0
+        self._small = _Pool(page_bytes=SMALL_SEGMENT_BYTES, split_bytes=GRANULE_BYTES)
         self._large = _Pool(
-            page_bytes=LARGE_SEGMENT_BYTES, split_bytes=MIN_BLOCK_BYTES if expandable else SMALL_BYTES + 1
+            page_bytes=LARGE_SEGMENT_BYTES, split_bytes=GRANULE_BYTES if expandable else SMALL_BYTES + 1
         )
         self._next_address = 0
 
@@ -208,10 +196,8 @@ class CachingAllocator:
     def _grow(self, pool: _Pool, size: int) -> Block | None:
         """`alloc_block`: a free block, no longer among the cached ones, of at least ``size``; None above the cap."""
         segment = segment_bytes(size)
-        wanted = self.reserved_bytes + segment
-        if self.cap_bytes is not None and wanted > self.cap_bytes:
+        if self.cap_bytes is not None and self.reserved_bytes + segment > self.cap_bytes:
             return None
-        self.ample_bytes = max(self.ample_bytes, wanted)
         if self.expandable:
             return self._expand(pool, size)
         block = Block(pool, self._next_address, segment)

@@ -1,7 +1,7 @@
 """Trace a workload without a card: the same pipeline on meta tensors.
 
 diffusers' unmodified `StableDiffusionImg2ImgPipeline.__call__` runs on tensors that have a shape and no storage,
-while `follow` counts what is live. Two host-side parts are replaced because they need values: the image processor
+while `sdfit.backends.trace.meter` counts what is live. Two host-side parts are replaced because they need values: the image processor
 (its device work is kept, its conversion to and from pictures is not) and the scheduler's timesteps stay in host memory.
 
 What a trace cannot see: memory inside kernels. What is known of it comes in through ``workspace``.
@@ -22,11 +22,12 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation, Span
-from sdfit.backends.trace.segments import rounded
 from sdfit.backends.trace.workspaces import unsplit_bytes
-from sdfit.equation.stages import COMPONENTS, resident, watched
+from sdfit.equation.stages import COMPONENTS, resident
+from sdfit.equation.weights import rounded
 from sdfit.errors import InvalidWorkload, nearest
 from sdfit.workload import VAE_SCALE, Workload
 
@@ -139,7 +140,7 @@ class Tracer:
             ``txt2img``: `StableDiffusionPipeline` of the same components. The last two: only the VAE is there, and
             one image tensor is encoded and sampled, or one latent tensor decoded.
         keep_events : bool
-            Also return every birth and death of a block, for the allocator replay. The weights come first.
+            Also return every allocation and free of a block, for the allocator replay. The weights come first.
         observe : callable, optional
             ``observe(meter)`` gives a function that is called after each operation.
         full : bool
@@ -161,9 +162,9 @@ class Tracer:
             def scratch(func: Any, args: tuple[Any, ...], out: Any) -> int:
                 return workspace(workload, func, args, out)
 
-        follow = FollowStorages(meter, workspace=scratch, observe=observe(meter) if observe else None)
+        follow = FollowStorages(meter, workspace=scratch, after=observe(meter) if observe else None)
         for tensors in weights.values():
-            for tensor in tensors:  # they never die, so they are counted here and only known to the mode
+            for tensor in tensors:  # never freed, so they are counted here and only known to the mode
                 follow.ignore(tensor)
         residency = _Residency(meter, sizes, offload=workload.offload)
         standing = getattr(self.workspace, "standing_bytes", 0)
@@ -183,7 +184,7 @@ class Tracer:
                 meter.enter(stage)  # before the loading: what is loaded counts to the stage that needs it
                 residency.load(stage)
                 if first and standing:
-                    meter.born(rounded(standing))
+                    meter.allocate(rounded(standing))
                     meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
 
         attention = FusedAttention("math" if workload.attention == "math" else "fused")
@@ -194,7 +195,7 @@ class Tracer:
             enter("")
             meter.leave()
         components = {name: sum(parts) for name, parts in sizes.items()}
-        # what outlives the run dies later and is no part of it
+        # what outlives the run is freed later and is no part of it
         events = None if meter.events is None else list(meter.events)
         return Traced(components, meter.stage_peaks, seconds, events, standing + unsplit, unsplit)
 
@@ -231,7 +232,7 @@ _RUN = {"img2img": _img2img, "txt2img": _txt2img, "vae_encode": _vae_encode, "va
 
 
 class _Residency:
-    """Births and deaths of whole components under `enable_model_cpu_offload`; without it all are there at once."""
+    """Loads and unloads whole components, as under `enable_model_cpu_offload`; without it all are there at once."""
 
     def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str) -> None:
         self.meter, self.sizes, self.offload = meter, sizes, offload
@@ -240,12 +241,12 @@ class _Residency:
     def unload(self, stage: str) -> None:
         for name in sorted(set(self.blocks) - set(resident(stage, self.offload))):
             for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
-                self.meter.dies(block, size)
+                self.meter.free(block, size)
 
     def load(self, stage: str) -> None:
         for name in self.sizes:
             if name in resident(stage, self.offload) and name not in self.blocks:
-                self.blocks[name] = [self.meter.born(size) for size in self.sizes[name]]
+                self.blocks[name] = [self.meter.allocate(size) for size in self.sizes[name]]
 
 
 @contextmanager

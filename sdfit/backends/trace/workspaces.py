@@ -1,6 +1,6 @@
 """Memory that a trace cannot see: what kernels hold while they run, and what stays around the weights.
 
-Three things, found by explaining published measurements, fifteen of them to the byte (``tests/test_workspaces.py``):
+Three things, found by explaining published measurements, fifteen of them to the byte (``tests/backends/test_workspaces.py``):
 
 1. **Convolutions.** A cuDNN plan for tensor cores works on channels-last data. Around an NCHW tensor it copies: the
    input, the filter and, on some architectures, the output, all in one block that lives as long as the call. `Rule`
@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdfit.backends.trace.segments import CachingAllocator, rounded
+from sdfit.backends.trace.segments import CachingAllocator
+from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
 from sdfit.workload import Workload
 

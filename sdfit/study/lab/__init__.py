@@ -1,1 +1,1 @@
-"""A whole session with a card as one command: grids, required capacities, proofs, the fit, the card as a smaller one."""
+"""For the makers: a whole session with a card, its proofs, kernels one by one, published rows traced and replayed."""

@@ -1,5 +1,5 @@
 """``python -m sdfit.study.lab``."""
 
-from sdfit.study.lab.campaign import main
+from sdfit.study.lab.commands import main
 
 raise SystemExit(main())

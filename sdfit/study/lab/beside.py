@@ -1,6 +1,6 @@
 """The trace beside the measurement, stage by stage: what is left over belongs to kernels.
 
-    python -m sdfit.study.lab.beside data/h200/<date>-default.jsonl [--kernels h200] [--take 60]
+    python -m sdfit.study.lab beside data/h200/<date>-default.jsonl [--kernels h200] [--take 60]
 
 Each recorded workload is traced again, bare or with the kernel workspaces of a card, and the difference of each
 stage's peak is shown per variant of the stage and regime, in bytes per pixel of a pass: a workspace of so many
@@ -10,22 +10,19 @@ the real peak may lie at another.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from sdfit.backends.trace.observe import observed
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import workspaces_for
-from sdfit.equation.terms import REGIMES, Sizes, StageKey, regime, stage_key
-from sdfit.errors import SdfitError
-from sdfit.records import Record, read
+from sdfit.equation.regimes import REGIMES, regime
+from sdfit.equation.sizes import Sizes
+from sdfit.equation.stages import StageKey, stage_key
+from sdfit.records import Record
 from sdfit.units import aligned, format_bytes
 
 
@@ -63,7 +60,7 @@ def beside(records: Sequence[Record], tracer: Tracer) -> tuple[Difference, ...]:
     Parameters
     ----------
     records : sequence of Record
-        Those that did not succeed are passed over.
+        Those that did not succeed are skipped.
     tracer : Tracer
         Bare, or with the workspaces that are to be tested.
     """
@@ -83,7 +80,7 @@ def beside(records: Sequence[Record], tracer: Tracer) -> tuple[Difference, ...]:
             pixels = float(np.asarray(sizes.n * sizes.A if stage == "unet" else sizes.m * sizes.P).item())
             name = observer.peaks[stage].name if stage in observer.peaks else None
             where = f"{name.operation} in {name.path}" if name else ""
-            label = REGIMES[int(np.asarray(regime(key, sizes)).item())]
+            label = REGIMES[int(np.asarray(regime(stage, sizes)).item())].words
             found[key, label].append((above - expected, pixels, where))
     return tuple(_difference(key, label, rows) for (key, label), rows in sorted(found.items()))
 
@@ -116,30 +113,3 @@ def table(found: Sequence[Difference]) -> str:
         shown = (format_bytes(d.median_bytes), format_bytes(d.worst_bytes), f"{d.bytes_per_pixel:,.1f}")
         lines.append((" ".join(d.key), d.regime, d.operation, str(d.rows), *shown))
     return aligned(lines, left=3)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table for a records file; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdfit.study.lab.beside", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("records", type=Path)
-    parser.add_argument("--kernels", help="a card whose workspaces the trace adds; otherwise the bare trace")
-    parser.add_argument("--take", type=int, default=60, help="so many workloads, spread over the file")
-    given = parser.parse_args(arguments)
-    try:
-        file = read(given.records)
-        step = max(len(file.records) // max(given.take, 1), 1)
-        tracer = Tracer(workspaces_for(given.kernels) if given.kernels else None)
-        print(
-            f"{given.records}: {file.environment.get('gpu')}, backend {file.environment.get('backend')}; trace: simulated"
-        )
-        print(table(beside(file.records[::step], tracer)))
-    except SdfitError as error:
-        print(f"sdfit: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

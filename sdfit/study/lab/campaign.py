@@ -1,16 +1,16 @@
 """Everything that a card is needed for, as one command that can be cut short and run again.
 
-    python -m sdfit.study.lab --gpu h200 --folder data/h200 --budget 9m
+    python -m sdfit.study.lab campaign --gpu h200 --folder data/h200 --budget 9m
 
 Parts, in the order of what would be missed most: the default grid and the holdout without their largest runs, the
 required capacities, the proofs (`sdfit.study.lab.proofs`), the largest runs, then the fit and the card as a smaller one
-(`sdfit.study.lab.capped`). Each record is on the disk before the next run starts; a part skips what the folder holds. Tables come
-last. ``--dry-run`` prints the plan; ``--backend fake`` or ``trace`` rehearse it without a card.
+(`sdfit.study.lab.capped`). Each record is on the disk before the next run starts; a part skips what the folder holds.
+Tables (`sdfit.study.lab.tables`) come last. ``--dry-run`` prints the plan; ``--backend fake`` or ``trace`` rehearse it
+without a card.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,17 +19,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sdfit.equation.terms import StageKey, stage_key
-from sdfit.errors import GridError, SdfitError, listed
+from sdfit.equation.stages import StageKey, stage_key
+from sdfit.errors import SdfitError, listed
 from sdfit.predict.predictor import Predictor
 from sdfit.records import Record, RecordsFile, pool, read
-from sdfit.study.lab import capped, proofs, tables
-from sdfit.study.lab.tables import GRIDS
+from sdfit.study.comparison import residuals
+from sdfit.study.lab import capped, proofs
 from sdfit.sweep.grid import Plan, load
 from sdfit.sweep.run import Progress, sweep, workloads_left
-from sdfit.units import format_bytes, parse_duration
+from sdfit.units import format_bytes
 from sdfit.workload import Workload
 
+GRIDS = ("default", "holdout", "required")
 LARGEST = "-largest"
 LARGEST_PIXELS = 8_000_000
 """Pixels times UNet samples from which a run is one of the largest: few, and they take most of the time."""
@@ -82,7 +83,7 @@ class Campaign:
         return lambda: time.monotonic() < end
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """For the backend; only a card knows ``required`` and its like, a trace gives it with its workspaces."""
+        """For the backend; only a card is told to bisect and its like, a trace gives all with its workspaces."""
         own = {"cuda": more, "trace": {"workspaces": True}}
         return {"gpu": self.gpu, **own.get(self.backend, {})}
 
@@ -110,7 +111,7 @@ class Campaign:
 
     def predictor(self) -> Predictor | None:
         """The model, if it was fitted."""
-        from sdfit.predict.artifact import load_artifact
+        from sdfit.predict.loading import load_artifact
 
         return Predictor(load_artifact(self.model), self.model) if self.model.exists() else None
 
@@ -155,7 +156,7 @@ def _grid(campaign: Campaign, part: str) -> None:
         if len(campaign.runs) % 20 == 0:
             print(f"   {grid}: {progress.done} of {progress.total}, {progress.oom} oom", file=sys.stderr, flush=True)
 
-    options = campaign.options(required=grid == "required")
+    options = campaign.options(bisect=grid == "required")
     sweep(
         plan,
         campaign.backend,
@@ -187,9 +188,8 @@ def _unfinished(campaign: Campaign, part: str) -> list[Workload]:
 
 
 def _proofs(campaign: Campaign) -> None:
-    log = proofs.Log(campaign.side_file("proofs"))
-    workloads = campaign.plan("proofs").workloads
-    if not proofs.prove(log, workloads, campaign.backend, campaign.options(), campaign.in_time("proofs")):
+    path, workloads = campaign.side_file("proofs"), campaign.plan("proofs").workloads
+    if not proofs.prove(path, workloads, campaign.backend, campaign.options(), campaign.in_time("proofs")):
         campaign.notes.append("proofs: unfinished")
 
 
@@ -205,7 +205,7 @@ def _fit(campaign: Campaign) -> None:
     thin = {key for key, seen in sizes.items() if len(seen) < FEWEST_SIZES}
     kept = [r for r in data.records if stage_key("unet", r.workload.variant) not in thin]
     campaign.notes += [f"fit: too few sizes yet of {' '.join(key[1:])}; left out" for key in sorted(thin)]
-    fit(replace(data, records=kept)).save(campaign.model)
+    fit(replace(data, records=kept), published=residuals.read()).save(campaign.model)
 
 
 def _capped(campaign: Campaign) -> None:
@@ -237,38 +237,4 @@ def dry_run(campaign: Campaign, parts: Sequence[str]) -> str:
     if "capped" in parts:
         count = len(capped.CAPS_BYTES) * len(capped.SHAPES)
         lines.append(f"capped: {count} tries of two runs, at {listed(format_bytes(c) for c in capped.CAPS_BYTES)}")
-    return "\n\n".join([*lines, tables.state(campaign)])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sdfit.study.lab", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gpu", default="auto", help="the card, as in h200; auto takes what is there")
-    parser.add_argument("--backend", choices=("cuda", "trace", "fake"), default="cuda")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="where records are, and go; its name names the model"
-    )
-    parser.add_argument("--budget", default="9m", help="begin nothing new after this time")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {listed(PARTS)}")
-    parser.add_argument("--take", type=int, default=None, help="only so many workloads of each grid: a rehearsal")
-    parser.add_argument("--dry-run", action="store_true")
-    given = parser.parse_args(arguments)
-    parts = [p for p in given.parts.split(",") if p]
-    try:
-        unknown = [p for p in parts if p not in PARTS]
-        if unknown:
-            raise GridError(f"there is no part '{unknown[0]}'; there are: {listed(PARTS)}", given=unknown[0])
-        campaign = Campaign(given.backend, given.gpu, given.folder, parse_duration(given.budget), given.take)
-        if given.dry_run:
-            print(dry_run(campaign, parts))
-            return 0
-        run(campaign, parts)
-        print(tables.tables(campaign), flush=True)
-    except SdfitError as error:
-        print(f"sdfit: {error}", file=sys.stderr)
-        return error.exit_code
-    return 1 if campaign.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return "\n\n".join(lines)

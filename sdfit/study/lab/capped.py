@@ -16,7 +16,9 @@ from typing import Any
 from sdfit.errors import SdfitError
 from sdfit.predict.advise import SAFE_LEVEL, NothingFits, best_metric, largest, size_of_aspect
 from sdfit.predict.predictor import Predictor
-from sdfit.records import Record, Writer, fingerprint, read
+from sdfit.records import RECORDS, Record, fingerprint, read
+from sdfit.sweep.journal import Journal
+from sdfit.sweep.run import finished, record_of
 from sdfit.sweep.workers import LocalPool
 from sdfit.units import GIB
 from sdfit.workload import Workload
@@ -97,7 +99,7 @@ def run(
     digest = fingerprint([[t.cap_bytes, t.must_run.to_dict(), t.must_fail.to_dict()] for t in planned])
     known = sorted(folder.glob(f"*-capped-{digest[:8]}.jsonl"))
     path = known[-1] if known else folder / f"{date.today().isoformat()}-capped-{digest[:8]}.jsonl"
-    done = {r.index for r in read(path).records if r.outcome != "crash"} if path.exists() else set()
+    done = set(finished(read(path).records)) if path.exists() else set()
     for cap, jobs in jobs_of(planned).items():
         left = [(i, w) for i, w in jobs if i not in done]
         if left and in_time():
@@ -130,9 +132,9 @@ def _run_cap(
                     return
                 yield job
 
-        with Writer(path, environment) as writer:
+        with Journal(path, environment, RECORDS) as journal:
             for index, fields in pool.run(jobs()):
-                writer.append(Record(index, dict(left)[index], **(fields | {"cap_bytes": cap})))
+                journal.append(record_of(index, dict(left)[index], fields | {"cap_bytes": cap}))
     finally:
         pool.close()
 

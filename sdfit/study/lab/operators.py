@@ -10,7 +10,6 @@ than the same call in a full pipeline.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +19,16 @@ import torch
 from torch.nn import functional
 
 from sdfit.backends.counters import Counters
-from sdfit.backends.trace.segments import rounded
+from sdfit.backends.environment import software
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.backends.trace.workspaces import convolution_bytes, workspaces_for
-from sdfit.errors import RecordsError, SdfitError
+from sdfit.equation.weights import rounded
+from sdfit.errors import SdfitError
+from sdfit.records import Kind
+from sdfit.sweep.journal import Journal
 from sdfit.units import aligned, format_bytes
 from sdfit.workload import VAE_SCALE, Workload
 
-FORMAT = 1
 UNET_HEADS, UNET_CHANNELS, VAE_CHANNELS = 8, (320, 640, 1280, 1280), 512
 """Heads and channels of the attention layers, level by level; the VAE has one head."""
 
@@ -70,6 +71,16 @@ class Held:
     held_bytes: int | None
     table_bytes: int | None
     message: str | None = None
+
+
+def _held(values: Any) -> Held:
+    """Make a row of a parsed line."""
+    operator = values["operator"]
+    shapes = tuple(tuple(shape) for shape in operator["shapes"])
+    return Held(**{**values, "operator": Operator(**{**operator, "shapes": shapes})})
+
+
+OPERATORS = Kind("operator", _held, asdict, "python -m sdfit.study.lab operators")
 
 
 def operators_of(workloads: Iterable[Workload], tracer: Tracer | None = None) -> list[Operator]:
@@ -137,28 +148,22 @@ def sweep_operators(operators: Iterable[Operator], counters: Counters, path: Pat
     Raises
     ------
     RecordsError
-        If the file is not one of operators.
+        If the file is not one of operators, or of another card or other versions.
     """
-    known = _read(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if known:  # cut a torn last line off, so that what follows stands on a line of its own
-        whole = path.read_bytes()
-        path.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    table = _table_of(str(counters.facts()["name"]))
-    with path.open("a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            file.write(json.dumps({"sdfit_operators": FORMAT, "environment": counters.facts()}) + "\n")
+    facts = counters.facts()
+    table = _table_of(str(facts["name"]))
+    with Journal(path, facts | software(), OPERATORS) as journal:
+        known = {row.operator for row in journal.rows}
         for operator in operators:
             if operator in known:
                 continue
             try:
                 held = Held(operator, measure(operator, counters), table(operator))
-            except (torch.OutOfMemoryError, RuntimeError) as error:  # too large for this card: a row too
-                held = Held(operator, None, table(operator), str(error).splitlines()[0])
-            known[operator] = held
-            file.write(json.dumps(asdict(held)) + "\n")
-            file.flush()
-    return list(known.values())
+            except RuntimeError as error:  # too large for this card: a row too
+                held = Held(operator, None, table(operator), (str(error) or type(error).__name__).splitlines()[0])
+            known.add(operator)
+            journal.append(held)
+        return journal.rows
 
 
 def _table_of(card: str) -> Callable[[Operator], int | None]:
@@ -176,24 +181,6 @@ def _table_of(card: str) -> Callable[[Operator], int | None]:
         return convolution_bytes(architecture, operator.dtype, image, weight, (image[0], weight[0], *sides))
 
     return says
-
-
-def _read(path: Path) -> dict[Operator, Held]:
-    if not path.exists() or not path.stat().st_size:
-        return {}
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line is left out, and run again
-    try:
-        if json.loads(lines[0])["sdfit_operators"] != FORMAT:
-            raise KeyError
-        rows = [json.loads(line) for line in lines[1:]]
-        found = {}
-        for row in rows:
-            shapes = tuple(tuple(shape) for shape in row["operator"]["shapes"])
-            operator = Operator(**{**row["operator"], "shapes": shapes})
-            found[operator] = Held(operator, row["held_bytes"], row["table_bytes"], row["message"])
-        return found
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise RecordsError(f"'{path}' is no file of operators; choose another with --out", path=str(path)) from error
 
 
 def table(found: Iterable[Held]) -> str:

@@ -2,7 +2,7 @@
 
 Does a peak depend on the number of steps, on the process's age, on the values of the weights, on the allocator's
 settings? What does the first workload of a process cost extra? Which attention kernel runs for which head size? Each
-answer is a row of a JSON Lines file; `compared` sets them beside the reference, byte by byte.
+answer is a row of a journal; `compared` sets them beside the reference, byte by byte.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.errors import RecordsError
+from sdfit.records import MATTERS, Kind, differences
+from sdfit.sweep.journal import Journal
 from sdfit.sweep.workers import LocalPool
 from sdfit.workload import Workload
 
-REFERENCE = "reference"
+REFERENCE, KERNELS = "reference", "sdpa kernels"
 HEAD_DIMS = (40, 80, 160, 512)
 """Of the UNet's three resolutions, and of the VAE's middle."""
 
@@ -68,47 +70,27 @@ CONDITIONS = (
 )
 
 
-class Log:
-    """A JSON Lines file of proofs, each row on the disk before the next run starts."""
+def _row(values: Any) -> dict[str, Any]:
+    """Check a parsed line."""
+    if not isinstance(values, dict) or not {"condition", "index"} <= set(values):
+        raise RecordsError("it has no condition, or no index")
+    return values
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-            try:
-                self.rows = [json.loads(line) for line in whole.splitlines()]
-            except ValueError as error:
-                raise RecordsError(
-                    f"'{path}' has a broken line ({error}); mend or delete it", path=str(path)
-                ) from error
-            path.write_text(whole + "\n" if whole else "", encoding="utf-8")  # without a torn last line
 
-    def has(self, condition: str, index: int) -> bool:
-        """Whether this row is there already, and no crash."""
-        return any(
-            r["condition"] == condition and r["index"] == index and r.get("outcome") != "crash" for r in self.rows
-        )
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one row."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows.append(row)
+PROOFS = Kind("proof", _row, dict, "python -m sdfit.study.lab campaign --parts proofs")
+"""A row is a condition, the index of its workload, the fields of a Record and the environment it was run in."""
+_SAME = tuple(name for name in MATTERS if name != "allocator_settings")  # which one condition changes
 
 
 def prove(
-    log: Log,
+    path: Path,
     workloads: Sequence[Workload],
     backend: str,
     options: Mapping[str, Any],
     in_time: Callable[[], bool] = lambda: True,
     conditions: Sequence[Condition] = CONDITIONS,
 ) -> bool:
-    """Run the workloads under each condition, skipping what the log holds.
+    """Run the workloads under each condition, skipping what the file holds.
 
     Parameters
     ----------
@@ -119,39 +101,52 @@ def prove(
     -------
     bool
         Whether nothing is left to do.
+
+    Raises
+    ------
+    RecordsError
+        If the file is no file of proofs, or its rows are of another card or other versions.
     """
-    for condition in conditions:
-        left = [i for i in range(len(workloads)) if not log.has(condition.name, i)]
-        if not left:
-            continue
-        # one process for all: a row that is missing means that all must be run again in it
-        groups = [[i] for i in left] if condition.fresh else [list(range(len(workloads)))]
-        extra = (
-            condition.options
-            if backend == "cuda"
-            else {k: v for k, v in condition.options.items() if k == "num_inference_steps"}
-        )
-        for group in groups:
+    with Journal(path, {"backend": backend}, PROOFS) as journal:
+        for condition in conditions:
+            done = _done(journal.rows, condition.name)
+            left = [i for i in range(len(workloads)) if i not in done]
+            if not left:
+                continue
+            # one process for all: a row that is missing means that all must be run again in it
+            groups = [[i] for i in left] if condition.fresh else [list(range(len(workloads)))]
+            known = ("num_inference_steps",) if backend != "cuda" else tuple(condition.options)
+            extra = {name: value for name, value in condition.options.items() if name in known}
+            for group in groups:
+                if not in_time():
+                    return False
+                with _variables(condition.variables):
+                    for row in _rows(backend, dict(options) | extra, [(i, workloads[i]) for i in group], journal.rows):
+                        journal.append({"condition": condition.name, **row})
+        if not _done(journal.rows, KERNELS):
             if not in_time():
                 return False
-            with _variables(condition.variables):
-                for index, row in _rows(backend, dict(options) | extra, [(i, workloads[i]) for i in group]):
-                    log.append({"condition": condition.name, "index": index, **row})
-    if not log.has("sdpa kernels", 0):
-        if not in_time():
-            return False
-        log.append({"condition": "sdpa kernels", "index": 0, "kernels": kernels_in_a_process(backend)})
+            journal.append({"condition": KERNELS, "index": 0, "kernels": kernels_in_a_process(backend)})
     return True
 
 
+def _done(rows: Sequence[Mapping[str, Any]], condition: str) -> set[int]:
+    """The indices of a condition's rows that are no crash."""
+    return {r["index"] for r in rows if r["condition"] == condition and r.get("outcome") != "crash"}
+
+
 def _rows(
-    backend: str, options: dict[str, Any], jobs: list[tuple[int, Workload]]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+    backend: str, options: dict[str, Any], jobs: list[tuple[int, Workload]], known: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
     pool = LocalPool(backend, options, 1)
     try:
         environment = pool.environment()
+        before = next((r["environment"] for r in known if "environment" in r), environment)
+        differ = differences(before, environment, _SAME)
+        if differ:
+            raise RecordsError(f"the proofs there are of other conditions ({'; '.join(differ)}); choose another folder")
         for index, fields in pool.run(jobs):
-            yield index, {"workload": dict(jobs)[index].to_dict(), **fields, "environment": environment}
+            yield {"index": index, "workload": dict(jobs)[index].to_dict(), **fields, "environment": environment}
     finally:
         pool.close()
 
@@ -211,7 +206,7 @@ def kernels_in_a_process(backend: str) -> list[dict[str, Any]]:
     """`attention_kernels` in a process of its own, so that its context does not count in anybody's device memory."""
     device = "cuda" if backend == "cuda" else "cpu"
     done = subprocess.run(
-        [sys.executable, "-m", "sdfit.study.lab.proofs", device], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sdfit.study.lab", "kernels", device], capture_output=True, text=True, check=False
     )
     if done.returncode:
         return [{"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}]
@@ -247,7 +242,3 @@ def attention_kernels(device: str) -> list[dict[str, Any]]:
                 choice = SDPBackend(torch._fused_sdp_choice(query, key, value)).name.lower()
                 found.append({"dtype": dtype, "head_dim": head_dim, "rows": rows, "choice": choice, "kernels": names})
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(attention_kernels(sys.argv[1])))

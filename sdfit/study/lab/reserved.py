@@ -2,8 +2,8 @@
 
 The benchmark encodes or decodes one image several times, gives the cache back between runs, and reports the peak of
 reserved memory above what was reserved before. `replay_row` does the same with a trace: the weights stay, each run's
-births and deaths go through `sdfit.backends.trace.segments.CachingAllocator`, what a run leaves is freed when the next begins.
-`python -m sdfit.study.lab.reserved` prints every published reserved row beside its replay.
+allocations and frees go through `sdfit.backends.trace.segments.CachingAllocator`, what a run leaves is freed when the next
+begins. `python -m sdfit.study.lab reserved` prints every published reserved row beside its replay.
 
 What it does not know: rows INV-028 to 034 come from a script that converts a float16 VAE to float32 inside the timed
 part, so that float16 segments add to what was reserved; the replay does not do that.
@@ -12,15 +12,12 @@ part, so that float16 segments add to what was reserved; the replay does not do 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sdfit.backends.trace.segments import Block, CachingAllocator
+from sdfit.backends.trace.tracer import Tracer
 from sdfit.study.comparison import published
-from sdfit.study.comparison.residuals import trace_published
+from sdfit.study.lab.published import trace_published
 from sdfit.units import aligned, format_bytes, percent
-
-if TYPE_CHECKING:
-    from sdfit.backends.trace.tracer import Tracer
 
 RUNS = 3
 """The second run already sees what every later one sees."""
@@ -52,10 +49,10 @@ def replay_row(row: published.PublishedRow, tracer: Tracer) -> ReservedRow:
     _, traced = trace_published(row, tracer, keep_events=True)
     assert traced.events is not None
     allocator = CachingAllocator()
-    resident, first = 0, 0
+    loaded, first = 0, 0
     held = traced.weights_bytes + traced.standing_bytes - traced.unsplit_bytes
-    while resident < held:  # the weights and the cuBLAS workspace are born first and never die
-        resident += traced.events[first][1]
+    while loaded < held:  # the weights and the cuBLAS workspace come first and are never freed
+        loaded += traced.events[first][1]
         allocator.malloc(traced.events[first][1])
         first += 1
     above = 0
@@ -71,22 +68,20 @@ def replay_row(row: published.PublishedRow, tracer: Tracer) -> ReservedRow:
 
 
 def _play(allocator: CachingAllocator, events: list[tuple[int, int]]) -> dict[int, Block]:
-    """Send events through the allocator; returns the blocks that are alive at the end."""
-    alive: dict[int, Block] = {}
+    """Send events through the allocator; returns the blocks that are live at the end."""
+    live: dict[int, Block] = {}
     for number, size in events:
         if size < 0:
-            allocator.free(alive.pop(number))
+            allocator.free(live.pop(number))
             continue
         block = allocator.malloc(size)
         assert block is not None, "an allocator without a cap always finds memory"
-        alive[number] = block
-    return alive
+        live[number] = block
+    return live
 
 
 def replay_all() -> tuple[ReservedRow, ...]:
     """Replay every published reserved row; takes some seconds."""
-    from sdfit.backends.trace.tracer import Tracer
-
     tracer = Tracer()
     rows = [r for r in published.rows() if r.metric == "reserved"]
     return tuple(replay_row(row, tracer) for row in sorted(rows, key=lambda r: (r.dtype, r.id)))
@@ -101,7 +96,3 @@ def table(found: tuple[ReservedRow, ...]) -> str:
         shown = (format_bytes(r.peak_bytes), format_bytes(one.replayed_bytes), percent(one.error))
         lines.append((r.id, what, r.dtype, *shown))
     return aligned(lines, left=3)
-
-
-if __name__ == "__main__":
-    print(table(replay_all()))

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from sdfit.equation.metrics import METRICS
-from sdfit.errors import SdfitError, UnknownVariant, listed
-from sdfit.predict.advise import SAFE_LEVEL
+from sdfit.errors import RecordsError, SdfitError, listed
+from sdfit.judging.evaluate import evaluate
 from sdfit.predict.predictor import Predictor
-from sdfit.records import Record, RecordsFile, read
+from sdfit.records import Record, RecordsFile, read, read_rows
 from sdfit.study.lab import capped, proofs
-from sdfit.units import aligned, format_bytes, percent
+from sdfit.study.lab.campaign import GRIDS, SIDE, Campaign
+from sdfit.units import aligned, format_bytes
 
-if TYPE_CHECKING:
-    from sdfit.study.lab.campaign import Campaign
-
-GRIDS = ("default", "holdout", "required")
 RATE_PIXELS = 1024 * 1024
 """The rate is told for single images up to this size."""
 
@@ -66,7 +60,7 @@ def _proof_table(campaign: Campaign) -> str:
     path = campaign.side_file("proofs")
     if not path.exists():
         return ""
-    rows = proofs.Log(path).rows
+    _, rows, _ = read_rows(path, proofs.PROOFS)
     lines: list[Sequence[str]] = [("condition - reference [B]", "runs", "stages", "allocated", "reserved", "baseline")]
     for entry in proofs.compared(rows):
         cells = [_span(entry[name]) for name in ("stages", "allocated", "reserved", "baseline")]
@@ -96,40 +90,16 @@ def _span(span: tuple[int, int] | None) -> str:
 
 
 def _holdout_table(predictor: Predictor, held: RecordsFile) -> str:
-    lines: list[Sequence[str]] = [("holdout", "rows", "median", "worst", "in 95 %", "over 0.99 bound", "reserves more")]
-    ok = [r for r in held.records if r.outcome == "ok" and _known(predictor, r)]
-    for metric in METRICS:
-        rows = [r for r in ok if getattr(r, f"{metric}_bytes") is not None]
-        if not rows or (metric != "allocated" and not predictor.artifact.metrics.get(metric)):
-            continue
-        judged = [_judged(predictor, r, metric) for r in rows]
-        errors, inside, over, more = (np.array(column) for column in zip(*judged, strict=True))
-        cells = (np.median(errors), errors.max(), inside.mean(), over.mean(), more.mean())
-        lines.append((metric, str(len(rows)), *(percent(float(c)) for c in cells)))
-    return aligned(lines)
-
-
-def _known(predictor: Predictor, record: Record) -> bool:
-    """Whether the model has seen that variant; a sweep that was cut short may lack some."""
     try:
-        predictor.variant(record.workload.variant)
-    except UnknownVariant:
-        return False
-    return True
-
-
-def _judged(predictor: Predictor, record: Record, metric: str) -> tuple[float, bool, bool, float]:
-    actual = float(getattr(record, f"{metric}_bytes"))
-    guess = predictor.predict_workload(record.workload, metric=metric, level=0.95)
-    low, high = guess.interval[:2]
-    bound = predictor.predict_workload(record.workload, metric=metric, level=SAFE_LEVEL).upper
-    return abs(guess / actual - 1), low <= actual <= high, actual > bound, bound / actual - 1
+        return f"holdout: {evaluate(predictor, held).table()}"
+    except RecordsError as error:  # a sweep that was cut short may lack its variants
+        return f"holdout: {error}"
 
 
 def _capped_table(campaign: Campaign, predictor: Predictor) -> str:
     planned = capped.tries(predictor)
     found: list[Record] = []
-    for path in sorted((campaign.folder / "proofs").glob("*-capped-*.jsonl")):
+    for path in sorted((campaign.folder / SIDE).glob("*-capped-*.jsonl")):
         rows = read(path).records
         try:
             capped.verdict(planned, rows)

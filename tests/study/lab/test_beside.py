@@ -12,8 +12,10 @@ pytest.importorskip("diffusers")
 from sdfit.backends.trace.backend import TraceBackend  # noqa: E402
 from sdfit.backends.trace.tracer import Tracer  # noqa: E402
 from sdfit.backends.trace.workspaces import workspaces_for  # noqa: E402
-from sdfit.records import Record, Writer  # noqa: E402
-from sdfit.study.lab.beside import beside, main, table  # noqa: E402
+from sdfit.records import RECORDS, Record  # noqa: E402
+from sdfit.study.lab.beside import beside, table  # noqa: E402
+from sdfit.study.lab.commands import main  # noqa: E402
+from sdfit.sweep.journal import Journal  # noqa: E402
 from sdfit.workload import Workload  # noqa: E402
 
 WORKLOAD = Workload(512, 512, safety_checker=False)
@@ -45,16 +47,16 @@ def test_the_command_prints_the_table_and_says_what_is_simulated(
     record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A records file in, a table out; a file that is none is one sentence and exit code 1."""
-    with Writer(tmp_path / "r.jsonl", {"backend": "trace", "gpu": "none"}) as writer:
-        writer.append(record)
-    assert main([str(tmp_path / "r.jsonl"), "--kernels", "t4"]) == 0
+    with Journal(tmp_path / "r.jsonl", {"backend": "trace", "gpu": "none"}, RECORDS) as journal:
+        journal.append(record)
+    assert main(["beside", str(tmp_path / "r.jsonl"), "--kernels", "t4"]) == 0
     out = capsys.readouterr().out
     assert "trace: simulated" in out and "vae_decoder_blocks float16 kl" in out
-    assert main([str(tmp_path / "none.jsonl")]) == 1
+    assert main(["beside", str(tmp_path / "none.jsonl")]) == 1
     assert capsys.readouterr().err.startswith("sdfit: cannot read records")
 
 
-def test_runs_that_failed_are_passed_over(record: Record) -> None:
+def test_runs_that_failed_are_skipped(record: Record) -> None:
     """An out-of-memory row has no peaks to compare."""
     failed = Record(1, WORKLOAD, "oom", {"unet": 1}, oom_stage="unet")
     assert len(beside([failed, record], Tracer())) == len(record.stage_peaks_bytes) and not beside([failed], Tracer())

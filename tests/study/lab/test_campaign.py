@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from sdfit.errors import SdfitError
+from sdfit.errors import RecordsError, SdfitError
+from sdfit.judging.evaluate import evaluate
 from sdfit.records import Record, read
 from sdfit.study.lab import capped, proofs
-from sdfit.study.lab.campaign import BUDGETS_S, PARTS, Campaign, main, run
+from sdfit.study.lab.campaign import BUDGETS_S, PARTS, Campaign, run
+from sdfit.study.lab.commands import main
 from sdfit.study.lab.tables import tables
 from sdfit.sweep import grid
 from sdfit.units import GIB
@@ -54,11 +57,12 @@ def test_the_model_knows_the_made_up_cards_borders(finished):
 
 
 def test_the_holdout_is_judged_for_every_metric(finished):
-    """Allocated, reserved, device and required stand in the table, with their errors."""
-    text = tables(finished)
-    block = text[text.index("holdout    rows") if "holdout    rows" in text else text.index("over 0.99 bound") :]
+    """What `sdfit evaluate` says of it stands in the tables: allocated, reserved, device and required."""
+    f, held = finished.predictor(), finished.records("holdout")
+    text = evaluate(f, held).table()
+    assert text in tables(finished)
     for metric in ("allocated", "reserved", "device", "required"):
-        assert f"\n{metric} " in block
+        assert f"\n{metric} " in text
 
 
 def test_running_it_again_runs_nothing_again(finished):
@@ -97,7 +101,18 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_a_killed_campaign_goes_on_where_it_was(tmp_path):
     """kill -9 in the middle, the same command again: the records are those of one that was left alone."""
-    command = [sys.executable, "-m", "sdfit.study.lab", "--backend", "fake", "--gpu", "h200", "--take", "200"]
+    command = [
+        sys.executable,
+        "-m",
+        "sdfit.study.lab",
+        "campaign",
+        "--backend",
+        "fake",
+        "--gpu",
+        "h200",
+        "--take",
+        "200",
+    ]
     command += ["--parts", "default,holdout", "--folder", str(tmp_path / "h200")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
@@ -117,7 +132,7 @@ def test_a_killed_campaign_goes_on_where_it_was(tmp_path):
 
 def test_the_dry_run_prints_every_part_and_runs_nothing(tmp_path, capsys):
     """The plan, with the number of runs, and no file."""
-    assert main(["--backend", "fake", "--folder", str(tmp_path / "x"), "--dry-run"]) == 0
+    assert main(["campaign", "--backend", "fake", "--folder", str(tmp_path / "x"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     for words in ("default: at most", "holdout: at most", "required: 60 runs", "50 steps", "capped: 20 tries"):
         assert words in text
@@ -126,7 +141,7 @@ def test_the_dry_run_prints_every_part_and_runs_nothing(tmp_path, capsys):
 
 def test_an_unknown_part_is_named(tmp_path, capsys):
     """With those that there are."""
-    assert main(["--folder", str(tmp_path), "--parts", "defualt"]) == 1
+    assert main(["campaign", "--folder", str(tmp_path), "--parts", "defualt"]) == 1
     assert "no part 'defualt'; there are: default" in capsys.readouterr().err
 
 
@@ -192,19 +207,30 @@ def test_differences_from_the_reference_are_found_to_the_byte():
     assert table["second seed"]["allocated"] is None
 
 
-def test_proofs_go_on_after_a_torn_line(tmp_path):
+FRESH = [c for c in proofs.CONDITIONS if c.name in ("reference", "fresh process")]
+TWO = [Workload(512, 512), Workload(512, 768)]
+
+
+def test_proofs_go_on_after_a_torn_line(tmp_path, monkeypatch):
     """The torn row is run again, the others are not."""
     path = tmp_path / "p.jsonl"
-    log, workloads = proofs.Log(path), [Workload(512, 512), Workload(512, 768)]
-    fresh = [c for c in proofs.CONDITIONS if c.name in ("reference", "fresh process")]
-    log.append({"condition": "sdpa kernels", "index": 0, "kernels": []})
-    assert proofs.prove(log, workloads, "fake", {"gpu": "h200"}, conditions=fresh)
+    monkeypatch.setattr(proofs, "kernels_in_a_process", lambda backend: [])
+    assert proofs.prove(path, TWO, "fake", {"gpu": "h200"}, conditions=FRESH)
     whole = path.read_text().splitlines(keepends=True)
-    assert len(whole) == 5
+    assert len(whole) == 1 + 2 + 2 + 1
     path.write_text("".join(whole[:-1]) + whole[-1][:40])
-    again = proofs.Log(path)
-    assert proofs.prove(again, workloads, "fake", {"gpu": "h200"}, conditions=fresh)
+    assert proofs.prove(path, TWO, "fake", {"gpu": "h200"}, conditions=FRESH)
     assert path.read_text().splitlines(keepends=True) == whole
+
+
+def test_proofs_of_another_card_are_not_gone_on_with(tmp_path):
+    """Bytes of two cards are not set beside each other; nothing is written."""
+    path = tmp_path / "p.jsonl"
+    assert not proofs.prove(path, TWO, "fake", {"gpu": "a"}, conditions=FRESH, in_time=iter([True, False]).__next__)
+    before = path.read_bytes()
+    with pytest.raises(RecordsError, match="gpu: made-up card 'a' / made-up card 'b'"):
+        proofs.prove(path, TWO, "fake", {"gpu": "b"}, conditions=FRESH)
+    assert path.read_bytes() == before
 
 
 def test_a_condition_reaches_its_process_and_leaves_nothing_behind(tmp_path):
@@ -237,9 +263,8 @@ def test_failing_runs_come_last_under_each_cap():
 def test_a_verdict_on_other_tries_is_refused():
     """Records of an earlier model's borders are not taken for this one's."""
     one = capped.Try(6 * GIB, Workload(512, 512), Workload(576, 576))
-    assert capped.verdict([one], [Record(0, one.must_run, "ok"), Record(1, one.must_fail, "oom")]) == [
-        (one, "ok", "oom")
-    ]
+    ran = Record(0, one.must_run, "ok", {"unet": 7}, allocated_bytes=7)
+    assert capped.verdict([one], [ran, Record(1, one.must_fail, "oom")]) == [(one, "ok", "oom")]
     assert capped.verdict([one], []) == [(one, "-", "-")]
     with pytest.raises(SdfitError, match="row 0 is not of these tries"):
-        capped.verdict([one], [Record(0, Workload(768, 768), "ok")])
+        capped.verdict([one], [replace(ran, workload=Workload(768, 768))])

@@ -12,11 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from sdfit.backends.counters import CpuCounters  # noqa: E402
+from cpu_counters import CpuCounters  # noqa: E402
+
 from sdfit.backends.trace.tracer import Tracer  # noqa: E402
 from sdfit.backends.trace.workspaces import workspaces_for  # noqa: E402
-from sdfit.cli import main  # noqa: E402
 from sdfit.errors import RecordsError  # noqa: E402
+from sdfit.study.lab.commands import main  # noqa: E402
 from sdfit.study.lab.operators import (  # noqa: E402
     Held,
     Operator,
@@ -94,7 +95,7 @@ def test_a_file_is_gone_on_with_and_a_foreign_one_refused(tmp_path: Path) -> Non
     assert path.read_bytes().startswith(before) and [h.operator for h in found] == [CONVOLUTION, ATTENTION]
     assert json.loads(path.read_text().splitlines()[0])["environment"]["name"] == "t4"
     (tmp_path / "other.jsonl").write_text('{"sdfit_records": 1}\n')
-    with pytest.raises(RecordsError, match="is no file of operators"):
+    with pytest.raises(RecordsError, match="not the environment of an sdfit operators file"):
         sweep_operators([CONVOLUTION], Scratchy(), tmp_path / "other.jsonl")
 
 
@@ -113,9 +114,10 @@ def test_the_table_shows_what_holds_most_first() -> None:
 
 
 def test_the_command_needs_a_card(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a card it stops and says so; with another backend it is a usage error."""
+    """Without a card it stops and says so; its plan needs none."""
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    assert main(["sweep", "--operators"]) == 1
+    assert main(["operators"]) == 1
     assert "no CUDA card" in capsys.readouterr().err
-    assert main(["sweep", "--operators", "--backend", "trace"]) == 2
+    assert main(["operators", "--dry-run"]) == 0
+    assert "operators of 12 workloads" in capsys.readouterr().out

@@ -1,0 +1,53 @@
+"""Where the stages begin and end in a pipeline: hooks on its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sdfit.equation.stages import STAGES
+
+
+def boundaries(pipe: Any) -> list[tuple[Any, str, str]]:
+    """List where stages begin: (module, ``before`` or ``after`` its forward, the stage that begins there)."""
+    encoder, decoder = pipe.vae.encoder, pipe.vae.decoder
+    marks = [
+        (encoder, "before", "vae_encoder_blocks"),
+        (pipe.unet, "before", "unet"),
+    ]
+    if hasattr(encoder, "mid_block"):
+        marks += [
+            (encoder.mid_block, "before", "vae_encoder_mid"),
+            (encoder.mid_block, "after", "vae_encoder_blocks"),
+            (decoder, "before", "vae_decoder_mid"),
+            (decoder.mid_block, "after", "vae_decoder_blocks"),
+        ]
+    else:
+        marks.append((decoder, "before", "vae_decoder_blocks"))
+    if pipe.safety_checker is not None:
+        marks.append((pipe.safety_checker, "before", "safety_checker"))
+    return marks
+
+
+@contextmanager
+def watched(pipe: Any, enter: Callable[[str], None]) -> Iterator[None]:
+    """Call ``enter(stage)`` at each stage boundary of every run inside the ``with`` block, the first one at once."""
+    handles = []
+    for module, when, stage in boundaries(pipe):
+        hook = _hook(enter, stage)
+        register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
+        handles.append(register(hook))
+    enter(STAGES[0])
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(enter: Callable[[str], None], stage: str) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        enter(stage)
+
+    return hook

@@ -1,0 +1,58 @@
+"""What a run depends on beside the card: whether one is there, the software's versions, and that other libraries keep quiet."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sdfit.errors import DeviceError, needs
+
+
+def a_card_is_there(gpu: str) -> None:
+    """Refuse to go on without a CUDA card.
+
+    Raises
+    ------
+    DeviceError
+        Naming both ways on: another machine, or a trace.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise needs("sweep", "torch") from error
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace", gpu=gpu
+        )
+
+
+def software() -> dict[str, str | None]:
+    """Versions of what runs the pipeline."""
+    import torch
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "transformers", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def quiet_libraries() -> None:
+    """Keep the advice and warnings of other libraries off the terminal; sdfit's own warnings are notes on stderr.
+
+    To be called before diffusers and transformers are imported, by each process that a person has started.
+    """
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.showwarning = _note
+
+
+def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if category.__module__.startswith("sdfit"):
+        print(f"note: {message}", file=sys.stderr)
