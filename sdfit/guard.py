@@ -16,7 +16,8 @@ from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
-    from sdfit.predict.predictor import Prediction, Predictor
+    from sdfit.predict.prediction import Prediction
+    from sdfit.predict.predictor import Predictor
 
 
 class WillNotFit(SdfitError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from sdfit.backends.fake import FakeBackend
+from sdfit.equation.regimes import REGIMES
 from sdfit.equation.stages import STAGES, resident
 from sdfit.equation.weights import component_bytes
+from sdfit.predict.artifact import Artifact
 from sdfit.records import Record, RecordsFile, fingerprint
 from sdfit.workload import Workload
 
@@ -142,3 +146,35 @@ def swept_workloads(draw: DrawFn) -> Workload:
         draw(st.sampled_from((0.0, 1.0, 1.5, 7.5))),
         **draw(st.sampled_from(SWEPT)),
     )
+
+
+def far_and_wide(rng: random.Random, count: int, options: Mapping[str, Any]) -> list[Workload]:
+    """Workloads of one variant with sides, batches and prompts over all that a Workload may have, small ones no rarer."""
+
+    def between(low: int, high: int) -> int:
+        return round(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+    return [
+        Workload(
+            between(64, 8192),
+            between(64, 8192),
+            between(1, 1000),
+            rng.choice((1, 2, 3, between(1, 64))),
+            rng.choice((1.0, 7.5)),
+            **options,
+        )
+        for _ in range(count)
+    ]
+
+
+def with_regimes(artifact: Artifact, rng: random.Random) -> Artifact:
+    """The artifact with made-up coefficients of their own in each regime, within a factor of two of what they were."""
+    stages = {
+        key: stage
+        | {
+            "coef": [[(c + 1e-9) * rng.uniform(0.5, 2) for c in stage["coef"][0]] for _ in REGIMES],
+            "regimes": list(range(len(REGIMES))),
+        }
+        for key, stage in artifact.stages.items()
+    }
+    return replace(artifact, stages=stages)

@@ -21,7 +21,8 @@ from sdfit.units import format_bytes
 
 if TYPE_CHECKING:
     from sdfit.predict.advise import Option
-    from sdfit.predict.predictor import Prediction, Predictor
+    from sdfit.predict.prediction import Prediction
+    from sdfit.predict.predictor import Predictor
     from sdfit.workload import Workload
 
 
@@ -168,8 +169,8 @@ def models(as_json: bool) -> None:
     """List the models that can be loaded, and what each rests on."""
     from sdfit.errors import ArtifactError
     from sdfit.fit.card import models_table
-    from sdfit.predict.artifact import load_artifact
     from sdfit.predict.library import available
+    from sdfit.predict.loading import load_artifact
     from sdfit.predict.predictor import Predictor
 
     found = {}

@@ -28,6 +28,8 @@ POOLED_MISFIT = 2e-4
 SPLIT_GAIN, SPLIT_QUANTILE = 2.0, 0.75
 """Sets of their own must divide a regime's misfit by at least this much; its misfit is this quantile of its rows', so
 that no single row decides."""
+FAR = 12.0
+"""So many times the median misfit is far: such rows have no say in whether regimes are split."""
 ANCHOR = 1e-3
 """How strongly a regime's coefficients hold to its neighbour's where its own rows leave them open, beside the rows."""
 OPEN = 1e-6
@@ -92,10 +94,7 @@ class StageModel(RegressorMixin, BaseEstimator):
         self.coef_, self.regimes_ = pooled[None, :], [0] * len(REGIMES)
         found = np.broadcast_to(regime(self.key[0], sizes), len(X))
         own = self._own(design, target, found)
-        if len(own) > 1 and any(
-            _explains(target[mine] - design[mine] @ pooled, target[mine] - design[mine] @ coef)
-            for coef, mine in ((own[r], found == r) for r in own)
-        ):
+        if own and self._split_explains(design, target, found, pooled, own):
             self._split(own)
         return self
 
@@ -197,6 +196,29 @@ class StageModel(RegressorMixin, BaseEstimator):
             own[r] = self._solve(design[mine], target[mine], anchor)
         return own
 
+    def _split_explains(
+        self, design: Array, target: Array, found: Array, pooled: Array, own: dict[int, Array]
+    ) -> bool:
+        """Whether sets of their own explain what the common one misses, in most rows of some regime."""
+        common = self._without_far(design, target, pooled)
+        for r, coef in own.items():
+            mine = found == r
+            apart = self._without_far(design[mine], target[mine], coef)
+            # the lower of two neighbours: of two rows or more one alone never decides
+            before, after = (
+                np.quantile(np.abs(target[mine] - design[mine] @ c), SPLIT_QUANTILE, method="lower")
+                for c in (common, apart)
+            )
+            if before > POOLED_MISFIT and before > SPLIT_GAIN * after:
+                return True
+        return False
+
+    def _without_far(self, design: Array, target: Array, coef: Array) -> Array:
+        """The coefficients without the rows that they miss by far, which bend them towards themselves."""
+        misfit = np.abs(target - design @ coef)
+        near = misfit <= max(POOLED_MISFIT, FAR * float(np.median(misfit)))
+        return coef if near.all() else self._solve(design[near], target[near])
+
     def _split(self, own: dict[int, Array]) -> None:
         """Give each regime coefficients of its own."""
         index = {r: i for i, r in enumerate(sorted(own))}
@@ -239,13 +261,6 @@ def _per_byte(peak_bytes: Any, weight: Any) -> Array:
         np.asarray(peak_bytes, dtype=float), 1.0
     )
     return found
-
-
-def _explains(pooled: Array, own: Array) -> bool:
-    """Whether a regime's own coefficients explain what the common ones miss, in most of its rows."""
-    # the lower of two neighbours: of two rows or more one alone never decides
-    before, after = (np.quantile(np.abs(r), SPLIT_QUANTILE, method="lower") for r in (pooled, own))
-    return bool(before > POOLED_MISFIT and before > SPLIT_GAIN * after)
 
 
 def _jackknife(design: Array, target: Array, groups: Any) -> tuple[Array, Array]:

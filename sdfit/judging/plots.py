@@ -1,6 +1,6 @@
 """Figures of an evaluation: predicted against recorded, and what is left over.
 
-Colours are Okabe and Ito's, told apart with any colour vision; the marker's shape says the variant once more. A figure whose
+Colours are Okabe and Ito's, distinct with any colour vision; the marker's shape says the variant once more. A figure whose
 records are no measurement says so on itself.
 """
 

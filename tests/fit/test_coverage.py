@@ -14,7 +14,8 @@ import pytest
 from scipy.stats import betabinom
 from worlds import World, drawn, file_of, generator, run
 
-from sdfit.fit.fit import fit, fit_stage, observe
+from sdfit.fit.fit import fit, fit_stage
+from sdfit.fit.observations import observe
 from sdfit.fit.scores import FEWEST_SCORES
 from sdfit.predict.conformal import half_width
 from sdfit.predict.predictor import Predictor
@@ -156,7 +157,7 @@ def test_outside_the_domain_intervals_are_flagged_and_wider():
 def underprediction(models, card, workloads):
     """How far the UNet's fit lies below the truth, where it does: mean relative error of the activations."""
     (key,) = [k for k in models if k[0] == "unet"]
-    from sdfit.equation.terms import size_columns
+    from sdfit.equation.sizes import size_columns
 
     predicted = models[key].predict(size_columns(workloads))
     weights = sum(run(card, workloads[:1])[0].component_bytes.values())

@@ -13,14 +13,18 @@ from conftest import measured
 pytest.importorskip("sklearn")
 
 from sdfit.backends.fake import FakeBackend, true_coefficients
-from sdfit.equation.terms import design_matrix, stage_key, stages_of
+from sdfit.equation.stages import stage_key, stages_of
+from sdfit.equation.terms import design_matrix
 from sdfit.errors import FitError, RecordsError
 from sdfit.fit.files import fit_files, swept_files
-from sdfit.fit.fit import fit, observe, provenance
-from sdfit.predict.artifact import Artifact, load_artifact
+from sdfit.fit.fit import fit, provenance
+from sdfit.fit.observations import observe
+from sdfit.predict.artifact import Artifact
+from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
-from sdfit.records import RecordsFile, Writer, read
+from sdfit.records import RECORDS, RecordsFile, read
 from sdfit.sweep import grid
+from sdfit.sweep.journal import Journal
 from sdfit.workload import Workload, variant_name
 
 SIDES = (256, 320, 376, 512, 520, 640, 768, 1000, 1024, 1400, 1536, 2048)
@@ -227,9 +231,9 @@ def test_weights_that_disagree_are_refused() -> None:
 
 
 def _file(path: Path, data: RecordsFile, **facts: object) -> Path:
-    with Writer(path, data.environment | facts) as writer:
+    with Journal(path, data.environment | facts, RECORDS) as journal:
         for row in data.records:
-            writer.append(row)
+            journal.append(row)
     return path
 
 
@@ -302,7 +306,7 @@ def test_the_stage_model_is_a_scikit_learn_estimator() -> None:
     from sklearn.base import clone
     from sklearn.model_selection import cross_val_score
 
-    from sdfit.equation.terms import size_columns
+    from sdfit.equation.sizes import size_columns
     from sdfit.fit.stage_model import StageModel
 
     key = stage_key("unet", SDPA[0].variant)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdfit.equation.terms import Sizes, regime
-from sdfit.predict.artifact import load_artifact
+from sdfit.equation.regimes import regime
+from sdfit.equation.sizes import Sizes
+from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.variant import Variant
 from sdfit.shipped import shipped

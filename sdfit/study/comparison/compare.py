@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sdfit.errors import RecordsError, UnknownModel, UnknownVariant, listed
+from sdfit.fit.folds import error_summary
 from sdfit.records import Record
 from sdfit.study.comparison import published
 from sdfit.study.comparison.peers import PEERS, Peer, peer
@@ -270,27 +270,6 @@ def _predicted(case: Case, predictor: Predictor | None, metric: str, level: floa
     return replace(case, predicted_bytes=round(peak), upper_bytes=upper)
 
 
-def figure(comparison: Comparison, path: Path | str, *, title: str = "Predicted / actual peak memory") -> Path:
-    """Draw predicted / actual of every case, a line per system, and write it to a file.
-
-    Parameters
-    ----------
-    comparison : Comparison
-    path : path
-        Where to; the ending says the format (png, svg, pdf).
-
-    Raises
-    ------
-    DependencyError
-        If matplotlib is not installed.
-    SdfitError
-        If the file cannot be written.
-    """
-    from sdfit.study.comparison.figure import draw
-
-    return draw(comparison, Path(path), title)
-
-
 _Predict = Callable[[Case], int | None]
 
 
@@ -329,16 +308,16 @@ def _check(cases: list[Case]) -> None:
 
 
 def _summarise(title: str, found: list[Row], cases: int) -> Summary:
-    errors = [row.error for row in found]
-    worst = max(found, key=lambda row: abs(row.error))
+    errors = error_summary([row.error for row in found])
+    worst = found[errors.worst_at]
     lived = [row for row in found if not row.out_of_memory]
     return Summary(
         system=found[0].system,
         title=title,
         cases=len(found),
         skipped=cases - len(found),
-        median_error=median(errors),
-        median_absolute_error=median(abs(error) for error in errors),
+        median_error=errors.bias,
+        median_absolute_error=errors.median,
         worst_error=worst.error,
         worst_label=worst.label,
         out_of_memory=len(found) - len(lived),

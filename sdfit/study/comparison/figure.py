@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sdfit.study.comparison.compare import Comparison, Summary
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; the marker's shape says the same once more
+# Okabe and Ito's colours, distinct to readers with any colour vision; the marker's shape says the same once more
 SAFE, DEAD = "#0072B2", "#D55E00"
 INK, GRID = "#222222", "#dddddd"
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -25,17 +25,20 @@ LANES = 13
 """Points of one system with nearly one ratio are spread over so many heights."""
 
 
-def draw(comparison: Comparison, path: Path, title: str) -> Path:
-    """Draw a comparison and write it to a file; the ending says the format.
+def draw(comparison: Comparison, path: Path | str, *, title: str = "Predicted / actual peak memory") -> Path:
+    """Draw predicted / actual of every case, a line per system, and write it to a file.
 
     Parameters
     ----------
     comparison : Comparison
-    path : Path
+    path : path
+        Where to; the ending says the format (png, svg, pdf).
     title : str
 
     Raises
     ------
+    DependencyError
+        If matplotlib is not installed.
     SdfitError
         If the file cannot be written, or the ending names no format.
     """

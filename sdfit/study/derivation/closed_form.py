@@ -1,53 +1,52 @@
 """The closed form of the peak, as values: polynomials in the sizes of a workload, and how to print them.
 
-`sdfit.study.derivation.derive` finds them; this module only knows what they are, so it needs numpy and the standard library alone.
-
-Sizes
------
-B  images per call                       n  samples per UNet call: B, or 2·B with classifier-free guidance
-A  effective pixels of one image         L  tokens as the UNet sees them
-P  pixels per VAE pass: a tile with tiling, else A
-D  pixels that the passes before this one left behind, over the batch (VAE slices and tiles, overlaps counted)
-E  rows of ``prompt_embeds`` that the caller holds: L if the prompt came as embeddings, 0 if it came as text
+`sdfit.study.derivation.derive` finds them; this module only knows what they are, so it needs numpy and the standard
+library alone. Their products are those of `sdfit.equation.terms`, and of `BEYOND_TERMS` what a fit cannot identify or
+does not need: E are the rows of ``prompt_embeds`` that the caller holds, the other letters are those of
+`sdfit.equation.sizes`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
+from sdfit.equation.sizes import Numbers, Sizes, vae_passes
 from sdfit.equation.stages import STAGES
-from sdfit.equation.terms import TILE_PIXELS, TILE_STRIDE
+from sdfit.equation.terms import TERMS, products
 from sdfit.errors import FitError
 from sdfit.units import format_bytes
 from sdfit.workload import CHUNK_TOKENS, VariantKey, Workload, variant_name
 
 VAE_STAGES = tuple(stage for stage in STAGES if stage.startswith("vae_"))
 
-SIZES = {
+LETTERS = {
     "B": "images per call",
     "n": "samples per UNet call: B, or 2B with classifier-free guidance",
     "A": "effective pixels of one image (both sides floored to a multiple of 8)",
     "L": "tokens as the UNet sees them (prompts are padded to 77)",
+    "m": "images per VAE pass: 1 with slicing, else B",
     "P": "pixels per VAE pass: a tile with tiling, else A",
     "D": "pixels that earlier VAE passes of the call left behind",
     "E": "rows of prompt_embeds that the caller holds (0 if the prompt is text)",
 }
-WHEN = {
-    "": "always",
-    "B=1": "for one image",
-    "B>=2": "for two images or more",
-    "n=1": "for one UNet sample",
-    "n>=2": "for two UNet samples or more",
-    "guided": "with classifier-free guidance",
-    "unguided": "without classifier-free guidance",
-    "text": "if the prompt is text",
-    "embeds": "if the prompt comes as prompt_embeds",
+BEYOND_TERMS = ("n·E", "B·L", "B·E", "A", "L·A", "B·A²", "P²")
+"""The products that the closed form has and `TERMS` has not."""
+
+_WHEN: dict[str, tuple[str, Callable[[Workload], bool]]] = {
+    "": ("always", lambda w: True),
+    "B=1": ("for one image", lambda w: w.batch_size == 1),
+    "B>=2": ("for two images or more", lambda w: w.batch_size >= 2),
+    "n=1": ("for one UNet sample", lambda w: w.unet_batch == 1),
+    "n>=2": ("for two UNet samples or more", lambda w: w.unet_batch >= 2),
+    "guided": ("with classifier-free guidance", lambda w: w.guided),
+    "unguided": ("without classifier-free guidance", lambda w: not w.guided),
+    "text": ("if the prompt is text", lambda w: not embedded_rows(w)),
+    "embeds": ("if the prompt comes as prompt_embeds", lambda w: embedded_rows(w) > 0),
 }
-"""The regimes in which an operation exists, and how to say so."""
+WHEN = tuple(_WHEN)
+"""The regimes in which an operation exists."""
 
 _NAMES = {
     "text_encoder": "text encoder",
@@ -60,43 +59,45 @@ _NAMES = {
 }
 
 
-def sizes_of(workload: Workload) -> dict[str, int]:
-    """The sizes that do not change from pass to pass.
+def embedded_rows(w: Workload) -> int:
+    """E: the rows of ``prompt_embeds`` that the caller holds; 0 if the prompt is text."""
+    return w.prompt_length if w.prompt_length > CHUNK_TOKENS else 0
+
+
+def products_at(sizes: Sizes, E: Numbers) -> dict[str, Numbers]:
+    """Every product by name, numbers or arrays: those of `TERMS`, then those of `BEYOND_TERMS`.
 
     Examples
     --------
-    >>> sizes_of(Workload(512, 512, batch_size=2))
-    {'B': 2, 'n': 4, 'A': 262144, 'L': 77, 'E': 0}
+    >>> found = products_at(Sizes.of(8, 16, 77, 2, 4), 0)
+    >>> found["n·A²"], found["B·L"]
+    (65536, 154)
     """
-    return {
-        "B": workload.batch_size,
-        "n": workload.unet_batch,
-        "A": workload.pixels,
-        "L": workload.tokens,
-        "E": workload.prompt_length if workload.prompt_length > CHUNK_TOKENS else 0,
-    }
+    B, n, A, L, _, P, _ = sizes
+    beyond = (n * E, B * L, B * E, A, L * A, B * A * A, P * P)
+    return dict(zip((*TERMS, *BEYOND_TERMS), (*products(*sizes), *beyond), strict=True))
+
+
+def letters(product: str) -> list[str]:
+    """The sizes in a product, a squared one twice.
+
+    Examples
+    --------
+    >>> letters("n·A²"), letters("1")
+    (['n', 'A', 'A'], [])
+    """
+    return [factor[0] for factor in product.split("·") for _ in range(len(factor)) if product != "1"]
 
 
 def in_regime(workload: Workload, when: str) -> bool:
-    """Whether an operation with this condition runs for a workload: keys of `WHEN`, joined by commas.
+    """Whether an operation with this condition runs for a workload: names of `WHEN`, joined by commas.
 
     Examples
     --------
     >>> in_regime(Workload(512, 512), "text, B=1")
     True
     """
-    holds = {
-        "": True,
-        "B=1": workload.batch_size == 1,
-        "B>=2": workload.batch_size >= 2,
-        "n=1": workload.unet_batch == 1,
-        "n>=2": workload.unet_batch >= 2,
-        "guided": workload.guided,
-        "unguided": not workload.guided,
-        "text": workload.prompt_length <= CHUNK_TOKENS,
-        "embeds": workload.prompt_length > CHUNK_TOKENS,
-    }
-    return all(holds[part] for part in when.split(", "))
+    return all(_WHEN[part][1](workload) for part in when.split(", "))
 
 
 def in_words(when: str) -> str:
@@ -107,65 +108,14 @@ def in_words(when: str) -> str:
     >>> in_words("text, B=1")
     'if the prompt is text, for one image'
     """
-    return ", ".join(WHEN[part] for part in when.split(", "))
+    return ", ".join(_WHEN[part][0] for part in when.split(", "))
 
 
-def vae_passes(workload: Workload) -> Iterator[tuple[int, int, int]]:
-    """List the passes that the VAE makes: (images, P, D) of each, in order.
-
-    One for the whole batch; with slicing one for each image; with tiling, of an image with a side above 512, one for
-    each tile of 512 pixels, 384 apart, cut off at the edge. Source: `AutoencoderKL._tiled_encode`, `tiled_decode`.
-
-    Examples
-    --------
-    >>> list(vae_passes(Workload(512, 512, batch_size=2, vae_slicing=True)))
-    [(1, 262144, 0), (1, 262144, 262144)]
-    >>> list(vae_passes(Workload(512, 640, vae_tiling=True)))
-    [(1, 262144, 0), (1, 131072, 262144), ...]
-    """
-    slices = workload.batch_size if workload.vae_slicing else 1
-    images = workload.batch_size // slices
-    height, width = workload.effective_height, workload.effective_width
-    done = 0
-    for _ in range(slices):
-        if workload.vae_tiling and max(height, width) > TILE_PIXELS:
-            inside = done
-            for top in range(0, height, TILE_STRIDE):
-                for left in range(0, width, TILE_STRIDE):
-                    pixels = min(TILE_PIXELS, height - top) * min(TILE_PIXELS, width - left)
-                    yield images, pixels, inside
-                    inside += images * pixels
-        else:
-            yield images, height * width, done
-        done += images * height * width
-
-
-def last_passes(workload: Workload) -> list[dict[str, int]]:
+def last_passes(workload: Workload) -> list[Sizes]:
     """The sizes of the VAE passes that can be the highest: of each P, the one that comes last."""
+    sizes = Sizes.of_workload(workload)
     latest = {pixels: done for _, pixels, done in vae_passes(workload)}
-    return [sizes_of(workload) | {"P": pixels, "D": done} for pixels, done in latest.items()]
-
-
-def value(product: str, sizes: Mapping[str, Any]) -> Any:
-    """Multiply a product out: ``"n*A*A"``, with numbers or arrays for the sizes.
-
-    Examples
-    --------
-    >>> value("n*A*A", {"n": 2, "A": 10}), value("1", {})
-    (200, 1)
-    """
-    return 1 if product == "1" else prod(sizes[letter] for letter in product.split("*"))
-
-
-def pretty(product: str) -> str:
-    """Write a product as a person would.
-
-    Examples
-    --------
-    >>> pretty("n*A*A"), pretty("n*L")
-    ('n·A²', 'n·L')
-    """
-    return product.replace("A*A", "A²").replace("P*P", "P²").replace("*", "·")
+    return [sizes._replace(P=pixels, D=done) for pixels, done in latest.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,41 +149,35 @@ class Polynomial:
     weights_bytes: int
     tensors: tuple[dict[str, Any], ...] = ()
 
-    def at(self, sizes: Mapping[str, Any]) -> Any:
-        """The bytes at these sizes; numbers or arrays."""
-        return sum(coefficient * value(product, sizes) for product, coefficient in self.coefficients.items())
+    def at(self, values: Mapping[str, Numbers]) -> Numbers:
+        """The bytes where the products have these values (see `products_at`); numbers or arrays."""
+        return sum(coefficient * values[product] for product, coefficient in self.coefficients.items())
 
     def bytes_at(self, workload: Workload) -> float:
         """The bytes for a workload: of the VAE's passes the highest."""
-        if self.stage in VAE_STAGES:
-            return float(max(self.at(sizes) for sizes in last_passes(workload)))
-        return float(self.at(sizes_of(workload)))
+        return float(self.at(self._highest(workload)))
+
+    def _highest(self, workload: Workload) -> dict[str, Numbers]:
+        # outside the VAE all passes give the same: there a polynomial has none of m, P, D
+        rows = embedded_rows(workload)
+        return max((products_at(sizes, rows) for sizes in last_passes(workload)), key=self.at)
 
     def terms_bytes(self, workload: Workload) -> dict[str, float]:
         """What each term is for a workload [bytes], the weights apart from the constant."""
-        sizes: Mapping[str, int] = sizes_of(workload)
-        if self.stage in VAE_STAGES:
-            sizes = max(last_passes(workload), key=self.at)
-        terms = {"weights": float(self.weights_bytes)}
-        for product, coefficient in self.coefficients.items():
-            amount = coefficient * value(product, sizes)
-            terms[pretty(product)] = float(amount - self.weights_bytes if product == "1" else amount)
-        return terms
+        values = self._highest(workload)
+        terms = {product: float(amount * values[product]) for product, amount in self.coefficients.items()}
+        terms["1"] -= self.weights_bytes
+        return {"weights": float(self.weights_bytes)} | terms
 
     def formula(self, *, latex: bool = False) -> str:
         """The polynomial on one line, the weights as a number of their own."""
-        parts = [(f"{self.weights_bytes:,}", "weights")]
+        parts = [_latex_weights(self.weights_bytes) if latex else f"{self.weights_bytes:,} weights"]
         for product, coefficient in self.coefficients.items():
             amount = coefficient - self.weights_bytes if product == "1" else coefficient
             if amount:
-                parts.append((_number(amount), "" if product == "1" else product))
-        if latex:
-            written = [_latex_term(number, product) for number, product in parts]
-        else:
-            written = [
-                number + ("" if not p else " weights" if p == "weights" else "·" + pretty(p)) for number, p in parts
-            ]
-        return " + ".join(written).replace("+ -", "- ")
+                term = _number(amount) + ("" if product == "1" else f"·{product}")
+                parts.append(_latex(term) if latex else term)
+        return " + ".join(parts).replace("+ -", "- ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,28 +204,22 @@ class Derivation:
     points: tuple[Workload, ...] = field(repr=False)
     residual_bytes: int = 0
 
-    def _check(self, workload: Workload) -> None:
+    def stage_peaks(self, workload: Workload) -> dict[str, int]:
+        """The peak of each stage [bytes]."""
+        peaks: dict[str, int] = {}
+        for amount, p in self._applying(workload):
+            peaks[p.stage] = max(round(amount), peaks.get(p.stage, 0))
+        return peaks
+
+    def _applying(self, workload: Workload) -> list[tuple[float, Polynomial]]:
+        """The polynomials that apply to a workload, with what they give [bytes]."""
         if workload.variant != self.variant:
             raise FitError(
                 f"this closed form is of '{variant_name(self.variant)}', the workload is "
                 f"'{variant_name(workload.variant)}'; derive that one",
                 given=workload.variant,
             )
-
-    def stage_polynomials(self, workload: Workload) -> dict[str, Polynomial]:
-        """Of each stage, the polynomial that is highest for a workload."""
-        self._check(workload)
-        highest: dict[str, tuple[float, Polynomial]] = {}
-        for polynomial in self.polynomials:
-            if in_regime(workload, polynomial.when):
-                amount = polynomial.bytes_at(workload)
-                if polynomial.stage not in highest or amount > highest[polynomial.stage][0]:
-                    highest[polynomial.stage] = (amount, polynomial)
-        return {stage: polynomial for stage, (_, polynomial) in highest.items()}
-
-    def stage_peaks(self, workload: Workload) -> dict[str, int]:
-        """The peak of each stage [bytes]."""
-        return {stage: round(p.bytes_at(workload)) for stage, p in self.stage_polynomials(workload).items()}
+        return [(p.bytes_at(workload), p) for p in self.polynomials if in_regime(workload, p.when)]
 
     def predict_bytes(self, workload: Workload) -> int:
         """The peak of a workload of this variant [bytes].
@@ -295,13 +233,13 @@ class Derivation:
 
     def binding(self, workload: Workload) -> Polynomial:
         """The polynomial that sets the peak of a workload."""
-        return max(self.stage_polynomials(workload).values(), key=lambda p: p.bytes_at(workload))
+        return max(self._applying(workload), key=lambda found: found[0])[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, amounts in bytes."""
         return {
             "variant": variant_name(self.variant),
-            "sizes": SIZES,
+            "sizes": LETTERS,
             "reference": self.reference.to_dict(),
             "derived_from": [point.to_dict() for point in self.points],
             "residual_bytes": self.residual_bytes,
@@ -319,10 +257,6 @@ class Derivation:
             ],
         }
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-
     def to_text(self, *, tensors: int = 8) -> str:
         """The formula for a terminal; of each polynomial the ``tensors`` largest live tensors."""
         lines = [f"peak [bytes] of {variant_name(self.variant)} = the largest of", ""]
@@ -332,8 +266,8 @@ class Derivation:
             lines.append(f"    at {p.operation} in {p.path}")
             lines += [f"      {line}" for line in tensor_lines(p.tensors, tensors)]
             lines.append("")
-        used = {letter for p in self.polynomials for product in p.coefficients for letter in product.split("*")}
-        lines += [f"{letter}  {meaning}" for letter, meaning in SIZES.items() if letter in used]
+        used = {letter for p in self.polynomials for product in p.coefficients for letter in letters(product)}
+        lines += [f"{letter}  {meaning}" for letter, meaning in LETTERS.items() if letter in used]
         r = self.reference
         lines += [
             "",
@@ -374,9 +308,9 @@ def _number(amount: float) -> str:
     return f"{round(amount):,}" if amount == round(amount) else f"{amount:,.10g}"
 
 
-def _latex_term(number: str, product: str) -> str:
-    number = number.replace(",", r"{,}")
-    if product == "weights":
-        return rf"\underbrace{{{number}}}_{{\text{{weights}}}}"
-    letters = product.replace("A*A", "A^2").replace("P*P", "P^2").replace("*", r"\,")
-    return number + (rf"\,{letters}" if letters else "")
+def _latex_weights(weights_bytes: int) -> str:
+    return rf"\underbrace{{{_latex(_number(weights_bytes))}}}_{{\text{{weights}}}}"
+
+
+def _latex(term: str) -> str:
+    return term.replace(",", "{,}").replace("²", "^2").replace("·", r"\,")

@@ -17,14 +17,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdfit.backends.trace.observe import PIPELINE, OperationName, Pass, observed
 from sdfit.backends.trace.tracer import Tracer
+from sdfit.equation.sizes import Array, Sizes, vae_passes
 from sdfit.equation.stages import STAGES, resident
 from sdfit.errors import FitError
 from sdfit.study.derivation.closed_form import (
@@ -32,23 +31,24 @@ from sdfit.study.derivation.closed_form import (
     WHEN,
     Derivation,
     Polynomial,
+    embedded_rows,
     in_regime,
     last_passes,
-    sizes_of,
-    vae_passes,
-    value,
+    letters,
+    products_at,
 )
 from sdfit.workload import CHUNK_TOKENS, Workload, variant_name
 
-Array = NDArray[np.float64]
 Name = OperationName
+At = tuple[int, int, int]
+"""Where an operation was seen: the number of the point, P and D of the pass."""
 
-# the order is the order of preference: of two products that the points cannot tell apart the first one stays
-_UNET_PRODUCTS = ("1", "B", "n", "n*L", "n*E", "B*L", "B*E", "n*A", "B*A", "n*L*A", "n*A*A")
-_SLICED_PRODUCTS = ("A", "L*A", "A*A")
-_VAE_PRODUCTS = ("1", "B", "n", "n*L", "n*E", "B*L", "B*E", "B*A", "n*A", "B*A*A", "A*A")
-_SLICING_PRODUCTS = ("P", "P*P", "D")
-_TILING_PRODUCTS = ("B*P", "B*P*P", "P*P", "D")
+# the order is the order of preference: of products that are not identified at the points the first one stays
+_SMALL = ("1", "B", "n", "n·L", "n·E", "B·L", "B·E")
+_UNET_PRODUCTS = (*_SMALL, "n·A", "B·A", "n·L·A", "n·A²")
+_SLICED_PRODUCTS = (*_UNET_PRODUCTS, "A", "L·A", "A²")
+_VAE_PRODUCTS = (*_SMALL, "B·A", "n·A", "B·A²", "A²")
+_VAE_PART_PRODUCTS = (*_SMALL, "B·A", "n·A", "m·P", "m·P²", "P²", "D")
 
 # (height, width, batch_size, guided, prompt_length): sides are multiples of 256, so that even the lowest resolution
 # of the UNet is a whole number of 512-byte blocks and no size is rounded
@@ -89,15 +89,6 @@ _DOMINATED = 1e-4
 """A polynomial that adds less than this share anywhere is merged into the one below it."""
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What an operation took: one row for each point and pass."""
-
-    points: list[int]
-    sizes: list[dict[str, int]]
-    live_bytes: list[int]
-
-
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     name: Name
@@ -129,22 +120,22 @@ def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Deriv
     Examples
     --------
     >>> form = derive(Workload(512, 512, attention="sdpa"))  # doctest: +SKIP
-    >>> form.binding(Workload(1024, 1024)).coefficients["B*A"]  # doctest: +SKIP
+    >>> form.binding(Workload(1024, 1024)).coefficients["B·A"]  # doctest: +SKIP
     1536.375
     """
     tracer = tracer or Tracer()
     points = derivation_points(variant_workload)
-    seen: dict[Name, _Seen] = defaultdict(lambda: _Seen([], [], []))
+    seen: dict[Name, dict[At, int]] = defaultdict(dict)
     tops: list[dict[str, int]] = []
     for number, point in enumerate(points):
-        _, observer = observed(tracer, point)
+        traced, observer = observed(tracer, point)
         tops.append(observer.stage_peaks)
         _collect(seen, number, point, observer.passes)
     candidates = _solve(seen, points)
     _nothing_missed(candidates, points, tops)
     kept = _envelope(candidates, points)
     residual = max(_residual(candidate, seen[candidate.name], points) for candidate in kept)
-    polynomials = _explained(kept, variant_workload, tracer)
+    polynomials = _explained(kept, variant_workload, tracer, traced.component_bytes)
     return Derivation(variant_workload.variant, polynomials, variant_workload, points, int(np.ceil(residual)))
 
 
@@ -173,89 +164,90 @@ def derivation_points(variant_workload: Workload) -> tuple[Workload, ...]:
     return tuple(points)
 
 
-def _collect(seen: dict[Name, _Seen], number: int, point: Workload, passes: Sequence[Pass]) -> None:
-    """Add one run's operations: of each name and each size of pass the highest."""
-    whole = sizes_of(point)
-    geometry = {path: iter(list(vae_passes(point))) for path in ("vae.encoder", "vae.decoder")}
+def _collect(seen: dict[Name, dict[At, int]], number: int, point: Workload, passes: Sequence[Pass]) -> None:
+    """Add one run's operations [bytes]: of each name and each size of pass the highest of the last."""
+    geometry = {path: vae_passes(point) for path in ("vae.encoder", "vae.decoder")}
     total = sum(images * pixels for images, pixels, _ in vae_passes(point))
+    between = (0, total) if point.vae_slicing or point.vae_tiling else (point.pixels, 0)
     highest: dict[Name, dict[tuple[int, int], int]] = defaultdict(dict)
     for one in passes:
+        at = between
         if one.path in geometry:
             try:
-                _, pixels, done = next(geometry[one.path])
+                at = next(geometry[one.path])[1:]
             except StopIteration:
                 raise FitError(
                     f"{variant_name(point.variant)}: more passes of {one.path} than its tiles and slices"
                 ) from None
-        else:
-            pixels, done = (0, total) if point.vae_slicing or point.vae_tiling else (point.pixels, 0)
-        outside = one.path == PIPELINE
         for name, live in zip(one.names, one.live_bytes, strict=True):
             # outside a module the count runs on over steps and tiles: take those of a kind together
-            key = Name(name.stage, name.path, name.operation, -1) if outside else name
-            at = highest[key]
-            at[pixels, done] = max(live, at.get((pixels, done), 0))
+            rows = highest[name._replace(nth=-1) if one.path == PIPELINE else name]
+            rows[at] = max(live, rows.get(at, 0))
     for name, rows in highest.items():
-        for area, before in dict(rows.keys()).items():  # of each size the last pass
-            seen[name].points.append(number)
-            seen[name].sizes.append(whole | {"P": area, "D": before})
-            seen[name].live_bytes.append(rows[area, before])
+        for pixels, done in dict(rows.keys()).items():  # of each size the last pass
+            seen[name][number, pixels, done] = rows[pixels, done]
+
+
+def _columns(workloads: Sequence[Workload], places: Sequence[At]) -> dict[str, Array]:
+    """Every product by name, an array over places."""
+    _, pixels, done = np.array(places, dtype=float).T
+    chosen = [workloads[i] for i, _, _ in places]
+    sizes = Sizes.of_workloads(chosen)._replace(P=pixels, D=done)
+    found = products_at(sizes, np.array([embedded_rows(w) for w in chosen], dtype=float))
+    return {name: np.broadcast_to(value, pixels.shape) for name, value in found.items()}
 
 
 def _products(stage: str, variant: Workload) -> tuple[str, ...]:
-    if stage not in VAE_STAGES:
-        return _UNET_PRODUCTS + (_SLICED_PRODUCTS if variant.attention == "sliced" else ())
-    if variant.vae_tiling:
-        return _VAE_PRODUCTS[:-2] + (("P", "P*P", "D") if variant.vae_slicing else _TILING_PRODUCTS)
-    return _VAE_PRODUCTS[:-2] + _SLICING_PRODUCTS if variant.vae_slicing else _VAE_PRODUCTS
+    if stage in VAE_STAGES:
+        return _VAE_PART_PRODUCTS if variant.vae_slicing or variant.vae_tiling else _VAE_PRODUCTS
+    return _SLICED_PRODUCTS if variant.attention == "sliced" else _UNET_PRODUCTS
 
 
-def _solve(seen: dict[Name, _Seen], points: tuple[Workload, ...]) -> list[_Candidate]:
+def _solve(seen: dict[Name, dict[At, int]], points: tuple[Workload, ...]) -> list[_Candidate]:
     """Solve for the coefficients of every operation that is a polynomial, all of one layout at a time.
 
     One that is no polynomial over all points may be one for a batch of one and another for more: matmul folds its
     operands otherwise, a loop over slices has a first turn.
     """
     found: list[_Candidate] = []
-    groups: dict[tuple[Any, ...], list[Name]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[At, ...]], list[Name]] = defaultdict(list)
     for name, rows in seen.items():
-        layout = tuple((p, s["P"], s["D"]) for p, s in zip(rows.points, rows.sizes, strict=True))
-        groups[name.stage, layout].append(name)
-
-    def inside(when: str) -> set[int]:
-        return {i for i, point in enumerate(points) if in_regime(point, when)}
-
-    presence = {when: inside(when) for when in WHEN}
-    for (stage, _), names in groups.items():
-        present = set(seen[names[0]].points)
+        groups[name.stage, tuple(rows)].append(name)
+    presence = {when: {i for i, point in enumerate(points) if in_regime(point, when)} for when in WHEN}
+    for (stage, places), left in groups.items():
+        present = {point for point, _, _ in places}
         when = next((when for when, expected in presence.items() if present == expected), None)
-        left = names if when is not None else []
+        if when is None:
+            continue
         halves = ("n=1", "n>=2") if stage == "unet" else ("B=1", "B>=2")
-        split = tuple(f"{when}, {half}" if when else half for half in halves)
-        for regimes in ((when or "",), split):
-            for regime in regimes:
-                group = {name: seen[name] for name in left}
-                for name, (products, solved) in _solve_part(stage, group, inside(regime), points[0]).items():
-                    found.append(_Candidate(name, regime, products, solved))
-            known = {candidate.name for candidate in found}
-            left = [name for name in left if name not in known]
+        for regimes in ((when,), tuple(f"{when}, {half}" if when else half for half in halves)):
+            solved = [c for regime in regimes for c in _solve_part(regime, stage, places, left, seen, points)]
+            found += solved
+            left = [name for name in left if name not in {c.name for c in solved}]  # noqa: PLW2901
     return found
 
 
-def _solve_part(stage: str, rows: dict[Name, _Seen], part: set[int], variant: Workload) -> dict[Name, Any]:
-    """Solve for operations of one layout on some of the points; those that are no polynomial there are left out."""
-    points = next(iter(rows.values())).points if rows else []
-    use = [i for i, point in enumerate(points) if point in part]
-    if not use:
-        return {}
-    first = next(iter(rows.values()))
-    products, matrix = _independent(_products(stage, variant), [first.sizes[i] for i in use])
+def _solve_part(
+    when: str,
+    stage: str,
+    places: Sequence[At],
+    names: Sequence[Name],
+    seen: dict[Name, dict[At, int]],
+    points: Sequence[Workload],
+) -> list[_Candidate]:
+    """Solve for operations of one layout in one regime; those that are no polynomial there are left out."""
+    use = [at for at in places if in_regime(points[at[0]], when)]
+    if not use or not names:
+        return []
+    products, matrix = _independent(_products(stage, points[0]), _columns(points, use))
     if len(use) <= len(products):
-        return {}
-    live = np.array([[seen.live_bytes[i] for i in use] for seen in rows.values()], dtype=float).T
+        return []
+    live = np.array([[seen[name][at] for at in use] for name in names], dtype=float).T
     exact = _exact(products, matrix, live)
     worst = np.abs(matrix @ exact - live).max(axis=0)
-    return {name: (products, exact[:, i]) for i, name in enumerate(rows) if worst[i] <= _TOLERANCE_BYTES}
+    return [
+        _Candidate(name, when, products, exact[:, i]) for i, name in enumerate(names) if worst[i] <= _TOLERANCE_BYTES
+    ]
 
 
 def _exact(products: tuple[str, ...], matrix: Array, live: Array) -> Array:
@@ -282,16 +274,16 @@ def _exact(products: tuple[str, ...], matrix: Array, live: Array) -> Array:
 
 def _degree(product: str) -> tuple[int, int]:
     """How often pixels and tokens appear in a product."""
-    letters = product.split("*")
-    return sum(letter in "APD" for letter in letters), sum(letter in "LE" for letter in letters)
+    used = letters(product)
+    return sum(letter in "APD" for letter in used), sum(letter in "LE" for letter in used)
 
 
-def _independent(products: Sequence[str], sizes: Sequence[dict[str, int]]) -> tuple[tuple[str, ...], Array]:
-    """The products that these points can tell apart, and their columns."""
+def _independent(products: Sequence[str], values: dict[str, Array]) -> tuple[tuple[str, ...], Array]:
+    """The products that are identified by these values, and their columns."""
     kept: list[str] = []
     columns: list[Array] = []
     for product in products:
-        column = np.array([value(product, s) for s in sizes], dtype=float)
+        column = values[product]
         if not column.any():
             continue
         trial = np.column_stack([c / np.linalg.norm(c) for c in [*columns, column]])
@@ -310,17 +302,17 @@ def _polynomial(candidate: _Candidate) -> Polynomial:
 def _values(candidates: Sequence[_Candidate], workloads: Sequence[Workload]) -> Array:
     """The bytes of each candidate (rows) for each workload (columns); minus infinity where it does not run."""
     out = np.full((len(candidates), len(workloads)), -np.inf)
-    by_kind: dict[tuple[bool, str, tuple[str, ...]], list[int]] = defaultdict(list)
+    kinds: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
     for i, c in enumerate(candidates):
-        by_kind[c.name.stage in VAE_STAGES, c.when, c.products].append(i)
-    passes = [last_passes(w) for w in workloads]
-    for (in_vae, when, products), rows in by_kind.items():
+        kinds[c.when, c.products].append(i)
+    places = [(j, s.P, s.D) for j, w in enumerate(workloads) for s in last_passes(w)]
+    starts = np.searchsorted([j for j, _, _ in places], range(len(workloads)))
+    values = _columns(workloads, places)
+    for (when, products), rows in kinds.items():
         coefficients = np.array([candidates[i].coefficients for i in rows])
-        for j, workload in enumerate(workloads):
-            if in_regime(workload, when):
-                sizes = passes[j] if in_vae else [passes[j][0]]
-                design = np.array([[value(product, s) for s in sizes] for product in products], dtype=float)
-                out[rows, j] = (coefficients @ design).max(axis=1)
+        found = coefficients @ np.stack([values[product] for product in products])
+        runs = [in_regime(workload, when) for workload in workloads]
+        out[rows] = np.where(runs, np.maximum.reduceat(found, starts, axis=1), -np.inf)
     return out
 
 
@@ -343,7 +335,6 @@ def _nothing_missed(
                     )
 
 
-@cache
 def _domain(variant: Workload) -> tuple[Workload, ...]:
     """Workloads over the whole domain, on which polynomials compete."""
     sides = sorted({64 * round(2 ** (k / 4)) for k in range(29)})
@@ -378,16 +369,15 @@ def _envelope(candidates: Sequence[_Candidate], points: Sequence[Workload]) -> l
     return kept
 
 
-def _residual(candidate: _Candidate, rows: _Seen, points: Sequence[Workload]) -> float:
-    polynomial = _polynomial(candidate)
-    return max(
-        abs(float(polynomial.at(sizes)) - live)
-        for point, sizes, live in zip(rows.points, rows.sizes, rows.live_bytes, strict=True)
-        if in_regime(points[point], candidate.when)
-    )
+def _residual(candidate: _Candidate, rows: dict[At, int], points: Sequence[Workload]) -> float:
+    use = [at for at in rows if in_regime(points[at[0]], candidate.when)]
+    found = _polynomial(candidate).at(_columns(points, use))
+    return float(np.abs(found - [rows[at] for at in use]).max())
 
 
-def _explained(kept: Sequence[_Candidate], reference: Workload, tracer: Tracer) -> tuple[Polynomial, ...]:
+def _explained(
+    kept: Sequence[_Candidate], reference: Workload, tracer: Tracer, sizes: dict[str, int]
+) -> tuple[Polynomial, ...]:
     """Attach what is live at each operation: at the reference, or near it for what does not run there."""
     wanted = {c.name for c in kept}
 
@@ -411,7 +401,6 @@ def _explained(kept: Sequence[_Candidate], reference: Workload, tracer: Tracer) 
             for i in missing:
                 if kept[i].name in observer.peaks:
                     tensors[i] = tuple(asdict(tensor) for tensor in observer.peaks[kept[i].name].tensors)
-    sizes = tracer.run(reference).component_bytes
     weights = {s: sum(sizes.get(name, 0) for name in resident(s, reference.offload)) for s in STAGES}
     return tuple(
         replace(_polynomial(c), weights_bytes=weights[c.name.stage], tensors=tensors.get(i, ()))

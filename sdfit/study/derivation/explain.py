@@ -16,7 +16,7 @@ from typing import Any
 from sdfit.backends.trace.observe import LiveTensor, observed
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import STAGES, resident
-from sdfit.study.derivation.closed_form import Derivation, Polynomial, tensor_lines
+from sdfit.study.derivation.closed_form import Derivation, tensor_lines
 from sdfit.units import format_bytes
 from sdfit.workload import Workload, variant_name
 
@@ -52,6 +52,8 @@ class Explanation:
         What the libraries hold all the time (cuBLAS), as far as the tracer was told.
     terms_bytes : dict of str to float, optional
         The terms of an equation at this workload.
+    terms_of : str, optional
+        Whose they are, if not the closed form's.
     formula : str, optional
         That equation, if it is a closed form.
     history : tuple of (str, int)
@@ -71,6 +73,7 @@ class Explanation:
     workspace_bytes: int
     standing_bytes: int
     terms_bytes: dict[str, float] | None = None
+    terms_of: str | None = None
     formula: str | None = None
     history: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     peak_index: int = 0
@@ -109,6 +112,7 @@ class Explanation:
                 "tensors": [asdict(tensor) for tensor in self.tensors],
             },
             "formula": self.formula,
+            "terms_of": self.terms_of,
             "terms_bytes": self.terms_bytes,
         }
 
@@ -139,7 +143,8 @@ class Explanation:
         lines += [f"  {line}" for line in tensor_lines(tuple(asdict(t) for t in self.tensors), tensors)]
         lines.append(f"  {format_bytes(self.accounted_bytes):>11}  together: {self.accounted_bytes:,} bytes")
         if self.terms_bytes is not None:
-            lines += ["", "terms" + (f": {self.formula}" if self.formula else "")]
+            whose = f" of {self.terms_of}" if self.terms_of else ""
+            lines += ["", f"terms{whose}" + (f": {self.formula}" if self.formula else "")]
             lines += [f"  {name:10} {format_bytes(amount):>11}" for name, amount in self.terms_bytes.items()]
         return "\n".join(lines)
 
@@ -148,7 +153,8 @@ def explain(
     workload: Workload,
     *,
     tracer: Tracer | None = None,
-    equation: Derivation | Polynomial | Mapping[str, float] | None = None,
+    equation: Derivation | Mapping[str, float] | None = None,
+    terms_of: str | None = None,
 ) -> Explanation:
     """Explain where the memory of a workload goes.
 
@@ -157,9 +163,11 @@ def explain(
     workload : Workload
     tracer : Tracer, optional
         One with ``workspace`` lists kernel workspaces as a part of their own. By default a bare one.
-    equation : Derivation, Polynomial or mapping of str to float, optional
-        What to take the terms from: the closed form of `sdfit.study.derivation.derive`, one polynomial of it, or terms in bytes that
-        are worked out already (a fitted model's breakdown). None leaves them out.
+    equation : Derivation or mapping of str to float, optional
+        What to take the terms from: the closed form of `sdfit.study.derivation.derive`, or terms in bytes that are worked
+        out already (a fitted model's breakdown). None leaves them out.
+    terms_of : str, optional
+        Whose terms those of a mapping are.
 
     Returns
     -------
@@ -179,7 +187,10 @@ def explain(
     tracer = tracer or Tracer()
     traced, observer = observed(tracer, workload, full=True, tensors=True)
     peak = observer.peaks["run"]
-    terms, formula = _terms(workload, equation)
+    terms, formula = equation, None
+    if isinstance(equation, Derivation):
+        polynomial = equation.binding(workload)
+        terms, formula = polynomial.terms_bytes(workload), polynomial.formula()
     on_card = resident(peak.name.stage, workload.offload)
     pipe = tracer.pipeline(workload)
     components = tuple(
@@ -200,19 +211,9 @@ def explain(
         peak.tensors,
         peak.workspace_bytes,
         traced.standing_bytes,
-        terms,
+        None if terms is None else dict(terms),
+        terms_of,
         formula,
         history,
         peak.ordinal,
     )
-
-
-def _terms(
-    workload: Workload, equation: Derivation | Polynomial | Mapping[str, float] | None
-) -> tuple[dict[str, float] | None, str | None]:
-    if equation is None:
-        return None, None
-    if isinstance(equation, Mapping):
-        return dict(equation), None
-    polynomial = equation.binding(workload) if isinstance(equation, Derivation) else equation
-    return polynomial.terms_bytes(workload), polynomial.formula()
