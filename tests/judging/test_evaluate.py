@@ -1,7 +1,11 @@
 """An artifact held against records: the numbers are those that the records say, and the figures say what they show."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,27 +13,30 @@ from worlds import World, drawn, file_of, generator, grid, run
 
 from sdfit.errors import InvalidWorkload, RecordsError, SdfitError
 from sdfit.fit.fit import fit
-from sdfit.judging.evaluate import BASELINE, UPPER_LEVEL, evaluate, size_class
+from sdfit.judging.evaluate import BASELINE, UPPER_LEVEL, Evaluation, evaluate, size_class
 from sdfit.predict.predictor import Predictor
-from sdfit.records import Record
+from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload
 
 plots = pytest.importorskip("sdfit.judging.plots")
 
 
 @pytest.fixture(scope="module")
-def card():
+def card() -> World:
+    """A card with noise and a capacity of 8 GiB."""
     return World(1, noise=0.03, capacity_bytes=8 << 30)
 
 
 @pytest.fixture(scope="module")
-def predictor(card):
+def predictor(card: World) -> Predictor:
+    """Its model, of sdpa and eager attention."""
     sweep = grid() + grid(attention="eager", sides=(256, 384, 512, 640))
     return Predictor(fit(file_of(card, run(card, sweep))))
 
 
 @pytest.fixture(scope="module")
-def fresh(card):
+def fresh(card: World) -> RecordsFile:
+    """Runs that the model never saw, one that fails and one of a variant that was never swept."""
     rng = generator(5)
     workloads = drawn(rng, 60, sides=tuple(range(256, 1032, 8)), batches=(1, 2, 4), prompts=(77, 154), most=4 << 20)
     return file_of(
@@ -37,7 +44,7 @@ def fresh(card):
     )
 
 
-def test_every_number_is_the_records_own(predictor, fresh):
+def test_every_number_is_the_records_own(predictor: Predictor, fresh: RecordsFile) -> None:
     """Errors, coverage, share above the bound and over-reservation equal those worked out row by row with f."""
     found = evaluate(predictor, fresh, 0.9)
     ok = [r for r in fresh.records if r.outcome == "ok" and r.workload.dtype == "float16"]
@@ -55,7 +62,7 @@ def test_every_number_is_the_records_own(predictor, fresh):
     assert line.width == pytest.approx(np.mean([(p.interval.high - p) / p for p in one]))
 
 
-def test_lines_partition_the_rows(predictor, fresh):
+def test_lines_partition_the_rows(predictor: Predictor, fresh: RecordsFile) -> None:
     """By stage, variant, size and domain every row is counted once, for each metric that the records have."""
     found = evaluate(predictor, fresh)
     assert {line.metric for line in found.lines} == {"allocated", "reserved", "device", "required"}
@@ -68,7 +75,7 @@ def test_lines_partition_the_rows(predictor, fresh):
         found.line("allocated", "variant", "float16 magic")
 
 
-def test_out_of_memory_rows_are_asked_about(predictor, card):
+def test_out_of_memory_rows_are_asked_about(predictor: Predictor, card: World) -> None:
     """A run that failed is one that the estimate puts above the cap; one that the artifact calls safe is counted too."""
     failed = run(card, [Workload(2048, 2048), Workload(1024, 1024, batch_size=8)])
     small = replace(failed[0], index=9, workload=Workload(256, 256))
@@ -78,7 +85,7 @@ def test_out_of_memory_rows_are_asked_about(predictor, card):
     assert "3 runs; the estimate lies above the cap for 2" in found.table()
 
 
-def test_the_baseline_stands_beside_it(card):
+def test_the_baseline_stands_beside_it(card: World) -> None:
     """Where two stages take turns, the plain four-term regression over whole runs is worse than the stages."""
     sweep = grid(attention="eager", sides=(256, 384, 512, 640, 768))
     free = World(1)
@@ -89,14 +96,14 @@ def test_the_baseline_stands_beside_it(card):
     assert plain.median_error > 100 * found.line().median_error
 
 
-def test_stages_are_judged_by_themselves(predictor, fresh):
+def test_stages_are_judged_by_themselves(predictor: Predictor, fresh: RecordsFile) -> None:
     """Each stage's own peak has its errors, over all runs in which it was recorded."""
     found = evaluate(predictor, fresh)
     assert {line.stage for line in found.stages} >= {"unet", "vae_decoder_blocks", "text_encoder"}
     assert all(line.rows == found.line().rows and abs(line.worst_error) < 0.05 for line in found.stages)
 
 
-def test_what_is_passed_over_is_counted(predictor, fresh):
+def test_what_is_passed_over_is_counted(predictor: Predictor, fresh: RecordsFile) -> None:
     """Crashes, variants that were never swept and failures without a cap are counted with the reason."""
     crash = Record(90, Workload(512, 512), "crash")
     found = evaluate(predictor, [*fresh.records, crash])
@@ -104,7 +111,7 @@ def test_what_is_passed_over_is_counted(predictor, fresh):
     assert "passed over: 1 rows, crashed" in found.table()
 
 
-def test_it_turns_into_json(predictor, fresh):
+def test_it_turns_into_json(predictor: Predictor, fresh: RecordsFile) -> None:
     """The whole evaluation is JSON without infinities; an unbounded bound is null and said to be so in the table."""
     few = Predictor(replace(predictor.artifact, scores={m: {"": [0.0] * 9} for m in predictor.artifact.scores}))
     found = evaluate(few, fresh)
@@ -113,13 +120,13 @@ def test_it_turns_into_json(predictor, fresh):
     assert found.line().unbounded == found.line().rows and "unbounded" in found.table()
 
 
-def test_size_classes():
+def test_size_classes() -> None:
     """Classes go by pixels and not by the longer side."""
     names = [size_class(Workload(h, w)) for h, w in ((512, 512), (520, 512), (1024, 256), (1024, 1024), (1032, 1024))]
     assert names == ["to 512²", "to 768²", "to 512²", "to 1024²", "above 1024²"]
 
 
-def test_nothing_to_hold_it_against(predictor, card):
+def test_nothing_to_hold_it_against(predictor: Predictor, card: World) -> None:
     """Rows of variants that were never swept, and a level that is none, are refused with what would do."""
     with pytest.raises(RecordsError, match=r"1 never swept: float32 sdpa.*it knows: float16 eager, float16 sdpa"):
         evaluate(predictor, run(card, [Workload(512, 512, dtype="float32")]))
@@ -127,14 +134,14 @@ def test_nothing_to_hold_it_against(predictor, card):
         evaluate(predictor, [], 95)
 
 
-def test_origin_is_never_guessed(predictor, fresh):
+def test_origin_is_never_guessed(predictor: Predictor, fresh: RecordsFile) -> None:
     """Records of a made-up card are simulated, those of a card measured, bare rows neither."""
     assert evaluate(predictor, fresh).source == "simulated"
     assert evaluate(predictor, replace(fresh, environment={"backend": "cuda"})).source == "measured"
     assert evaluate(predictor, fresh.records).source == "recorded"
 
 
-def words_of(figure_of, evaluation, tmp_path):
+def words_of(figure_of: Callable[..., Path], evaluation: Evaluation, tmp_path: Path) -> str:
     """The text of a figure, from its svg."""
     from matplotlib import rc_context
 
@@ -143,7 +150,9 @@ def words_of(figure_of, evaluation, tmp_path):
 
 
 @pytest.mark.parametrize("draw", [plots.predicted_against_actual, plots.residuals])
-def test_figures_say_what_they_show(draw, predictor, fresh, tmp_path):
+def test_figures_say_what_they_show(
+    draw: Callable[..., Path], predictor: Predictor, fresh: RecordsFile, tmp_path: Path
+) -> None:
     """A figure of a trace says "simulated (trace)" and never "measured"; one of a card says "measured" and not the other."""
     traced = words_of(draw, evaluate(predictor, replace(fresh, environment={"backend": "trace"})), tmp_path)
     assert "simulated (trace)" in traced and "measured" not in traced and "float16 sdpa" in traced
@@ -151,13 +160,13 @@ def test_figures_say_what_they_show(draw, predictor, fresh, tmp_path):
     assert "simulated" not in real and "measured" in real
 
 
-def test_all_figures_are_drawn(predictor, fresh, tmp_path):
+def test_all_figures_are_drawn(predictor: Predictor, fresh: RecordsFile, tmp_path: Path) -> None:
     """draw_all writes two PNG files per metric into a folder that it makes."""
     paths = plots.draw_all(predictor, fresh, tmp_path / "new" / "figures")
     assert len(paths) == 8 and all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
 
 
-def test_many_variants_share_a_colour(predictor, fresh, tmp_path):
+def test_many_variants_share_a_colour(predictor: Predictor, fresh: RecordsFile, tmp_path: Path) -> None:
     """More variants than colours: the rarest are drawn as one, and none is lost."""
     points = evaluate(predictor, fresh).points
     options = [
@@ -169,7 +178,7 @@ def test_many_variants_share_a_colour(predictor, fresh, tmp_path):
     assert groups[-1][0] == "3 other variants"
 
 
-def test_figures_that_cannot_be_drawn(predictor, fresh, tmp_path):
+def test_figures_that_cannot_be_drawn(predictor: Predictor, fresh: RecordsFile, tmp_path: Path) -> None:
     """A metric without points, an unknown ending and a folder that is not there are one sentence each."""
     found = evaluate(predictor, fresh)
     bare = replace(found, points=tuple(p for p in found.points if p.metric == "allocated"))
