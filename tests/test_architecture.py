@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,14 @@ def test_the_top_is_seen_at_a_glance() -> None:
     folders = {room(m) for m, path in modules().items() if path.parent != PACKAGE}
     assert len(files) <= MOST_MODULES, sorted(files)
     assert len(folders) <= MOST_FOLDERS, sorted(folders)
+
+
+def test_the_plan_shows_the_rooms_in_their_order() -> None:
+    """The table in sdfit/README.md lists the rooms from the ground up, and the page stays one screen long."""
+    lines = (PACKAGE / "README.md").read_text(encoding="utf-8").splitlines()
+    first_cells = [line.split("|")[1] for line in lines if line.startswith("| `")]
+    assert tuple(re.findall(r"`(\w+)(?:\.py|/)`", " ".join(first_cells))) == ROOMS
+    assert len(lines) <= 50
 
 
 def test_imports_go_only_downwards() -> None:

@@ -18,6 +18,7 @@ from sdfit.sweep import grid
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *(ROOT / part / "README.md" for part in ("sweeps", "data", "models"))]
+HOUSE = ROOT / "sdfit" / "README.md"
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -79,6 +80,45 @@ def test_every_command_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [name for name in cli.commands if f"sdfit {name}" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, HOUSE], ids=lambda path: str(path.relative_to(ROOT)))
+def test_options_that_are_named_exist(path: Path) -> None:
+    """Whatever a README shows or mentions as ``sdfit <command> --option``, run or not, the command takes."""
+    from sdfit.cli import cli
+    from sdfit.study.lab.commands import lab
+
+    text = path.read_text(encoding="utf-8")
+    unknown = []
+    for program, group in (("sdfit", cli), ("python -m sdfit.study.lab", lab)):
+        for name, rest in re.findall(rf"(?:^\$ |`){re.escape(program)} ([a-z]+)([^`\n#]*)", text, re.MULTILINE):
+            command = group.commands.get(name)
+            known = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)} if command else set()
+            unknown += [f"{program} {name} {flag}" for flag in re.findall(r"--[a-z][a-z-]*", rest) if flag not in known]
+            unknown += [] if command else [f"{program} {name}"]
+    assert not unknown
+
+
+def test_the_plan_of_the_house_names_what_is_there() -> None:
+    """Every path in sdfit/README.md exists, every folder of sdfit/ has its line, and so has every module at the top."""
+    text = HOUSE.read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./-]+(?:\.py|\.toml|/))`", text)
+    homes = (HOUSE.parent, HOUSE.parent / "study", HOUSE.parent / "backends", ROOT)
+    assert not [name for name in named if not any((home / name).exists() for home in homes)]
+    package = [p for p in HOUSE.parent.iterdir() if not p.name.startswith("_")]
+    rooms = [f"{p.name}/" for p in package if (p / "__init__.py").is_file()] + [
+        p.name for p in package if p.suffix == ".py"
+    ]
+    assert len(rooms) == len(set(rooms)) >= 14 and not set(rooms) - set(named)
+    assert not [name for name in re.findall(r"`(_[A-Z]+|[A-Z]{5,})`", text) if not _defined(name)]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert not set(re.findall(r"`make ([a-z-]+)`", text)) - set(targets)
+
+
+def _defined(name: str) -> bool:
+    """Whether a table of that name is defined in a module that the plan sends the reader to."""
+    modules = ("workload.py", "equation/terms.py", "equation/stages.py")
+    return any(re.search(rf"^{name}\b", (HOUSE.parent / m).read_text(encoding="utf-8"), re.MULTILINE) for m in modules)
 
 
 @pytest.mark.parametrize("folder", ["data", "models"])

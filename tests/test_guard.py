@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,15 @@ def pipeline(processor: str = "AttnProcessor2_0", dtype: str = "float16", **part
 
 
 PICTURE = SimpleNamespace(height=520, width=776)
+
+
+@pytest.mark.parametrize("words", ["sdfit.guard.check", "sdfit.errors.SdfitError", "sdfit.guard.WillNotFit"])
+def test_the_guard_is_there_once_sdfit_is_imported(words: str) -> None:
+    """In a fresh process ``import sdfit`` is enough to reach the guard and the errors, as the README shows it."""
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sdfit; print(callable({words}))"], capture_output=True, text=True, check=False
+    )
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
 
 
 def test_a_plain_call_is_read_off() -> None:
