@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 
 from sdfit.cli import cli, main
+from sdfit.equation.metrics import METRICS
 from sdfit.predict import library
+from sdfit.predict.prediction import BEYOND
 from sdfit.predict.predictor import Predictor
 from sdfit.records import read
+from sdfit.units import format_bytes
 
 pytestmark = pytest.mark.filterwarnings("default::sdfit.errors.SimulatedModelWarning")
 
@@ -75,6 +78,21 @@ def test_predict_answers_on_stdout(run: Run, f: Predictor) -> None:
     peak = f(768, 512, metric="required", level=0.9)
     assert shown == json.loads(json.dumps(peak.to_dict())) and shown["required_bytes"] == round(peak)
     assert "outside the swept domain" in run("predict", "--gpu", "fake", "--height", "6000", "--width", "6000").out
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_parts_that_predict_prints_add_up_to_its_total(run: Run, metric: str) -> None:
+    """The breakdown belongs to the metric that was asked for: as JSON to the byte, as text a line for each part."""
+    asked = ("predict", "--gpu", "fake", *SIZE, "--batch-size", "2", "--metric", metric)
+    shown = json.loads(run(*asked, "--json").out)
+    parts = shown["breakdown_bytes"]
+    assert sum(parts.values()) == pytest.approx(shown[f"{metric}_bytes"], abs=len(parts))  # each is rounded
+    assert (BEYOND in parts) == (metric != "allocated")
+    first, *rest = run(*asked).out.splitlines()
+    assert first.startswith(f"{format_bytes(shown[f'{metric}_bytes'])} {metric} ")
+    lines = [line.strip() for line in rest if line.startswith("  ")]
+    for line, (name, part) in zip(lines, parts.items(), strict=True):
+        assert line.startswith(f"{format_bytes(part)}  {name} ")
 
 
 def test_predict_takes_the_size_of_a_picture(run: Run, tmp_path: Path, f: Predictor) -> None:
