@@ -59,7 +59,6 @@ def test_the_public_names_are_there() -> None:
     [
         (("sweep",), "torch", "sweep"),
         (("sweep", "--backend", "trace", "--grid", "quick", "--workers", "1"), "torch", "sweep"),
-        (("sweep", "--operators"), "torch", "sweep"),
         (("explain", "--height", "512", "--width", "512"), "torch", "sweep"),
         (("demo",), "torch", "sweep"),
         (("fit", "{records}"), "sklearn", "fit"),

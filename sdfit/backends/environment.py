@@ -46,10 +46,11 @@ def software() -> dict[str, str | None]:
 def quiet_libraries() -> None:
     """Keep the advice and warnings of other libraries off the terminal; sdfit's own warnings are notes on stderr.
 
-    To be called before diffusers and transformers are imported, by each process that a person has started.
+    To be called before PyTorch, diffusers and transformers are imported, by each process that a person has started.
     """
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of each start and stop
     warnings.showwarning = _note
 
 

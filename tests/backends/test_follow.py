@@ -134,7 +134,7 @@ def test_trace_equals_a_real_run(options: dict[str, Any]) -> None:
 
 
 def test_followed_storages_are_counted_once_and_freed() -> None:
-    """A view is no new block, an ignored tensor none at all; what dies is taken off; each is rounded up to 512 B."""
+    """A view is no new block, an ignored tensor none at all; what is freed is taken off; each is rounded up to 512 B."""
     meter = Meter(keep_events=True)
     ignored = torch.empty(1000)
     follow = FollowStorages(meter, device="cpu")

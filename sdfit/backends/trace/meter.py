@@ -1,7 +1,7 @@
 """Count the bytes of live tensors while real PyTorch code runs.
 
 A dispatch mode sees each operation; an output whose storage is new adds its bytes, rounded up to the 512 that the
-caching allocator rounds to, and a weak reference takes them off again when the storage dies. It works on meta
+caching allocator rounds to, and a weak reference takes them off again when the storage is freed. It works on meta
 tensors, where nothing is computed, and on CPU tensors, which is how it is checked against a real allocator.
 """
 
