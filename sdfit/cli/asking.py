@@ -46,7 +46,12 @@ def predict(gpu: str, image: Path | None, metric: str, level: float | None, as_j
 def describe(peak: Prediction) -> str:
     """A prediction in a few lines of text."""
     from sdfit.equation.terms import TERMS
+    from sdfit.predict.prediction import BEYOND
 
+    words = {
+        "weights": "of what is on the card in that stage",
+        BEYOND: "segments of the caching allocator" + (", the CUDA context" if peak.metric == "device" else ""),
+    }
     w = peak.workload
     low, high = peak.interval
     lines = [
@@ -54,9 +59,10 @@ def describe(peak: Prediction) -> str:
         f"{100 * peak.level:g} % interval: {amount(low)} to {amount(high)}; upper bound: {amount(peak.upper)}",
         f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)",
     ]
-    for name, share in peak.breakdown.items():
-        meaning = TERMS[name].meaning if name in TERMS else "of what is on the card in that stage"
-        lines.append(f"  {format_bytes(share):>11}  {name:8} {meaning}")
+    parts = peak.breakdown
+    width = max(8, *map(len, parts))
+    for name, share in parts.items():
+        lines.append(f"  {format_bytes(share):>11}  {name:{width}} {words.get(name) or TERMS[name].meaning}")
     if peak.extrapolated:
         lines.append("outside the swept domain: the interval is widened by guess")
     return "\n".join(lines)

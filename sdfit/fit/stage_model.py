@@ -196,9 +196,7 @@ class StageModel(RegressorMixin, BaseEstimator):
             own[r] = self._solve(design[mine], target[mine], anchor)
         return own
 
-    def _split_explains(
-        self, design: Array, target: Array, found: Array, pooled: Array, own: dict[int, Array]
-    ) -> bool:
+    def _split_explains(self, design: Array, target: Array, found: Array, pooled: Array, own: dict[int, Array]) -> bool:
         """Whether sets of their own explain what the common one misses, in most rows of some regime."""
         common = self._without_far(design, target, pooled)
         for r, coef in own.items():

@@ -1,10 +1,10 @@
-"""Which coefficients the data can tell apart, and what to sweep next to tell the others.
+"""Which coefficients the data identify, and what to sweep next for the others.
 
 Two columns of the design matrix that grow together share their coefficients' credit: the sum is known, the parts are not.
 L·H·W above all: the tokenizer pads every prompt to 77 tokens, so without longer ``prompt_embeds`` that term is the
 H·W term times a constant, whatever the number of runs.
 
-What it does not know: misfit. A coefficient can be well told apart and wrong, if its equation lacks a term (`sdfit.judging.judge`).
+What it does not know: misfit. A coefficient can be well identified and wrong, if its equation lacks a term (`sdfit.judging.judge`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sdfit.fit.observations import Observations, observe
 from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact
 from sdfit.records import Record
-from sdfit.units import format_bytes
+from sdfit.units import aligned, format_bytes
 from sdfit.workload import CHUNK_TOKENS, Workload
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 WEAK = 100.0
-"""A term whose variance inflation exceeds this is told apart weakly: its coefficient rests on 1 % of its column."""
+"""A term whose variance inflation exceeds this is identified weakly: its coefficient rests on 1 % of its column."""
 SIDES, BATCHES, PROMPTS = (256, 384, 512, 768, 1024, 1536), (1, 2, 4, 8), (77, 154, 231, 308)
 MOST_PIXELS = 4 << 20
 """Of all images of a workload that is proposed."""
@@ -46,8 +46,8 @@ class TermReport:
     term : str
     unit : str
         Of the coefficient.
-    status : {'told apart', 'weakly', 'not told apart', 'no effect seen'}
-        ``no effect seen``: told apart, and its 95 % bounds hold zero.
+    status : {'identified', 'weakly', 'not identified', 'no effect seen'}
+        ``no effect seen``: identified, and its 95 % bounds hold zero.
     coef, low, high : float or None
         Coefficients and 95 % bounds, of the regime with the most rows.
     vif : float or None
@@ -116,8 +116,6 @@ class Identifiability:
 
     def table(self) -> str:
         """L·H·W first; then each stage's condition number and terms, and what to sweep next."""
-        from sdfit.judging.evaluate_text import aligned
-
         parts = ["\n".join(self.prompts())]
         head = ("", "term", "status", "coefficient", "95 % bounds", "VIF", "closest", "at most")
         for stage in self.stages:
@@ -125,8 +123,8 @@ class Identifiability:
             title = (
                 f"{stage.stage}: {stage.rows} rows, {stage.resolutions} resolutions, condition {stage.condition:.3g}"
             )
-            wanted = dict.fromkeys(f"  to tell {t.term}: sweep {t.next}" for t in stage.terms if t.next)
-            parts.append("\n".join([title, aligned(lines), *wanted]))
+            wanted = dict.fromkeys(f"  to identify {t.term}: sweep {t.next}" for t in stage.terms if t.next)
+            parts.append("\n".join([title, aligned(lines, left=3), *wanted]))
         return "\n\n".join(part for part in parts if part)
 
 
@@ -149,7 +147,7 @@ def identifiability(records: Sequence[Record], artifact: Artifact | None = None)
         If no run succeeded.
     """
     if not any(r.outcome == "ok" for r in records):
-        raise FitError(f"none of the {len(records)} runs succeeded: no term can be told apart; sweep smaller sizes")
+        raise FitError(f"none of the {len(records)} runs succeeded: no term can be identified; sweep smaller sizes")
     stages = []
     for key, seen in sorted(observe(records).items()):
         if not all(seen.at_least):
@@ -198,7 +196,7 @@ def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) 
         if name in model.unidentified_:
             text = _proposed(design, kept, i, proposals)[0] or model.unidentified_[name]
             terms.append(
-                TermReport(name, TERMS[name].unit, "not told apart", closest=close, correlation=cosine, next=text)
+                TermReport(name, TERMS[name].unit, "not identified", closest=close, correlation=cosine, next=text)
             )
             continue
         weak = bool(inflation[name] > WEAK)
@@ -208,7 +206,7 @@ def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) 
             TermReport(
                 name,
                 TERMS[name].unit,
-                "weakly" if weak else "no effect seen" if zero else "told apart",
+                "weakly" if weak else "no effect seen" if zero else "identified",
                 coef=float(coef[row, i]),
                 low=float(low[row, i]),
                 high=float(high[row, i]),
@@ -289,12 +287,12 @@ def _prompt_sentence(stage: StageReport) -> str:
     term = next(t for t in stage.terms if t.term == "n·L·A")
     lengths = ", ".join(map(str, stage.prompt_lengths))
     seen = f"L·H·W in {stage.stage}: prompts of {lengths} tokens; "
-    if term.status == "not told apart":
+    if term.status == "not identified":
         return seen + f"it cannot be told from H·W; sweep prompt_length above {CHUNK_TOKENS} ({term.next})"
     bounds = f"{term.coef:.4g} {term.unit}, 95 % bounds {term.low:.4g} to {term.high:.4g}"
     worth = f"worth at most {format_bytes(term.most_bytes or 0)}"
     if term.status == "no effect seen":
-        return seen + f"told apart, and no effect seen ({bounds}; {worth})"
+        return seen + f"identified, and no effect seen ({bounds}; {worth})"
     return seen + f"{term.status} ({bounds}; {worth})"
 
 

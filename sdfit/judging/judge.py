@@ -52,7 +52,7 @@ def judge(records: Sequence[Record], artifact: Artifact | None = None) -> Verdic
     Parameters
     ----------
     records : sequence of Record
-        Of one environment; crashes are passed over.
+        Of one environment; crashes are skipped.
     artifact : Artifact, optional
         None judges the rows alone.
 

@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from sdfit.errors import RecordsError, SdfitError
-from sdfit.judging.evaluate import Evaluation, Point, evaluate
+from sdfit.judging.evaluate import evaluate
+from sdfit.judging.evaluation import Evaluation, Point
 from sdfit.judging.figures import blank, save
 from sdfit.predict.predictor import Predictor
 from sdfit.records import RecordsFile

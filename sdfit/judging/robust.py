@@ -167,7 +167,7 @@ def lacking_term(design: Array, target: Array, groups: Any, candidates: Mapping[
         The resolution of each row; candidates are judged on resolutions that the fit did not see.
     candidates : mapping of str to array, shape (rows,)
         Scaled like the columns of ``design``. Its coefficient may have either sign. One that is not zero in fewer
-        than three rows or two groups is passed over: it could absorb a bad row.
+        than three rows or two groups is skipped: it could absorb a bad row.
 
         With fewer than `ROWS_PER_TERM` rows per term nothing is looked for: some candidate always fits a few rows.
 

@@ -9,18 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sdfit.errors import InvalidWorkload, SdfitError, UnknownVariant
+from sdfit.predict.artifact import Artifact
+from sdfit.predict.prediction import Prediction
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
 
-if TYPE_CHECKING:
-    from sdfit.predict.prediction import Prediction
-    from sdfit.predict.predictor import Predictor
-
 SAFE_LEVEL = 0.99
 """Share of runs that a bound should hold for, unless the model has too few scores to promise it."""
+
+
+class Model(Protocol):
+    """What is asked: a `sdfit.predict.predictor.Predictor`."""
+
+    artifact: Artifact
+
+    @property
+    def name(self) -> str:
+        """The card."""
+
+    def predict_workload(self, workload: Workload, *, metric: str, level: float) -> Prediction:
+        """Predict for a `Workload`."""
 
 
 class NothingFits(SdfitError):
@@ -38,21 +49,19 @@ class Option:
     prediction: Prediction
 
 
-def best_metric(predictor: Predictor) -> str:
+def best_metric(predictor: Model) -> str:
     """The metric that says whether a run fits: ``required`` where the model has it, else the safer ``reserved``."""
     known = predictor.artifact.metrics
     return next((m for m in ("required", "reserved") if known.get(m)), "allocated")
 
 
-def safe_level(predictor: Predictor, metric: str) -> float:
+def safe_level(predictor: Model, metric: str) -> float:
     """The level at which bounds are asked for: `SAFE_LEVEL`, or the highest that the model's scores support."""
     scores = len(predictor.artifact.scores.get(metric, {}).get("", []))
     return min(SAFE_LEVEL, scores / (scores + 1)) if scores else SAFE_LEVEL
 
 
-def bound(
-    predictor: Predictor, workload: Workload, metric: str | None = None, level: float | None = None
-) -> Prediction:
+def bound(predictor: Model, workload: Workload, metric: str | None = None, level: float | None = None) -> Prediction:
     """Predict with the metric that decides about fitting.
 
     Parameters
@@ -82,7 +91,7 @@ def bound(
 
 
 def fits(
-    predictor: Predictor,
+    predictor: Model,
     workload: Workload,
     *,
     memory: str | float,
@@ -104,7 +113,7 @@ def fits(
 
 
 def largest(
-    predictor: Predictor,
+    predictor: Model,
     *,
     memory: str | float,
     aspect: tuple[int, int] = (1, 1),
@@ -169,7 +178,7 @@ def size_of_aspect(k: int, aspect: tuple[int, int], step: int) -> tuple[int, int
 
 
 def max_batch_size(
-    predictor: Predictor,
+    predictor: Model,
     height: int,
     width: int,
     prompt_length: int = 77,
@@ -212,7 +221,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 
 
 def options_that_fit(
-    predictor: Predictor,
+    predictor: Model,
     workload: Workload,
     *,
     memory: str | float,

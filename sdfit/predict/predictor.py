@@ -10,9 +10,10 @@ import numpy as np
 from sdfit.equation.metrics import METRICS
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload, listed
-from sdfit.predict import conformal
+from sdfit.predict import advise, conformal
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.prediction import Prediction
+from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
 from sdfit.workload import (
     CHUNK_TOKENS,
@@ -162,8 +163,6 @@ offload, safety_checker
         array of float64, shape (rows,)
             Bytes.
         """
-        from sdfit.predict.table import predict_table
-
         check_metric(metric)
         return predict_table(self.variant, table, metric)[0]
 
@@ -175,8 +174,6 @@ offload, safety_checker
         array of float64, shape (rows, 2)
             Lower and upper end [bytes]; infinite where the scores cannot support the level.
         """
-        from sdfit.predict.table import predict_table
-
         conformal.check_level(level)
         check_metric(metric)
         value, half = predict_table(self.variant, table, metric, level)
@@ -186,9 +183,7 @@ offload, safety_checker
         self, *args: Any, memory: str | float, metric: str | None = None, level: float | None = None, **kwargs: Any
     ) -> bool:
         """Whether a workload's upper bound stays within an amount of memory; see `sdfit.predict.advise.fits`."""
-        from sdfit.predict.advise import fits
-
-        return fits(
+        return advise.fits(
             self,
             Workload.from_dict(dict(zip(WORKLOAD_FIELDS, args, strict=False)) | kwargs),
             memory=memory,
@@ -198,15 +193,11 @@ offload, safety_checker
 
     def largest(self, **kwargs: Any) -> tuple[int, int]:
         """The largest size of an aspect ratio that fits; see `sdfit.predict.advise.largest`."""
-        from sdfit.predict.advise import largest
-
-        return largest(self, **kwargs)
+        return advise.largest(self, **kwargs)
 
     def max_batch_size(self, height: int, width: int, *args: Any, **kwargs: Any) -> int:
         """The largest batch that fits; see `sdfit.predict.advise.max_batch_size`."""
-        from sdfit.predict.advise import max_batch_size
-
-        return max_batch_size(self, height, width, *args, **kwargs)
+        return advise.max_batch_size(self, height, width, *args, **kwargs)
 
 
 def check_metric(metric: str) -> None:

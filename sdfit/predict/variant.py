@@ -115,7 +115,7 @@ class Variant:
     def _matrix(self, B: int, n: int, A: int, L: int, m: int, P: int, D: int) -> Array:
         """Coefficients, a row per stage, a column per term, weights in the first: those of the sizes' regimes."""
         most = IMAGES_THAT_MATTER
-        cell = (B if B < most else most, n if n < most else most, m if m < most else most, bisect(self._edges, m * P))
+        cell = (B if most > B else most, n if n < most else most, m if m < most else most, bisect(self._edges, m * P))
         found = self._matrices.get(cell)
         if found is None:
             sizes = Sizes(B, n, A, L, m, P, D)

@@ -1,4 +1,4 @@
-"""Every model that ships: it loads, its numbers are sane, and more never needs less."""
+"""Every model that ships: it loads, its numbers are sane, and its records give it again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from sdfit.equation.regimes import regime
-from sdfit.equation.sizes import Sizes
+from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.variant import Variant
 from sdfit.shipped import shipped
-from sdfit.workload import CHOICES, VARIANT_FIELDS, Workload, variant_name
+from sdfit.workload import CHOICES, VARIANT_FIELDS, WORKLOAD_FIELDS, Workload, effective, variant_name
 
 PATHS = sorted(shipped("models").glob("*.joblib"))
 if not PATHS:
@@ -89,20 +89,43 @@ def test_it_is_positive_and_monotone_over_its_domain(path: Path, field: str) -> 
 
 def sizes_of(found: Variant, table: dict[str, Any]) -> Sizes:
     """The sizes of a table's rows."""
-    samples = table["batch_size"] * np.where(table["guidance_scale"] > 1, 2, 1)
-    tokens = np.maximum(table["prompt_length"], 77)
-    sides = (table["height"] // 8 * 8, table["width"] // 8 * 8)
-    return Sizes.of(*sides, tokens, table["batch_size"], samples, found.slicing, found.tiling)
+    runs_as = effective(**{name: table[name] for name in WORKLOAD_FIELDS[:5]})
+    return Sizes.of(*(np.asarray(column, dtype=float) for column in runs_as), found.slicing, found.tiling)  # type: ignore[misc]
 
 
 def regimes(found: Variant, table: dict[str, Any]) -> Any:
     """The regime of each stage and row."""
     sizes = sizes_of(found, table)
-    return np.array([np.broadcast_to(regime(key, sizes), DRAWS) for key in found.stages.values()])
+    return np.array([np.broadcast_to(regime(stage, sizes), DRAWS) for stage in found.stages])
 
 
 def within(found: Variant, table: dict[str, Any]) -> Any:
     """Which rows lie in the swept domain."""
     sizes = sizes_of(found, table)
-    values = {"A": sizes.A, "B": sizes.B, "B·A": sizes.B * sizes.A, "L": sizes.L}
+    values = domain_columns(sizes.A, sizes.B, sizes.L)
     return np.logical_and.reduce([(values[c] >= low) & (values[c] <= high) for c, (low, high) in found.domain.items()])
+
+
+@models
+def test_its_records_give_it_again(path: Path) -> None:
+    """A fit of the records that it names gives its coefficients to 1e-9 and their bounds to 0.1 %, on any machine."""
+    pytest.importorskip("sklearn")
+    from sdfit.fit.fit import fit
+    from sdfit.records import pool, read
+    from sdfit.study.comparison import residuals
+
+    shipped_model = load_artifact(path)
+    home = shipped("data/published").parent
+    if not home.joinpath(path.stem).is_dir():
+        pytest.skip("the records are not here: this is no checkout")
+    data = pool([read(home / str(source["name"])) for source in shipped_model.sources])
+    again = fit(data, shipped_model.name, shipped_model.sources, residuals.read())
+    assert set(again.stages) == set(shipped_model.stages)
+    for key, stage in again.stages.items():
+        known = shipped_model.stages[key]
+        assert stage["terms"] == known["terms"] and stage["regimes"] == known["regimes"], key
+        for name, tolerance in (("coef", 1e-9), ("low", 1e-3), ("high", 1e-3)):
+            mine, theirs = (np.array(s[name], dtype=float) for s in (stage, known))  # an open bound is NaN
+            largest = np.nanmax(np.abs(np.where(np.isfinite(theirs), theirs, 0)), axis=0, keepdims=True)
+            assert np.allclose(mine, theirs, rtol=tolerance, atol=1e-9 * largest, equal_nan=True), (key, name)
+    assert again.scores["allocated"] == shipped_model.scores["allocated"]

@@ -13,7 +13,8 @@ from worlds import World, drawn, file_of, generator, grid, run
 
 from sdfit.errors import InvalidWorkload, RecordsError, SdfitError
 from sdfit.fit.fit import fit
-from sdfit.judging.evaluate import BASELINE, UPPER_LEVEL, Evaluation, evaluate, size_class
+from sdfit.judging.evaluate import evaluate, size_class
+from sdfit.judging.evaluation import BASELINE, UPPER_LEVEL, Evaluation
 from sdfit.predict.predictor import Predictor
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload

@@ -6,8 +6,9 @@ import random
 import pytest
 
 from sdfit.backends.trace.tracer import Tracer
+from sdfit.equation.sizes import vae_passes
 from sdfit.errors import FitError
-from sdfit.study.derivation.closed_form import last_passes, vae_passes
+from sdfit.study.derivation.closed_form import last_passes
 from sdfit.study.derivation.derive import derive
 from sdfit.workload import Workload
 
