@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,42 @@ def test_what_an_install_without_extras_lacks_is_named(
     last = ran.stderr.strip().splitlines()[-1]
     assert last == f"sdfit: this needs {module}, which is not installed; type: pip install 'sdfit[{extra}]'"
     assert "Traceback" not in ran.stderr and not (tmp_path / "data").exists()
+
+
+LIBRARIES = {"torch", "diffusers", "sklearn", "scipy", "pandas", "matplotlib", "ray", "PIL", "joblib"}
+
+
+@pytest.mark.parametrize(
+    ("command", "used"),
+    [
+        (("predict", "--gpu", "t4", "--height", "512", "--width", "512"), set()),
+        (("fits", "--gpu", "t4", "--height", "512", "--width", "512", "--memory", "16GiB"), set()),
+        (("models",), set()),
+        (("compare",), set()),
+        (("evaluate", "--gpu", "{model}", "{records}"), {"scipy", "sklearn"}),
+        (("explain", "--height", "64", "--width", "64"), {"torch", "diffusers", "PIL"}),
+    ],
+)
+def test_a_command_loads_no_library_that_it_does_not_use(
+    command: tuple[str, ...], used: set[str], fake_model: Path
+) -> None:
+    """Each command runs with the libraries that it uses and no other; diffusers brings what it likes."""
+    (records,) = fake_model.parent.parent.rglob("*-default.jsonl")
+    words = [word.format(records=records, model=fake_model) for word in command]
+    code = (
+        "import sys; from sdfit.cli import main; code = main(sys.argv[1:]); "
+        "print(sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr); sys.exit(code)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    *notes, names = ran.stderr.strip().splitlines()
+    loaded = set(re.findall(r"'(\w+)'", names))
+    brought = (
+        {"scipy", "joblib"}
+        if "sklearn" in used
+        else {"scipy", "sklearn", "pandas", "joblib"}
+        if "torch" in used
+        else set()
+    )
+    assert loaded & LIBRARIES <= used | brought
+    assert all(note.startswith("note: ") for note in notes), notes

@@ -26,19 +26,31 @@ def _tracer(kernels: str | None) -> Any:
 @workload_options
 @kernels_option
 @click.option("--timeline", type=click.Path(path_type=Path), default=None, help="Draw live memory over the run (.png).")
-@click.option("--terms/--no-terms", default=True, help="Derive the closed form too, which takes longer.")
+@click.option("--gpu", default=None, help="Add the terms of a model: its name or path; see: sdfit models")
+@click.option("--derive", "derives", is_flag=True, help="Derive the closed form and add its terms; takes longer.")
 @json_option
-def explain(kernels: str | None, timeline: Path | None, terms: bool, as_json: bool, **fields: Any) -> None:
+def explain(
+    kernels: str | None, timeline: Path | None, gpu: str | None, derives: bool, as_json: bool, **fields: Any
+) -> None:
     """Say what a run's peak is made of: components, stages, the operation, its tensors."""
+    from sdfit.predict.library import load
+
+    if gpu and derives:
+        raise click.UsageError("--gpu adds a model's terms and --derive those of the closed form; give one of them")
+    workload = workload_from(fields)
+    equation: Any = None
+    if gpu:
+        peak = load(gpu).predict_workload(workload)
+        equation = peak.breakdown
     from sdfit.study.derivation.explain import explain as explained
 
-    workload, tracer = workload_from(fields), _tracer(kernels)
-    equation = None
-    if terms:
+    tracer = _tracer(kernels)
+    if derives:
         from sdfit.study.derivation.derive import derive as derived
 
         equation = derived(workload, tracer=tracer)
-    told = explained(workload, tracer=tracer, equation=equation)
+    whose = f"the model '{gpu}' (its own peak, {peak.provenance})" if gpu else None
+    told = explained(workload, tracer=tracer, equation=equation, terms_of=whose)
     click.echo(json.dumps(told.to_dict(), indent=2) if as_json else told.to_text())
     if timeline is not None:
         from sdfit.study.derivation.timeline import timeline as draw
@@ -55,13 +67,11 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
     """Find the closed form of a variant's peak from the pipeline itself."""
     from sdfit.study.derivation.derive import derive as derived
 
-    for side in ("height", "width"):
-        fields[side] = (
-            512 if fields[side] is None else fields[side]
-        )  # the sizes do not matter: the result is a formula in them
+    for side in ("height", "width"):  # the sizes do not matter: the result is a formula in them
+        fields[side] = 512 if fields[side] is None else fields[side]
     derivation = derived(workload_from(fields), tracer=_tracer(kernels))
     if as_json:
-        click.echo(derivation.to_json())
+        click.echo(json.dumps(derivation.to_dict(), indent=2, ensure_ascii=False))
     else:
         click.echo(derivation.to_latex() if as_latex else derivation.to_text())
 
@@ -89,7 +99,9 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
     else:
         click.echo(result.table() + ("\n\n" + result.cases_table() if cases else ""))
     if figure is not None:
-        click.echo(f"wrote {comparing.figure(result, figure)}", err=True)
+        from sdfit.study.comparison.figure import draw
+
+        click.echo(f"wrote {draw(result, figure)}", err=True)
 
 
 @click.command()
@@ -121,7 +133,7 @@ def evaluate(gpu: str, files: tuple[Path, ...], level: float | None, figures: Pa
 @click.option("--gpu", default=None, help="Also say it of this model's coefficients.")
 @json_option
 def identify(files: tuple[Path, ...], gpu: str | None, as_json: bool) -> None:
-    """Say which terms records can tell apart, L·H·W above all, and what to sweep next."""
+    """Say which terms records identify, L·H·W above all, and what to sweep next."""
     from sdfit.fit.files import read_pooled
     from sdfit.judging.identify import identifiability
     from sdfit.predict.library import load

@@ -37,7 +37,10 @@ def check_duplicates(records: Sequence[Record]) -> list[Finding]:
 
     Examples
     --------
-    >>> rows = [Record(i, Workload(512, 512), "ok", allocated_bytes=b) for i, b in enumerate((3 * 10**9, 4 * 10**9))]
+    >>> rows = [
+    ...     Record(i, Workload(512, 512), "ok", {"unet": peak}, allocated_bytes=peak)
+    ...     for i, peak in enumerate((3 * 10**9, 4 * 10**9))
+    ... ]
     >>> check_duplicates(rows)[0].message
     'row 0 (512x512 float16 sdpa) has 2.794 GiB and row 1 (512x512 float16 sdpa) 3.725 GiB (+33.3%) for the same work; \
 measure them again'

@@ -130,7 +130,7 @@ def label(record: Record) -> str:
     Examples
     --------
     >>> from sdfit.workload import Workload
-    >>> label(Record(3, Workload(512, 768, batch_size=2), "ok"))
+    >>> label(Record(3, Workload(512, 768, batch_size=2), "crash"))
     'row 3 (512x768 x2 float16 sdpa)'
     """
     w = record.workload

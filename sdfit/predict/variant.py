@@ -18,7 +18,7 @@ from sdfit.equation.metrics import family, highest, metric_value
 from sdfit.equation.regimes import IMAGES_THAT_MATTER, edges, regime
 from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.equation.stages import resident, stage_key, stages_of
-from sdfit.equation.terms import COLUMN, TERMS, products
+from sdfit.equation.terms import COLUMN, TERMS, products, terms_of
 from sdfit.equation.weights import baseline_label, with_both_baselines
 from sdfit.errors import UnknownVariant, listed
 from sdfit.predict import conformal
@@ -147,7 +147,8 @@ class Variant:
         row = self._coefficients[stage][self._regimes[stage][regime(stage, sizes)]]
         shares = dict(zip(TERMS, (float(c * x) for c, x in zip(row, products(*sizes), strict=True)), strict=True))
         shares["1"] -= self.weights[stage]
-        return {"weights": float(self.weights[stage])} | {name: value for name, value in shares.items() if value > 0}
+        terms = {name: shares[name] for name in terms_of(stage_key(stage, self.key)) if shares[name] > 0}
+        return {"weights": float(self.weights[stage])} | terms
 
     # -- what rests on the peaks --
 

@@ -104,12 +104,12 @@ def test_stages_are_judged_by_themselves(predictor: Predictor, fresh: RecordsFil
     assert all(line.rows == found.line().rows and abs(line.worst_error) < 0.05 for line in found.stages)
 
 
-def test_what_is_passed_over_is_counted(predictor: Predictor, fresh: RecordsFile) -> None:
+def test_what_is_skipped_is_counted(predictor: Predictor, fresh: RecordsFile) -> None:
     """Crashes, variants that were never swept and failures without a cap are counted with the reason."""
     crash = Record(90, Workload(512, 512), "crash")
     found = evaluate(predictor, [*fresh.records, crash])
     assert found.skipped == {"never swept: float32 sdpa": 1, "crashed": 1}
-    assert "passed over: 1 rows, crashed" in found.table()
+    assert "skipped: 1 rows, crashed" in found.table()
 
 
 def test_it_turns_into_json(predictor: Predictor, fresh: RecordsFile) -> None:

@@ -28,9 +28,9 @@ def term(report: StageReport, name: str) -> TermReport:
 
 
 def test_short_prompts_do_not_tell_lhw_from_hw() -> None:
-    """With prompts up to 77 tokens L·H·W is not told apart, its column is H·W's (cosine 1), and a longer one is proposed."""
+    """With prompts up to 77 tokens L·H·W is not identified, its column is H·W's (cosine 1), and a longer one is proposed."""
     found = term(unet(SHORT), "n·L·A")
-    assert found.status == "not told apart" and found.coef is None
+    assert found.status == "not identified" and found.coef is None
     assert found.closest == "n·A" and found.correlation == pytest.approx(1.0)
     assert "prompt_length 308" in found.next
 
@@ -47,12 +47,12 @@ def test_the_proposal_tells_it_apart() -> None:
             Workload(height, width, int(prompt.split()[1]), int(batch.split()[1]), guidance, attention="eager")
         )
     report = unet(SHORT + extra)
-    assert {term(report, n).status for n in ("n·L·A", "n·L")}.isdisjoint({"not told apart"})
+    assert {term(report, n).status for n in ("n·L·A", "n·L")}.isdisjoint({"not identified"})
     assert term(report, "n·L·A").coef == pytest.approx(0.02 * World().scale["unet"], rel=0.05)
 
 
 def test_an_effect_of_nothing_is_called_so() -> None:
-    """Fused attention holds no scores: n·L·A is told apart by long prompts, and no effect is seen."""
+    """Fused attention holds no scores: n·L·A is identified by long prompts, and no effect is seen."""
     report = identifiability(run(World(noise=0.01), grid(prompts=(77, 154, 231)))).stage("unet float16 sdpa")
     found = term(report, "n·L·A")
     assert found.status == "no effect seen" and found.low == 0
@@ -63,7 +63,7 @@ def test_the_table_speaks_of_lhw_first() -> None:
     """The table begins with L·H·W of each UNet, and names what to sweep."""
     text = identifiability(run(World(), SHORT)).table()
     assert text.startswith("L·H·W in unet float16 eager: prompts of 77 tokens; it cannot be told from H·W")
-    assert "to tell n·L: sweep" in text and "condition" in text
+    assert "to identify n·L: sweep" in text and "condition" in text
 
 
 def test_it_turns_into_json() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from sdfit.errors import InvalidWorkload, RecordsError, SdfitError, UnknownModel
 from sdfit.study.comparison import published
-from sdfit.study.comparison.compare import Case, compare, figure, published_cases
+from sdfit.study.comparison.compare import Case, compare, published_cases
+from sdfit.study.comparison.figure import draw
 from sdfit.study.comparison.peers import PEERS, Peer
 from sdfit.workload import Workload
 
@@ -105,7 +106,7 @@ def test_results_are_frozen():
 
 def test_figure_writes_a_png(tmp_path):
     """A figure of every system is a PNG of at least 1000 pixels' width."""
-    path = figure(compare(published_cases()), tmp_path / "compare.png")
+    path = draw(compare(published_cases()), tmp_path / "compare.png")
     head = path.read_bytes()[:24]
     assert head.startswith(b"\x89PNG\r\n")
     assert int.from_bytes(head[16:20], "big") >= 1000
@@ -114,7 +115,7 @@ def test_figure_writes_a_png(tmp_path):
 def test_a_figure_that_cannot_be_written_says_so(tmp_path):
     """An ending that names no format gives one sentence that names the file."""
     with pytest.raises(SdfitError, match=r"compare\.nothing"):
-        figure(compare(CASES, [HUNDRED]), tmp_path / "compare.nothing")
+        draw(compare(CASES, [HUNDRED]), tmp_path / "compare.nothing")
 
 
 def test_nothing_to_compare_is_an_error():

@@ -6,7 +6,7 @@ import pytest
 
 from sdfit.backends.trace.observe import observed
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.study.derivation.closed_form import Polynomial
+from sdfit.study.derivation.closed_form import Derivation, Polynomial
 from sdfit.study.derivation.explain import explain
 from sdfit.study.derivation.timeline import timeline
 from sdfit.workload import Workload
@@ -63,12 +63,14 @@ def test_a_workspace_is_a_part_of_its_own(tracer):
 
 
 def test_the_terms_come_from_the_equation_given(tracer):
-    """A polynomial gives its terms at this workload; terms worked out already are taken as they are."""
+    """A closed form gives its terms at this workload; terms worked out already are taken as they are."""
     w = WORKLOADS[0]
-    equation = Polynomial("unet", "unet", "mul", 0, "", {"1": 110.0, "n*A": 2.0}, 100)
+    polynomial = Polynomial("unet", "unet", "mul", 0, "", {"1": 110.0, "n·A": 2.0}, 100)
+    equation = Derivation(w.variant, (polynomial,), w, ())
     told = explain(w, tracer=tracer, equation=equation)
     assert told.terms_bytes == {"weights": 100.0, "1": 10.0, "n·A": 2.0 * 2 * 512 * 512}
-    assert explain(w, tracer=tracer, equation={"H·W": 5.0}).terms_bytes == {"H·W": 5.0}
+    other = explain(w, tracer=tracer, equation={"H·W": 5.0}, terms_of="the model 't4'")
+    assert other.terms_bytes == {"H·W": 5.0} and "terms of the model 't4'" in other.to_text()
 
 
 def test_it_prints_and_serialises(tracer):

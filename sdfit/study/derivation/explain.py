@@ -187,10 +187,13 @@ def explain(
     tracer = tracer or Tracer()
     traced, observer = observed(tracer, workload, full=True, tensors=True)
     peak = observer.peaks["run"]
-    terms, formula = equation, None
+    terms: Mapping[str, float] | None
+    terms, formula = None, None
     if isinstance(equation, Derivation):
         polynomial = equation.binding(workload)
         terms, formula = polynomial.terms_bytes(workload), polynomial.formula()
+    elif equation is not None:
+        terms = equation
     on_card = resident(peak.name.stage, workload.offload)
     pipe = tracer.pipeline(workload)
     components = tuple(
