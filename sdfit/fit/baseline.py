@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdfit.fit.folds import error_summary
-from sdfit.fit.stage_model import nonnegative
 from sdfit.records import Record
 from sdfit.workload import Workload, variant_name
 
@@ -27,6 +26,8 @@ def baseline(ok: Sequence[Record]) -> dict[str, Any]:
     Images multiply the activations; nothing else is known of stages. Its errors are in-sample: a bound on how well
     that form can do.
     """
+    from sdfit.fit.stage_model import nonnegative  # predicting with it needs no scipy
+
     found: dict[str, Any] = {}
     for variant in sorted({r.workload.variant for r in ok}):
         rows = [r for r in ok if r.workload.variant == variant]

@@ -154,4 +154,4 @@ def test_tiles_and_slices_are_counted_as_diffusers_runs_them():
         h * w for h in (512, 512, 256) for w in (512, 128)
     ]
     w = Workload(512, 512, batch_size=3, vae_slicing=True)
-    assert [(s["P"], s["D"]) for s in last_passes(w)] == [(512 * 512, 2 * 512 * 512)]
+    assert [(s.P, s.D) for s in last_passes(w)] == [(512 * 512, 2 * 512 * 512)]
