@@ -50,6 +50,20 @@ def test_scalar_prediction_1000_calls(benchmark: Any, f: sdfit.Predictor) -> Non
     assert benchmark(call) > 0
 
 
+def test_reading_an_interval_1000_times(benchmark: Any, f: sdfit.Predictor) -> None:
+    """A call of f and the reading of its interval, 1,000 times; a reading takes a thousandth, less a call."""
+
+    def read() -> float:
+        return sum(f(512, side).interval.high for side in range(512, 1512))
+
+    assert benchmark(read) > 0
+
+
+def test_to_dict_100_times(benchmark: Any, f: sdfit.Predictor) -> None:
+    """A call of f and everything that it knows as plain values, 100 times."""
+    assert benchmark(lambda: [f(512, side).to_dict() for side in range(512, 612)])
+
+
 def test_table_of_a_million_rows(benchmark: Any, f: sdfit.Predictor) -> None:
     """f.predict on 1,000,000 rows."""
     rng = np.random.default_rng(0)
@@ -112,3 +126,14 @@ def test_accuracy_on_unseen_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for path in holdouts:
         with capsys.disabled():
             print(f"\n{path} (simulated)\n{evaluate(predictor, read(path)).table()}")
+
+
+def test_explain_of_one_workload(benchmark: Any) -> None:
+    """`sdfit explain` of 768x512 once its libraries are imported, with a pipeline of its own."""
+    from sdfit.backends.trace.tracer import Tracer
+    from sdfit.study.derivation.explain import explain
+
+    workload = sdfit.Workload(768, 512)
+    explain(workload, tracer=Tracer())
+    told = benchmark.pedantic(lambda: explain(workload, tracer=Tracer()), rounds=3)
+    assert told.accounted_bytes == told.peak_bytes

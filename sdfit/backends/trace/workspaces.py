@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdfit.backends.trace.segments import CachingAllocator
+from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
 from sdfit.workload import Workload
@@ -31,7 +32,7 @@ MAX_ELEMENTS = 2**31 - 1
 """Above it PyTorch runs a convolution in pieces of the batch, of at most `PIECE_ELEMENTS` each."""
 PIECE_ELEMENTS = 2**28
 """`split_batch_dim_to_32bit_out` in PyTorch's aten/src/ATen/native/cudnn; its ``max_worksize``."""
-LOAD_ORDER = ("vae", "text_encoder", "unet", "safety_checker")
+LOAD_ORDER = COMPONENTS
 """Order in which the components reach the card, for `unsplit_bytes`. Which it is depends on the version of diffusers
 (sorted names today, the order of a Python set before) and on who loads; this one, the pipeline's signature, gives the
 median over all 24. The five levels at which the A10 rows HFB-018 to HFB-029 lie are five such orders."""

@@ -87,8 +87,3 @@ def read(file: Path | None = None) -> tuple[Residual, ...]:
         )
         for row in rows
     )
-
-
-def scores() -> list[float]:
-    """The scores of all published rows, in ascending order."""
-    return sorted(r.score for r in read())
