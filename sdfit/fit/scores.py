@@ -50,14 +50,18 @@ class PublishedRow(Protocol):
         """The conformal score: how far the published number lies above the trace, in units of the activations."""
 
     @property
+    def optional(self) -> bool:
+        """Whether what the trace misses is memory that PyTorch does without where it does not fit."""
+
+    @property
     def reason(self) -> str:
         """Why the trace misses it, as far as anybody knows."""
 
 
 def score(record: Record, actual_bytes: float, predicted_bytes: float, peaks: Mapping[str, float]) -> tuple[str, float]:
     """The family of a run and its score; ``peaks`` are the predicted stage peaks [bytes]."""
-    weights = [record.weights_bytes(stage) for stage in stages_of(record.workload.variant)]
-    size = float(scale(max(peaks.values()), weights))
+    weights = {stage: record.weights_bytes(stage) for stage in stages_of(record.workload.variant)}
+    size = float(scale(peaks, weights))
     return family(record.workload.variant), (actual_bytes - predicted_bytes) / size
 
 
@@ -95,15 +99,18 @@ def published_scores(
 
     Allocated memory has published numbers. The other metrics of a whole run have none: their scores are every sum of
     one published score and one of the metric's own scores against the trace, which takes the model of the allocator
-    to be right.
+    to be right. What a run takes only where there is room (an optional workspace) widens what is allocated and reserved,
+    not what is required.
     """
-    known = np.array(sorted(row.score for row in published))
-    found = {"allocated": {"": thinned(known)}}
+    every_row = np.array(sorted(row.score for row in published))
+    needed = np.array(sorted(row.score for row in published if not row.optional))
+    found = {"allocated": {"": thinned(every_row)}}
     for metric, families in traced.items():
         if metric == "allocated":
             continue
         for name, own in families.items():
             if own:
+                known = needed if metric == "required" else every_row
                 every = np.add.outer(known, own).ravel()
                 found.setdefault(metric, {})[name] = thinned(every, MOST_FAMILY_SCORES if name else MOST_SCORES)
     return found

@@ -24,15 +24,21 @@ Rule = Callable[[Sequence[float], float], float]
 """`half_width` or `upper_width`."""
 
 
-def scale(peak: Any, weights: Iterable[float]) -> Any:
-    """What a score is in units of [bytes]: the peak above the least weights of its stages, at least 1 MiB.
+def scale(peaks: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
+    """What a score is in units of [bytes]: the largest activations of any stage, at least 1 MiB; numbers or arrays.
+
+    Activations are what lies above the weights that are on the card in that stage: under offload a stage whose weights
+    set the peak may have next to none.
 
     Examples
     --------
-    >>> float(scale(5 << 20, [3 << 20, 4 << 20]))
-    2097152.0
+    >>> scale({"unet": 9 << 20, "vae": 8 << 20}, {"unet": 8 << 20, "vae": 5 << 20}) >> 20
+    3
     """
-    return np.maximum(peak - min(weights), float(LEAST_ACTIVATION_BYTES))
+    above = [peaks[stage] - weights[stage] for stage in peaks]
+    if not any(isinstance(a, np.ndarray) for a in above):
+        return max(LEAST_ACTIVATION_BYTES, *above)
+    return np.maximum.reduce([np.maximum(a, LEAST_ACTIVATION_BYTES) for a in above])
 
 
 def relative_width(scores: Mapping[str, Sequence[float]], families: Iterable[str], level: float, rule: Rule) -> float:

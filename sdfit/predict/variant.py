@@ -182,8 +182,7 @@ class Variant:
         if known not in self._widths:
             scores = self.artifact.scores.get(metric, {})
             self._widths[known] = conformal.relative_width(scores, self.families, level, rule)
-        top = max(peaks.values()) if isinstance(sizes.A, int) else highest(peaks)
-        return self._widths[known] * conformal.scale(top, self.weights.values()) * self.stretch(sizes)
+        return self._widths[known] * conformal.scale(peaks, self.weights) * self.stretch(sizes)
 
 
 def _aligned(model: Mapping[str, Any], weights_bytes: int) -> Array:

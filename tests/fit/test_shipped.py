@@ -129,3 +129,24 @@ def test_its_records_give_it_again(path: Path) -> None:
             largest = np.nanmax(np.abs(np.where(np.isfinite(theirs), theirs, 0)), axis=0, keepdims=True)
             assert np.allclose(mine, theirs, rtol=tolerance, atol=1e-9 * largest, equal_nan=True), (key, name)
     assert again.scores["allocated"] == shipped_model.scores["allocated"]
+
+
+@models
+def test_offloaded_runs_are_not_called_larger_than_all_weights_together(path: Path) -> None:
+    """A 64x64 image under model offload is bounded below what the same run needs without it: weights are no activations."""
+    f = Predictor(load_artifact(path))
+    bounds = [f(64, 64, offload=o, metric="required", level=0.99).upper for o in ("model", "none")]
+    assert bounds[0] < bounds[1]
+
+
+def test_an_optional_workspace_widens_allocated_and_reserved_alone() -> None:
+    """COL-003 sets the highest score of allocated memory; those of required memory are built without it."""
+    from sdfit.fit.scores import published_scores
+    from sdfit.study.comparison import residuals
+
+    rows = residuals.read()
+    (odd,) = [row for row in rows if row.optional]
+    found = published_scores({"allocated": {"": [0.0]}, "reserved": {"": [0.0]}, "required": {"": [0.0]}}, rows)
+    assert odd.id == "COL-003"
+    most = [max(found[metric][""]) for metric in ("allocated", "reserved", "required")]
+    assert most[0] == most[1] == pytest.approx(odd.score, rel=1e-5) and most[2] < 0.25 * most[0]

@@ -19,6 +19,8 @@ from sdfit.shipped import shipped
 FILE = "residuals.csv"
 REASONS = {"COL-003": "see `T4_EXCESS` in sdfit/backends/trace/workspaces.py"}
 """Why a row is missed, as far as anybody knows; a row that is not here is not explained."""
+OPTIONAL = ("COL-003",)
+"""Rows whose excess is likeliest an optional convolution workspace: see `T4_EXCESS`. Not shown, only likelier than the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ class Residual:
     def score(self) -> float:
         """The conformal score: how far the published number lies above the trace, in units of the activations."""
         return (self.published_bytes - self.traced_bytes) / self.activation_bytes
+
+    @property
+    def optional(self) -> bool:
+        """Whether what the trace misses is, by the likeliest reading, a workspace that PyTorch does without where it does
+        not fit: then it widens the bounds of allocated and reserved memory, and not those of required memory."""
+        return self.id in OPTIONAL
 
     @property
     def reason(self) -> str:
