@@ -11,7 +11,6 @@ from sdfit.errors import InvalidWorkload
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 _UNITS = {
-    "": 1,
     "b": 1,
     "kib": KIB,
     "mib": MIB,
@@ -53,12 +52,12 @@ def format_bytes(amount_bytes: float) -> str:
 
 
 def parse_bytes(text: str | float) -> int:
-    """Read an amount of memory: ``"15 GiB"``, ``"15GB"``, ``"800 MiB"``, or a number of bytes.
+    """Read an amount of memory: ``"15 GiB"``, ``"15GB"``, ``"8g"``, ``"800 MiB"``, or, as a number, bytes.
 
     Raises
     ------
     InvalidWorkload
-        If it is not a positive, finite amount with a known unit.
+        If it is not a positive, finite amount with a known unit; text without a unit is asked for one.
 
     Examples
     --------
@@ -69,6 +68,9 @@ def parse_bytes(text: str | float) -> int:
     """
     if isinstance(text, str):
         match = _AMOUNT.fullmatch(text)
+        if match and not match[2]:
+            bare = text.strip()
+            raise InvalidWorkload(f"'{bare}' has no unit; write {bare}GiB, {bare}MiB or {bare}B", given=text)
         scale = _UNITS.get(match[2].lower()) if match else None
         value = float(match[1]) * scale if match and scale else math.nan
     else:
@@ -78,7 +80,7 @@ def parse_bytes(text: str | float) -> int:
             value = math.nan
     if not (math.isfinite(value) and value >= 1):
         raise InvalidWorkload(
-            f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9", given=text
+            f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9 B", given=text
         )
     return int(value)
 

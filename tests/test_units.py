@@ -13,11 +13,18 @@ from sdfit.units import GIB, KIB, MIB, format_bytes, parse_bytes, parse_duration
 
 
 @pytest.mark.parametrize(
-    "amount", ["", "GiB", "-1", "0", "1.5.2", "5 parsecs", "nan", "inf", "1e999", "１GiB", "1 \u212a", "5,0"]
+    "amount", ["", "GiB", "-1", "0 B", "1.5.2", "5 parsecs", "nan", "inf", "1e999 B", "１GiB", "1 \u212a", "5,0"]
 )
 def test_what_is_no_amount_is_refused(amount: str) -> None:
     """Empty, negative, zero, infinite, unknown units, other scripts' digits and letters: one sentence with an example."""
     with pytest.raises(InvalidWorkload, match=r"is not an amount of memory; write for example 15GiB"):
+        parse_bytes(amount)
+
+
+@pytest.mark.parametrize("amount", ["12", " 1.5 ", "16e9"])
+def test_text_without_a_unit_is_asked_for_one(amount: str) -> None:
+    """On a command line 12 is hardly 12 bytes: the sentence names the number with units to choose from."""
+    with pytest.raises(InvalidWorkload, match=f"'{amount.strip()}' has no unit; write {amount.strip()}GiB, "):
         parse_bytes(amount)
 
 
