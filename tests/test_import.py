@@ -118,6 +118,23 @@ def test_a_command_loads_no_library_that_it_does_not_use(
     assert ran.returncode == 0, ran.stderr
     *notes, names = ran.stderr.strip().splitlines()
     loaded = set(re.findall(r"'(\w+)'", names))
-    brought = {"scipy", "sklearn", "pandas", "joblib"} if "torch" in used else set()
+    brought = {"scipy"} if "torch" in used else set()
     assert loaded & LIBRARIES <= used | brought
     assert all(note.startswith("note: ") for note in notes), notes
+
+
+def test_a_simulated_sweep_says_nothing_but_its_progress(tmp_path: Path) -> None:
+    """Of the workers and the libraries that they load no word reaches the terminal."""
+    pytest.importorskip("diffusers")
+    grid = tmp_path / "one.toml"
+    grid.write_text('[[block]]\nname = "one"\nshapes = [[64, 64]]\nsafety_checker = [false, true]\n')
+    words = ["sweep", "--gpu", "t4", "--backend", "trace", "--workers", "1", "--grid", str(grid)]
+    ran = subprocess.run(
+        [sys.executable, "-m", "sdfit.cli", *words, "--out", str(tmp_path / "one.jsonl")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    own = re.compile(r"(t4 one: )?\d( of |/)2 done, ")
+    assert all(own.match(line) for line in ran.stderr.splitlines()), ran.stderr

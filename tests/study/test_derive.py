@@ -2,13 +2,15 @@
 
 import json
 import random
+from math import prod
 
 import pytest
 
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.equation.sizes import vae_passes
+from sdfit.equation.sizes import Sizes, vae_passes
+from sdfit.equation.terms import TERMS
 from sdfit.errors import FitError
-from sdfit.study.derivation.closed_form import last_passes
+from sdfit.study.derivation.closed_form import BEYOND_TERMS, last_passes, letters, products_at
 from sdfit.study.derivation.derive import derive
 from sdfit.workload import Workload
 
@@ -155,3 +157,12 @@ def test_tiles_and_slices_are_counted_as_diffusers_runs_them():
     ]
     w = Workload(512, 512, batch_size=3, vae_slicing=True)
     assert [(s.P, s.D) for s in last_passes(w)] == [(512 * 512, 2 * 512 * 512)]
+
+
+def test_each_product_is_what_its_name_says():
+    """The products of the equation and those of the closed form alone: every name multiplied out is its value."""
+    sizes = Sizes(2, 3, 5, 7, 11, 13, 17)
+    values = sizes._asdict() | {"E": 19}
+    found = products_at(sizes, 19)
+    assert set(found) == {*TERMS, *BEYOND_TERMS} and len(found) == len(TERMS) + len(BEYOND_TERMS)
+    assert found == {name: prod(values[letter] for letter in letters(name)) for name in found}
