@@ -47,7 +47,7 @@ class Record:
         Highest live bytes in each stage that was reached, weights included.
     component_bytes : dict
         Bytes of each component's weights, every tensor rounded up as the allocator rounds it.
-    allocated_bytes, reserved_bytes, device_bytes, required_bytes : int or None
+    allocated_bytes, reserved_bytes, device_bytes, required_bytes, minimum_bytes : int or None
         Peaks of the run (see the README's glossary); for an ``oom`` row what was known when it failed.
     baseline_bytes : int or None
         Allocated before the run: the weights and what a warm process holds.
@@ -76,6 +76,7 @@ class Record:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     required_bytes: int | None = None
+    minimum_bytes: int | None = None
     baseline_bytes: int | None = None
     oom_bytes: int | None = None
     oom_stage: str | None = None

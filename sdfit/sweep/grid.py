@@ -23,7 +23,7 @@ from sdfit.workload import VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
 TOP_KEYS = ("description", "seed", "num_inference_steps", "block")
 AXES = WORKLOAD_FIELDS[2:]
 BLOCK_KEYS = ("name", "why", "shapes", "workloads", "random", "keep", "max_batch_pixels", *AXES)
-RANDOM_KEYS = ("count", "min_side", "max_side")
+RANDOM_KEYS = ("count", "min_side", "max_side", "multiple_of")
 MOST_DRAWN = 100_000
 
 
@@ -164,9 +164,12 @@ def _thinned(found: list[Workload], keep: int, rng: random.Random) -> list[Workl
 
 def _drawn(wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: random.Random) -> list[Workload]:
     _known(wanted, RANDOM_KEYS, "random")
-    count, low, high = (wanted.get(k) for k in RANDOM_KEYS)
-    if not all(isinstance(v, int) and v > 0 for v in (count, low, high)) or low > high or count > MOST_DRAWN:  # type: ignore[operator]
-        raise GridError(f"random needs count (up to {MOST_DRAWN}), min_side <= max_side as whole numbers, not {wanted}")
+    count, low, high, step = (wanted.get(k, 1 if k == "multiple_of" else None) for k in RANDOM_KEYS)
+    if not all(isinstance(v, int) and v > 0 for v in (count, low, high, step)) or low > high or count > MOST_DRAWN:  # type: ignore[operator]
+        raise GridError(
+            f"random needs count (up to {MOST_DRAWN}), min_side <= max_side as whole numbers and may have multiple_of, "
+            f"not {wanted}"
+        )
     found: list[Workload] = []
     tries = 0
     while len(found) < count:  # type: ignore[operator]
@@ -174,7 +177,8 @@ def _drawn(wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: 
         if tries > 1000 * count:  # type: ignore[operator]
             raise GridError(f"max_batch_pixels {cap} leaves no room for sides from {low} to {high}")
         # log-uniform: a small side is as likely as a large one
-        sides = [round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(2)]  # type: ignore[arg-type]
+        drawn = [math.exp(rng.uniform(math.log(low), math.log(high))) for _ in range(2)]  # type: ignore[arg-type]
+        sides = [round(side / step) * step for side in drawn]  # type: ignore[operator]
         w = Workload(sides[0], sides[1], **{name: rng.choice(values) for name, values in axes.items()})
         if w.batch_size * w.pixels <= cap:
             found.append(w)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from sdfit.backends.capacity import STEP_BYTES
 from sdfit.backends.environment import software
-from sdfit.backends.trace.replay import replay, smallest_cap
+from sdfit.backends.trace.replay import replay, smallest_cap, without
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
 from sdfit.errors import SdfitError
@@ -72,10 +71,11 @@ class TraceBackend:
         traced = self._tracer.run(workload, keep_events=True)
         assert traced.events is not None
         # without workspaces the trace is of no card, and what an allocator would do with it says little
-        reserved = required = None
+        reserved = required = minimum = None
         if self.kernels is not None:
             reserved = replay(traced.events).reserved_bytes
-            required = smallest_cap(traced.events, step_bytes=STEP_BYTES)
+            required = smallest_cap(traced.events)
+            minimum = smallest_cap(without(traced.events, traced.workspaces))
         context = CONTEXT_BYTES.get(self.gpu)
         return {
             "outcome": "ok",
@@ -85,6 +85,6 @@ class TraceBackend:
             "reserved_bytes": reserved,
             "device_bytes": reserved + context if reserved is not None and context is not None else None,
             "required_bytes": required,
+            "minimum_bytes": minimum,
             "baseline_bytes": traced.weights_bytes + traced.unsplit_bytes,
-            "stage_s": {stage: round(seconds, 4) for stage, seconds in traced.stage_seconds.items()},
         }

@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdfit.backends.trace.recall import run_on_meta
 from sdfit.equation.weights import rounded
 
 
@@ -23,7 +24,7 @@ class Meter:
     """A running total of live bytes, its peak per stage, and, if asked for, the list of events.
 
     ``events`` holds ``(block, size_bytes)``: a block allocated with its size, or freed with the negative of it. A
-    workspace is allocated and freed at once.
+    workspace is allocated and freed at once; ``workspaces`` holds their blocks.
     """
 
     def __init__(self, *, keep_events: bool = False) -> None:
@@ -31,6 +32,7 @@ class Meter:
         self.stage = ""
         self.stage_peaks: dict[str, int] = {}
         self.events: list[tuple[int, int]] | None = [] if keep_events else None
+        self.workspaces: set[int] = set()
         self.listener: Listener | None = None
         self._peak_bytes = 0
         self._blocks = 0
@@ -62,7 +64,10 @@ class Meter:
 
     def passing(self, size_bytes: int) -> None:
         """Count bytes that a kernel holds only while it runs."""
-        self.free(self.allocate(size_bytes), size_bytes)
+        block = self.allocate(size_bytes)
+        self.free(block, size_bytes)
+        if self.events is not None:
+            self.workspaces.add(block)
 
     def measure(self, call: Callable[[], Any]) -> tuple[Any, Span]:
         """Run ``call``; return its result and what it took, so that `repeat` can count it again without running it."""
@@ -99,6 +104,8 @@ class Meter:
             if size > 0:
                 self._blocks += 1
                 open_blocks[block] = (self._blocks, size)
+                if block in self.workspaces:
+                    self.workspaces.add(self._blocks)
                 self.events.append((self._blocks, size))
             elif block in open_blocks:
                 self.events.append((open_blocks.pop(block)[0], size))
@@ -169,7 +176,7 @@ class FollowStorages(TorchDispatchMode):
             stand_in = _leaves_the_device(func, args, kwargs)
             if stand_in is not None:
                 return stand_in
-        out = func(*args, **kwargs)
+        out = run_on_meta(func, args, kwargs) if self.device == "meta" else func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             self._see(out)
         elif isinstance(out, tuple | list):

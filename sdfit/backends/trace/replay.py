@@ -2,16 +2,16 @@
 
 A trace gives the bytes that are live. What `torch.cuda.max_memory_reserved` reads, and the smallest cap under which
 the run succeeds, also depend on how the caching allocator packs blocks into segments. `replay` sends the events of a
-trace through a model of it (`sdfit.backends.trace.segments`), and `smallest_cap` bisects. Both need the standard
+trace through a model of it (`sdfit.backends.trace.segments`), and `smallest_cap` finds the cap. Both need the standard
 library only; the 10,000 events of a run take about 10 ms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sdfit.backends.trace.segments import Block, CachingAllocator
+from sdfit.backends.trace.segments import ROUND_LARGE_BYTES, Block, CachingAllocator, segment_bytes
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 from sdfit.units import MIB
@@ -34,6 +34,8 @@ class Replay:
         `num_alloc_retries`: how often all cached segments were given back for a request.
     oom_at : int or None
         Index of the event that found no memory.
+    wanted_bytes : int or None
+        What would have been reserved, had that event found it [bytes].
     """
 
     outcome: str
@@ -42,6 +44,7 @@ class Replay:
     reserved_bytes: int
     retries: int
     oom_at: int | None
+    wanted_bytes: int | None = None
 
 
 def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -> Replay:
@@ -88,6 +91,7 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
     blocks: dict[int, tuple[Block, int]] = {}
     live = peak = 0
     oom_at: int | None = None
+    wanted: int | None = None
     for index, (number, size) in enumerate(events):
         if size > 0:
             if number in blocks:
@@ -97,7 +101,7 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
                 )
             block = allocator.malloc(size)
             if block is None:
-                oom_at = index
+                oom_at, wanted = index, allocator.reserved_bytes + segment_bytes(rounded(size))
                 break
             live += rounded(size)
             peak = max(peak, live)
@@ -118,50 +122,58 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
         reserved_bytes=allocator.reserved_peak_bytes,
         retries=allocator.retries,
         oom_at=oom_at,
+        wanted_bytes=wanted,
     )
 
 
-def smallest_cap(events: Sequence[tuple[int, int]], *, step_bytes: int = 16 * MIB) -> int:
-    """Find the smallest cap under which the events still succeed, to ``step_bytes``: the metric ``required`` of a trace.
+def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
+    """Find the smallest cap under which the events still succeed: the metric ``required`` of a trace.
 
     Parameters
     ----------
     events : sequence of (int, int)
         As for `replay`.
-    step_bytes : int
-        How close the bisection goes [bytes], at least 1.
 
     Returns
     -------
     int
-        A cap [bytes] under which `replay` succeeds, at most ``step_bytes`` above one under which it fails.
-
-    Raises
-    ------
-    SdfitError
-        If ``step_bytes`` is below 1.
+        A cap [bytes] under which `replay` succeeds, a whole number of 2 MiB as all segments are; 2 MiB less fails.
 
     Notes
     -----
-    It bisects between the live bytes that must be there at once (no smaller cap can hold them; the allocated counter
-    is no such bound, since its unsplit remainders depend on the cap) and the uncapped reserved peak. Bisection assumes
-    that a larger cap never fails where a smaller one succeeds. Giving cached segments back changes where later blocks
-    go, so this can be violated; the result is then the upper edge of one of several ranges that fail, and a smaller
-    cap may also do. The same is true of a bisection on a card.
+    It begins with the live bytes that must be there at once, and takes from each replay that fails the cap that the
+    failing request would have needed: two to six replays, where a bisection takes ten. The cap that succeeds is then
+    tried 2 MiB lower, and only if that succeeds too is there something to bisect.
+
+    Both take it that a larger cap never fails where a smaller one succeeds. Giving cached segments back changes where
+    later blocks go, so this can be violated; the result is then the upper edge of one of several ranges that fail, and a
+    smaller cap may also do. The same is true of a bisection on a card.
 
     Examples
     --------
-    >>> smallest_cap([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)], step_bytes=1) // MIB
+    >>> smallest_cap([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)]) // MIB
     26
     """
-    if step_bytes < 1:
-        raise SdfitError(f"step_bytes is {step_bytes}; it must be at least 1, for example 16777216", given=step_bytes)
-    free_run = replay(events)
-    fails, works = free_run.live_bytes - 1, free_run.reserved_bytes
-    while works - fails > step_bytes:
-        middle = (fails + works) // 2
-        if replay(events, cap_bytes=middle).outcome == "ok":
-            works = middle
-        else:
+    step = ROUND_LARGE_BYTES
+    fails, works = -step, -(-replay(events).live_bytes // step) * step
+    while (run := replay(events, cap_bytes=works)).wanted_bytes is not None:
+        fails, works = works, run.wanted_bytes
+    middle = works - step
+    while fails < middle:
+        if replay(events, cap_bytes=middle).outcome == "oom":
             fails = middle
+        else:
+            works = middle
+        middle = (fails + works) // (2 * step) * step
     return works
+
+
+def without(events: Sequence[tuple[int, int]], blocks: Collection[int]) -> list[tuple[int, int]]:
+    """Leave some blocks out: the events of a run in which the kernels take plans without a workspace.
+
+    Examples
+    --------
+    >>> without([(1, 512), (2, 1024), (2, -1024)], {2})
+    [(1, 512)]
+    """
+    return [event for event in events if event[0] not in blocks]

@@ -77,6 +77,8 @@ class Traced:
     """Of every stage's peak: what is there beside the weights all the time (cuBLAS, the allocator's remainders)."""
     unsplit_bytes: int = 0
     """Of the standing bytes, the allocator's remainders around the weights."""
+    workspaces: frozenset[int] = frozenset()
+    """Those blocks of the events that a kernel holds while it runs, and for which it may have a plan that needs none."""
 
     @property
     def weights_bytes(self) -> int:
@@ -197,7 +199,15 @@ class Tracer:
         components = {name: sum(parts) for name, parts in sizes.items()}
         # what outlives the run is freed later and is no part of it
         events = None if meter.events is None else list(meter.events)
-        return Traced(components, meter.stage_peaks, seconds, events, standing + unsplit, unsplit)
+        return Traced(
+            components,
+            meter.stage_peaks,
+            seconds,
+            events,
+            standing + unsplit,
+            unsplit,
+            frozenset(meter.workspaces),
+        )
 
 
 def _img2img(pipe: Any, workload: Workload, steps: int) -> None:
