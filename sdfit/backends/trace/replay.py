@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from sdfit.backends.trace.segments import ROUND_LARGE_BYTES, Block, CachingAllocator, segment_bytes
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
-from sdfit.units import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,7 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
     --------
     Two blocks of 12 MiB, of which the first is freed before a third of 13 MiB is allocated:
 
+    >>> from sdfit.units import MIB
     >>> events = [(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)]
     >>> free_run = replay(events)
     >>> free_run.live_bytes // MIB, free_run.allocated_bytes // MIB, free_run.reserved_bytes // MIB
@@ -151,6 +151,7 @@ def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
 
     Examples
     --------
+    >>> from sdfit.units import MIB
     >>> smallest_cap([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)]) // MIB
     26
     """
