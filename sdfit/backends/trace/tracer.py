@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ class Traced:
     """Of every stage's peak: what is there beside the weights all the time (cuBLAS, the allocator's remainders)."""
     unsplit_bytes: int = 0
     """Of the standing bytes, the allocator's remainders around the weights."""
+    resident_bytes: dict[str, int] = field(default_factory=dict)
+    """The weights that are on the card in each stage."""
     workspaces: frozenset[int] = frozenset()
     """Those blocks of the events that a kernel holds while it runs, and for which it may have a plan that needs none."""
 
@@ -168,7 +170,7 @@ class Tracer:
         for tensors in weights.values():
             for tensor in tensors:  # never freed, so they are counted here and only known to the mode
                 follow.ignore(tensor)
-        residency = _Residency(meter, sizes, offload=workload.offload)
+        residency = _Residency(meter, sizes, offload=workload.offload, encodes=task != "txt2img")
         standing = getattr(self.workspace, "standing_bytes", 0)
         # only a simulated card has an allocator; under offload its remainders come and go and are left out
         unsplit = unsplit_bytes(sizes) if standing and workload.offload == "none" else 0
@@ -206,6 +208,7 @@ class Tracer:
             events,
             standing + unsplit,
             unsplit,
+            residency.weights,
             frozenset(meter.workspaces),
         )
 
@@ -244,19 +247,28 @@ _RUN = {"img2img": _img2img, "txt2img": _txt2img, "vae_encode": _vae_encode, "va
 class _Residency:
     """Loads and unloads whole components, as under `enable_model_cpu_offload`; without it all are there at once."""
 
-    def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str) -> None:
-        self.meter, self.sizes, self.offload = meter, sizes, offload
+    def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str, encodes: bool = True) -> None:
+        self.meter, self.sizes, self.offload, self.encodes = meter, sizes, offload, encodes
         self.blocks: dict[str, list[int]] = {}
+        self.weights: dict[str, int] = {}
+
+    def resident(self, stage: str) -> set[str]:
+        """The components that are there; without an image to encode the VAE comes only to decode."""
+        found = set(resident(stage, self.offload))
+        if self.offload != "none" and not self.encodes and stage == "unet":
+            found -= {"vae"}
+        return found
 
     def unload(self, stage: str) -> None:
-        for name in sorted(set(self.blocks) - set(resident(stage, self.offload))):
+        for name in sorted(set(self.blocks) - self.resident(stage)):
             for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
                 self.meter.free(block, size)
 
     def load(self, stage: str) -> None:
         for name in self.sizes:
-            if name in resident(stage, self.offload) and name not in self.blocks:
+            if name in self.resident(stage) and name not in self.blocks:
                 self.blocks[name] = [self.meter.allocate(size) for size in self.sizes[name]]
+        self.weights[stage] = sum(sum(self.sizes[name]) for name in self.blocks)
 
 
 @contextmanager

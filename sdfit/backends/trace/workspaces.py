@@ -46,17 +46,18 @@ class Rule:
     ----------
     dtypes : tuple of str
         Of the input.
-    copies : tuple of {'input', 'output', 'weight'}
-        Empty: no workspace.
+    copies : tuple of {'input', 'output', 'weight', 'winograd'}
+        Empty: no workspace. ``winograd``: filter, input and output in Winograd's domain, of F(4x4, 3x3) in float32.
     evidence : str
         Published rows, or source files.
     min_batch : int
         Images in the convolution's input from which on the rule holds.
     channels : (int, int), optional
         Only convolutions with these input and output channels.
-    only : {'all', 'aligned', 'square'}
+    only : {'all', 'aligned', 'square', 'heavy'}
         ``aligned``: 3x3 convolutions whose channels are multiples of 8 both ways; ``square``: 3x3 convolutions with as
-        many channels out as in.
+        many channels out as in; ``heavy``: 3x3 convolutions of stride 1 whose filter is larger than their feature maps,
+        once both are cut into Winograd's tiles.
     element_bytes : int, optional
         Bytes per element of the copies, where they are not of the operands' own dtype.
     """
@@ -69,14 +70,18 @@ class Rule:
     element_bytes: int | None = None
     only: str = "all"
 
-    def holds(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    def holds(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> bool:
         """Whether a convolution of these shapes falls under the rule."""
         outs, ins = weight[0], image[1]
         if dtype not in self.dtypes or image[0] < self.min_batch or self.channels not in (None, (ins, outs)):
             return False
         if self.only == "all":
             return True
-        return weight[-1] == 3 and (ins % 8 == outs % 8 == 0 if self.only == "aligned" else ins == outs)
+        if weight[-1] != 3:
+            return False
+        if self.only == "heavy":
+            return image[2:] == out[2:] and ins * outs > winograd_tiles(out) * (ins + outs)
+        return ins % 8 == outs % 8 == 0 if self.only == "aligned" else ins == outs
 
 
 _BATCHED_UPSAMPLER = Rule(
@@ -105,6 +110,13 @@ _WIDENED = Rule(
     HALF, ("input", "output", "weight"),
     "GP-001 GP-004: float32 copies of everything, as cards without fast float16 arithmetic compute it",
     element_bytes=4,
+)  # fmt: skip
+_WINOGRAD = Rule(
+    (*HALF, "float32"), ("winograd",),
+    "GP-002 GP-005: under model offload the UNet sets the peak, at a convolution of 2560 to 1280 channels. The formula is "
+    "that of profiles of ResNet-50 on a V100 (pytorch/kineto), float32 with cudnn.benchmark on; that feature maps larger "
+    "than the filter are left to another plan follows from GP-001 GP-004, where the decoder sets the peak",
+    only="heavy",
 )  # fmt: skip
 _FLOAT32_UNSEEN = Rule(
     ("float32",), ("input", "weight"), "none on this architecture; taken from sm80 and sm89", only="square"
@@ -138,19 +150,22 @@ class Architecture:
 
 _CUBLAS, _CUBLAS_SM90 = 8_519_680, 33_554_432
 _MODERN = (_BATCHED_UPSAMPLER, _BOTH_WAYS)
+_NO_ROW = "no published row: everything but the cuBLAS size is taken from sm80 and sm89"
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in (
-        Architecture("sm60", ("p100",), (_WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
-        Architecture("sm61", ("gtx1070",), (_WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
+        Architecture("sm60", ("p100",), (_WINOGRAD, _WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
+        Architecture("sm61", ("gtx1070",), (_WINOGRAD, _WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
         Architecture("sm70", ("v100",), (_ONE_WAY, _FLOAT32_UNSEEN), _CUBLAS, "one image only"),
         Architecture("sm75", ("t4",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "misses COL-003, see `T4_EXCESS`"),
         Architecture("sm80", ("a100",), (*_MODERN, _FLOAT32), _CUBLAS),
         Architecture("sm86", ("a10",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "one image only, rest as sm80 and sm89"),
         Architecture("sm89", ("rtx4090",), (*_MODERN, _FLOAT32), _CUBLAS),
-        Architecture("sm90", ("h200", "h100"), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90,
-                     "no published row: everything but the cuBLAS size is taken from sm80 and sm89"),
+        Architecture("sm90", ("h200", "h100"), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW),
+        Architecture("sm100", ("b200",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW),
+        Architecture("sm120", ("rtx5090",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90,
+                     _NO_ROW + "; earlier versions of PyTorch take 8,519,680 B there, as on sm89"),
     )
 }  # fmt: skip
 """The table, by compute capability."""
@@ -222,16 +237,30 @@ def convolution_bytes(
     135397888
     """
     for rule in architecture.rules:
-        if rule.holds(dtype, image, weight):
+        if rule.holds(dtype, image, weight, out):
             break
     else:
         return 0
     if not rule.copies:
         return 0
     images = _images_at_once(image, out)
+    if rule.copies == ("winograd",):
+        (outs, ins), tiles = weight[:2], winograd_tiles((images, *out[1:]))
+        return rounded(36 * 4 * (ins * outs + tiles * (ins + outs)))
     each = {"input": _elements(image[1:]) * images, "output": _elements(out[1:]) * images, "weight": _elements(weight)}
     size = rule.element_bytes or (4 if dtype == "float32" else 2)
     return rounded(sum(each[name] for name in rule.copies) * size) + PAD_BYTES
+
+
+def winograd_tiles(out: tuple[int, ...]) -> int:
+    """Tiles of 4x4 that a result (B, K, P, Q) is cut into, in all its images.
+
+    Examples
+    --------
+    >>> winograd_tiles((2, 1280, 16, 18))
+    40
+    """
+    return out[0] * -(-out[2] // 4) * -(-out[3] // 4)
 
 
 def _images_at_once(image: tuple[int, ...], out: tuple[int, ...]) -> int:

@@ -58,8 +58,8 @@ def trace_all() -> tuple[Residual, ...]:
         if row.metric != "allocated":
             continue
         expected, traced = trace_published(row, tracer)
-        # under offload the peak holds fewer weights than there are; what is left then is the floor of the scale
-        weights = traced.weights_bytes + traced.unsplit_bytes if row.scope == "total" and row.offload == "none" else 0
+        at_peak = max(traced.stage_peaks, key=lambda stage: traced.stage_peaks[stage])
+        weights = traced.resident_bytes[at_peak] + traced.unsplit_bytes if row.scope == "total" else 0
         activation = max(expected - weights, LEAST_ACTIVATION_BYTES)
         found.append(
             Residual(
