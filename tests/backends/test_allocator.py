@@ -75,12 +75,37 @@ def test_best_fit_takes_the_smallest_cached_block_that_is_large_enough():
 
 
 def test_of_equal_blocks_the_lower_address_is_taken():
-    """Two cached segments of 12 MiB: whatever order they were freed in, the first one made is taken first."""
+    """Two cached segments of 12 MiB: whatever order they were freed in, the second one made is taken first; it is lower."""
     allocator = CachingAllocator()
     first, second = allocator.malloc(12 * MIB), allocator.malloc(12 * MIB)
     allocator.free(second)
     allocator.free(first)
-    assert allocator.malloc(12 * MIB).address == first.address == 0
+    assert allocator.malloc(12 * MIB).address == second.address == first.address - 12 * MIB
+
+
+def test_the_driver_may_be_given():
+    """With addresses that rise, as a driver would say, the first of two equal segments is the one taken."""
+    places = iter((4 * MIB, 40 * MIB))
+    allocator = CachingAllocator(driver=lambda size: next(places))
+    blocks = [allocator.malloc(12 * MIB) for _ in range(2)]
+    for block in blocks:
+        allocator.free(block)
+    assert [block.address for block in blocks] == [4 * MIB, 40 * MIB]
+    assert allocator.malloc(12 * MIB).address == 4 * MIB
+
+
+def test_a_segment_is_taken_over_as_it_stands():
+    """20 MiB at 100 MiB with 2 and 5 handed out: the counters say so, gaps serve requests, all of it goes back."""
+    allocator = CachingAllocator()
+    blocks = allocator.adopt(100 * MIB, 20 * MIB, [(103 * MIB, 2 * MIB), (105 * MIB, 5 * MIB)])
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (7 * MIB, 20 * MIB)
+    blocks.append(allocator.malloc(3 * MIB))
+    assert (blocks[-1].address, allocator.reserved_bytes) == (100 * MIB, 20 * MIB)
+    assert allocator.malloc(512).address == 98 * MIB
+    for block in blocks:
+        allocator.free(block)
+    allocator.release_cached()
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (512, 2 * MIB)
 
 
 def test_a_large_cached_block_is_split_for_a_smaller_request():
@@ -235,7 +260,7 @@ class Naive:
     """The same rules written a second time: a segment is a list of [address, size, owner], searched from end to end."""
 
     def __init__(self, cap_bytes):
-        self.cap, self.segments, self.next, self.peak, self.allocated_peak = cap_bytes, [], 0, 0, 0
+        self.cap, self.segments, self.next, self.peak, self.allocated_peak = cap_bytes, [], 2**47, 0, 0
 
     def total(self):
         return sum(piece[1] for _, pieces in self.segments for piece in pieces)
@@ -255,8 +280,8 @@ class Naive:
                 break
             want = 2 * 2**20 if small else 20 * 2**20 if size < 10 * 2**20 else -(-size // 2**21) * 2**21
             if self.cap is None or self.total() + want <= self.cap:
+                self.next -= want
                 self.segments.append((small, [[self.next, want, None]]))
-                self.next += want
                 self.peak = max(self.peak, self.total())
             elif attempt == 0:
                 self.segments = [s for s in self.segments if any(piece[2] is not None for piece in s[1])]

@@ -127,6 +127,14 @@ def reserved() -> None:
     click.echo(module.table(module.replay_all()))
 
 
+@lab.command()
+def snapshots() -> None:
+    """Replay what real cards' allocators did, as others recorded it, and print the model's blocks beside theirs."""
+    from sdfit.study.lab import snapshots as module
+
+    click.echo(module.table())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the makers' command line; returns the exit code."""
     quiet_libraries()
