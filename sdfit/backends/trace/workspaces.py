@@ -136,7 +136,8 @@ class Architecture:
     rules : tuple of Rule
         The first that fits a convolution holds; none fits: no workspace.
     cublas_bytes : int
-        What a cuBLAS handle keeps [bytes]; PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp.
+        What a cuBLAS handle keeps [bytes]; PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB where the compute
+        capability is 9, 10, 11 or 12. A later source leaves it to cuBLAS unless TORCH_CUBLAS_WORKSPACE_CACHE is set.
     note : str
         What the entries rest on, where it is less than the rows of their rules.
     """
@@ -151,21 +152,24 @@ class Architecture:
 _CUBLAS, _CUBLAS_SM90 = 8_519_680, 33_554_432
 _MODERN = (_BATCHED_UPSAMPLER, _BOTH_WAYS)
 _NO_ROW = "no published row: everything but the cuBLAS size is taken from sm80 and sm89"
+_NO_ROW_BLACKWELL = _NO_ROW + "; versions of PyTorch that give 32 MiB to sm90 alone take 8,519,680 B, as on sm89"
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in (
         Architecture("sm60", ("p100",), (_WINOGRAD, _WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
         Architecture("sm61", ("gtx1070",), (_WINOGRAD, _WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
-        Architecture("sm70", ("v100",), (_ONE_WAY, _FLOAT32_UNSEEN), _CUBLAS, "one image only"),
+        Architecture("sm70", ("v100",), (_ONE_WAY, _FLOAT32_UNSEEN), _CUBLAS,
+                     "one image only. Float32 has no published run. Profiles of it (resnet50-* in data/snapshots) hold "
+                     "a Winograd plan in three layers of 3x3, but with cudnn.benchmark on, which takes the fastest plan "
+                     "that fits, heavy or not; sdfit's runs have it off"),
         Architecture("sm75", ("t4",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "misses COL-003, see `T4_EXCESS`"),
         Architecture("sm80", ("a100",), (*_MODERN, _FLOAT32), _CUBLAS),
         Architecture("sm86", ("a10",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "one image only, rest as sm80 and sm89"),
         Architecture("sm89", ("rtx4090",), (*_MODERN, _FLOAT32), _CUBLAS),
         Architecture("sm90", ("h200", "h100"), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW),
-        Architecture("sm100", ("b200",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW),
-        Architecture("sm120", ("rtx5090",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90,
-                     _NO_ROW + "; earlier versions of PyTorch take 8,519,680 B there, as on sm89"),
+        Architecture("sm100", ("b200",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW_BLACKWELL),
+        Architecture("sm120", ("rtx5090",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW_BLACKWELL),
     )
 }  # fmt: skip
 """The table, by compute capability."""
@@ -189,10 +193,16 @@ class Workspaces:
 
     Notes
     -----
-    It does not know the scratch of attention kernels and the 1 to 32 MiB of cuBLASLt, which never set the peak in the
-    published rows, nor what ``cudnn.benchmark`` or channels-last weights would change. Of the UNet alone, whose stage
-    rarely sets the peak, the source of the OM rows has figures too: the trace agrees with them within 0.1 % from four
-    samples on (T4: from one), but A100 and RTX 4090 hold 38 MB more with two samples and 83 MB more with one.
+    It does not know the scratch of attention kernels, nor what ``cudnn.benchmark`` or channels-last weights would change.
+
+    It leaves cuBLASLt out on purpose. A linear layer with a bias holds 1 MiB there for the call (mercury-e171b6 in
+    ``data/snapshots``; PyTorch's default), or nothing of its own in versions of PyTorch that let it use cuBLAS's
+    workspace. Tried on seven workloads, 1 MiB raises the stages of text encoder and the VAE's mid blocks by up to 1 MiB,
+    the peak of no whole run, and reserved or required memory by one segment of 2 MiB in three of them.
+
+    Of the UNet alone, whose stage rarely sets the peak, the source of the OM rows has figures too: the trace agrees with
+    them within 0.1 % from four samples on (T4: from one), but A100 and RTX 4090 hold 38 MB more with two samples and
+    83 MB more with one.
     """
 
     def __init__(self, architecture: Architecture) -> None:
