@@ -32,7 +32,7 @@ from sdfit.units import GIB, MIB  # noqa: E402
 from sdfit.workload import Workload  # noqa: E402
 
 GIVEN = {r.id: r for r in published.rows() if r.metric == "allocated"}
-OTHER = {r.id: r for r in published.read(published.path().with_name("other.csv"))}
+OTHER = {r.id: r for r in published.read(published.path().with_name("other.csv")) if r.metric == "allocated"}
 ROWS = GIVEN | OTHER
 
 USED = {id for id in GIVEN if id.startswith("OM-")} | {
