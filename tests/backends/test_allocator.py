@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdfit.backends.trace.replay import Replay, replay, smallest_cap, without
-from sdfit.backends.trace.segments import Block, CachingAllocator, segment_bytes
+from sdfit.backends.trace.segments import CACHE_GIVEN_BACK, Block, CachingAllocator, segment_bytes
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 from sdfit.units import KIB, MIB
@@ -140,6 +140,13 @@ def test_over_the_cap_wholly_free_segments_go_back_and_one_retry_is_made():
     assert replay(events).reserved_bytes == 50 * MIB
     run = replay(events, cap_bytes=40 * MIB)
     assert (run.outcome, run.retries, run.reserved_bytes) == ("ok", 1, 30 * MIB)
+
+
+def test_a_program_that_empties_the_cache_reserves_less():
+    """20 of 20 MiB are cached: given back before 30 are asked for, the peak is 30 instead of 50, without a retry."""
+    events = [(1, 20 * MIB), (1, -20 * MIB), CACHE_GIVEN_BACK, (2, 30 * MIB)]
+    run = replay(events)
+    assert (run.reserved_bytes, run.retries) == (30 * MIB, 0)
 
 
 def test_a_segment_in_part_in_use_does_not_go_back():

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdfit.backends.trace.recall import run_on_meta
+from sdfit.backends.trace.segments import CACHE_GIVEN_BACK
 from sdfit.equation.weights import rounded
 
 
@@ -61,6 +62,11 @@ class Meter:
         self.live_bytes -= size_bytes
         if self.events is not None:
             self.events.append((block, -size_bytes))
+
+    def give_cache_back(self) -> None:
+        """Note that the program empties the allocator's cache here; no bytes are live or freed by it."""
+        if self.events is not None:
+            self.events.append(CACHE_GIVEN_BACK)
 
     def passing(self, size_bytes: int) -> None:
         """Count bytes that a kernel holds only while it runs."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sdfit.backends.trace.segments import ROUND_LARGE_BYTES, Block, CachingAllocator, segment_bytes
+from sdfit.backends.trace.segments import CACHE_GIVEN_BACK, ROUND_LARGE_BYTES, Block, CachingAllocator, segment_bytes
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 
@@ -53,7 +53,8 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
     ----------
     events : sequence of (int, int)
         ``(block, +size_bytes)`` where a block is allocated, ``(block, -size_bytes)`` where it is freed, as
-        `Meter.events` of a trace has them: the weights first. A size of 0 is no allocation.
+        `Meter.events` of a trace has them: the weights first. A size of 0 is no allocation;
+        `CACHE_GIVEN_BACK` empties the cache.
     cap_bytes : int, optional
         The cap on reserved memory [bytes]; None: none.
 
@@ -115,6 +116,8 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
                 )
             live -= rounded(-size)
             allocator.free(blocks.pop(number)[0])
+        elif (number, size) == CACHE_GIVEN_BACK:
+            allocator.release_cached()
     return Replay(
         outcome="ok" if oom_at is None else "oom",
         live_bytes=peak,

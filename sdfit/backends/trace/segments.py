@@ -53,6 +53,9 @@ LARGE_SEGMENT_BYTES = 20 * MIB
 ROUND_LARGE_BYTES = 2 * MIB
 """`kRoundLarge`."""
 
+CACHE_GIVEN_BACK = (0, 0)
+"""The event of a list of ``(block, size)`` at which the program itself calls `torch.cuda.empty_cache`."""
+
 _TOP_ADDRESS = 1 << 47  # of a process on x86-64; segments lie below
 _ADDRESS_SPACE_BYTES = 1 << 60  # an expandable segment reserves 1 1/8 of the card; no replay reaches either
 

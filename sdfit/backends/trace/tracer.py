@@ -260,9 +260,12 @@ class _Residency:
         return found
 
     def unload(self, stage: str) -> None:
-        for name in sorted(set(self.blocks) - self.resident(stage)):
+        leaving = sorted(set(self.blocks) - self.resident(stage))
+        for name in leaving:
             for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
                 self.meter.free(block, size)
+        if leaving:
+            self.meter.give_cache_back()  # as `CpuOffload.pre_forward` of accelerate does between unloading and loading
 
     def load(self, stage: str) -> None:
         for name in self.sizes:
