@@ -6,6 +6,7 @@ exception, so that a caller need not parse the text.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -104,6 +105,15 @@ def needs(extra: str, package: str) -> DependencyError:
         extra=extra,
         package=package,
     )
+
+
+QUIET = "SDFIT_QUIET"
+"""The environment variable that silences notes: any value but 0 and the empty one."""
+
+
+def quiet() -> bool:
+    """Whether notes are unwanted."""
+    return os.environ.get(QUIET, "") not in ("", "0")
 
 
 EXTRAS = {

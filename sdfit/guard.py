@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sdfit.errors import InvalidWorkload, SdfitError
-from sdfit.predict.advise import bound
+from sdfit.predict.verdict import bound
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import Workload
 

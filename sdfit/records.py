@@ -7,9 +7,11 @@ appends them is `sdfit.sweep.journal`; other rows that are kept the same way are
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -220,7 +222,7 @@ def fingerprint(value: Any) -> str:
 
 
 def read(path: Path | str) -> RecordsFile:
-    """Read a records file.
+    """Read a records file, plain or compressed by gzip.
 
     A torn last line (a sweep was killed while it wrote) is dropped with a note; a broken line elsewhere is refused.
 
@@ -234,13 +236,18 @@ def read(path: Path | str) -> RecordsFile:
     return RecordsFile(environment, [records[i] for i in sorted(records)], notes)
 
 
+def decoded(content: bytes) -> bytes:
+    """What a file holds: itself, or what was compressed by gzip, as large sweeps are kept."""
+    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+
+
 def read_rows(path: Path | str, kind: Kind[Row]) -> tuple[dict[str, Any], list[Row], list[str]]:
     """Read a JSON Lines file of any kind, as `read` does: its environment, all its rows in order, notes."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        text = decoded(path.read_bytes()).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text, or damaged"
         raise RecordsError(f"cannot read {kind.noun}s from '{path}': {reason}", path=str(path)) from error
     lines = text.split("\n")
     notes: list[str] = []

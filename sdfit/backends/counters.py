@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from sdfit.backends.environment import a_card_is_there
-from sdfit.backends.nvml import Nvml
 from sdfit.errors import DeviceError, listed
 from sdfit.predict.cards import card_slug
+from sdfit.predict.nvml import Nvml
 
 ANY_CARD = "auto"
 

@@ -9,7 +9,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sdfit.errors import DeviceError, needs
+from sdfit.errors import DeviceError, needs, quiet
 
 
 def a_card_is_there(gpu: str) -> None:
@@ -55,5 +55,5 @@ def quiet_libraries() -> None:
 
 
 def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if category.__module__.startswith("sdfit"):
+    if category.__module__.startswith("sdfit") and not quiet():
         print(f"note: {message}", file=sys.stderr)

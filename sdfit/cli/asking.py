@@ -1,4 +1,4 @@
-"""Commands that ask a model: predict, fits, largest, advise, models, report."""
+"""Commands that ask a model: predict, fits, largest, advise, cards, models, report."""
 
 from __future__ import annotations
 
@@ -10,86 +10,149 @@ import click
 
 from sdfit.cli.options import (
     amount,
+    example,
     gpu_option,
     json_option,
     level_option,
     memory_option,
+    note,
     workload_from,
     workload_options,
 )
-from sdfit.units import format_bytes
+from sdfit.units import aligned, format_bytes
 
 if TYPE_CHECKING:
-    from sdfit.predict.advise import Option
+    from sdfit.predict.memory import Memory
+    from sdfit.predict.options import Option
     from sdfit.predict.prediction import Prediction
     from sdfit.predict.predictor import Predictor
+    from sdfit.predict.verdict import Verdict
     from sdfit.workload import Workload
 
 
-@click.command()
+@click.command(
+    epilog=example("sdfit predict --gpu t4 --height 768 --width 512", "sdfit predict --gpu rtx3060 --image photo.jpg")
+)
 @gpu_option
 @workload_options
 @click.option("--image", type=click.Path(path_type=Path), default=None, help="Take height and width from a picture.")
-@click.option("--metric", default="allocated", show_default=True, help="allocated, reserved, device or required.")
+@click.option("--metric", default=None, help="One of required, allocated, reserved, device; left out: all.")
 @level_option
 @json_option
-def predict(gpu: str, image: Path | None, metric: str, level: float | None, as_json: bool, **fields: Any) -> None:
-    """Predict the peak memory of one run."""
+def predict(
+    gpu: str, image: Path | None, metric: str | None, level: float | None, as_json: bool, **fields: Any
+) -> None:
+    """Predict the peak memory of one run: what it requires, then what the counters will show."""
     from sdfit.predict.library import load
     from sdfit.predict.predictor import DEFAULT_LEVEL
+    from sdfit.predict.verdict import best_metric
 
-    workload = workload_from(fields, image)
-    peak = load(gpu).predict_workload(workload, metric=metric, level=DEFAULT_LEVEL if level is None else level)
-    click.echo(json.dumps(peak.to_dict(), indent=2) if as_json else describe(peak))
+    workload, f = workload_from(fields, image), load(gpu)
+    level = DEFAULT_LEVEL if level is None else level
+    shown = [metric] if metric is not None else [best_metric(f), *(m for m in f.metrics if m != best_metric(f))]
+    peaks = [f.predict_workload(workload, metric=name, level=level) for name in shown]
+    if as_json:
+        every = {peak.metric: peak.to_dict() for peak in peaks}
+        click.echo(json.dumps(every[shown[0]] | {"metrics": every}, indent=2))
+        return
+    w = workload
+    lines = [_metric_line(peak) for peak in peaks]
+    lines.append(
+        f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)"
+    )
+    lines += breakdown(next((peak for peak in peaks if peak.metric == "allocated"), peaks[0]))
+    click.echo("\n".join(lines))
 
 
-def describe(peak: Prediction) -> str:
-    """A prediction in a few lines of text."""
+_MEANS = {
+    "required": "the smallest cap under which it runs",
+    "allocated": "live blocks",
+    "reserved": "segments taken from the driver",
+    "device": "what nvidia-smi shows",
+    "minimum": "the smallest cap if no kernel takes a workspace: slower",
+}
+
+
+def _metric_line(peak: Prediction) -> str:
+    low, high = peak.interval
+    return (
+        f"{format_bytes(peak):>11} {peak.metric:9}  {amount(low)} to {amount(high)} at {100 * peak.level:g} %; at most "
+        f"{amount(peak.upper)}; {_MEANS[peak.metric]}"
+    )
+
+
+def breakdown(peak: Prediction) -> list[str]:
+    """What a prediction is made of, a line a part."""
     from sdfit.equation.terms import TERMS
     from sdfit.predict.prediction import BEYOND
 
     words = {
         "weights": "of what is on the card in that stage",
-        BEYOND: "segments of the caching allocator" + (", the CUDA context" if peak.metric == "device" else ""),
+        BEYOND: "what the caching allocator needs beside them"
+        + (", the CUDA context" if peak.metric == "device" else ""),
     }
-    w = peak.workload
-    low, high = peak.interval
-    lines = [
-        f"{format_bytes(peak)} {peak.metric} ({peak.provenance}), set by the {peak.stage} stage",
-        f"{100 * peak.level:g} % interval: {amount(low)} to {amount(high)}; upper bound: {amount(peak.upper)}",
-        f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)",
-    ]
     parts = peak.breakdown
     width = max(8, *map(len, parts))
+    lines = [f"{peak.metric} is set by the {peak.stage} stage:"]
     for name, share in parts.items():
         lines.append(f"  {format_bytes(share):>11}  {name:{width}} {words.get(name) or TERMS[name].meaning}")
     if peak.extrapolated:
-        lines.append("outside the swept domain: the interval is widened by guess")
-    return "\n".join(lines)
+        lines.append("outside the swept domain: the intervals are widened by guess")
+    return lines
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "sdfit fits --gpu t4 --height 1024 --width 1024", "sdfit fits --gpu a100 --memory 8GiB --height 512 --width 512"
+    )
+)
 @gpu_option
 @memory_option
 @workload_options
 @level_option
+@click.option("--strict", is_flag=True, help="May fit is a no.")
 @json_option
-def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> int:
-    """Say whether a run fits; exit code 3 if it does not."""
-    from sdfit.predict.advise import options_that_fit
+def fits(gpu: str, memory: str | None, level: float | None, strict: bool, as_json: bool, **fields: Any) -> int:
+    """Say whether a run fits, may fit, or does not; exit code 3 if it does not."""
+    from sdfit.predict.options import options_that_fit
+    from sdfit.predict.verdict import DOES_NOT_FIT, FITS
 
-    f, workload, peak, limit = _asked(gpu, memory, level, fields)
-    answer = peak.upper <= limit
-    others = [] if answer else options_that_fit(f, workload, memory=memory, level=level)
+    f, workload, there = _asked(gpu, memory, fields)
+    answer = f.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
+    others = [] if answer.answer == FITS else options_that_fit(f, workload, memory=there.memory_bytes, level=level)
     if as_json:
-        shown = {"fits": answer, "memory_bytes": limit, **peak.to_dict(), "options": _as_data(others)}
-        click.echo(json.dumps(shown, indent=2))
+        options = [option.to_dict() for option in others]
+        click.echo(json.dumps(answer.to_dict() | {"memory": there.words, "options": options}, indent=2))
     else:
-        click.echo("\n".join([_verdict(peak, limit), *_in_words(others, "would fit with")]))
-    return 0 if answer else 3
+        click.echo("\n".join([*in_words(answer, there), *_options_in_words(others[:MOST_OPTIONS], "would fit with")]))
+    return 3 if answer.answer == DOES_NOT_FIT or (strict and answer.answer != FITS) else 0
 
 
-@click.command()
+MOST_OPTIONS = 6
+"""Changes that are shown in words; `--json` has all."""
+
+
+def in_words(answer: Verdict, there: Memory) -> list[str]:
+    """A verdict in two or three lines."""
+    peak, spare = answer.prediction, answer.margin_bytes
+    chance = (
+        "" if answer.answer != "may fit" or answer.chance is None else f", with a chance of {100 * answer.chance:.0f} %"
+    )
+    lines = [
+        f"{answer.answer}{chance}: {peak.metric} {format_bytes(peak)}, at most {amount(peak.upper)} (level {peak.level:.3g}); "
+        f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}",
+        f"memory: {there.words}",
+    ]
+    if answer.slower:
+        lines.append("it is likely to run, with slower kernels: convolutions would go without their workspaces")
+    if answer.chance is None:
+        lines.append("this model is only traced, without kernel workspaces: it never says that a run fits")
+    return lines
+
+
+@click.command(
+    epilog=example("sdfit largest --gpu rtx3060 --aspect 3:2", "sdfit largest --gpu t4 --memory 8GiB --vae-tiling")
+)
 @gpu_option
 @memory_option
 @click.option("--aspect", default="1:1", show_default=True, help="Width to height, for example 3:2.")
@@ -97,9 +160,12 @@ def fits(gpu: str, memory: str, level: float | None, as_json: bool, **fields: An
 @workload_options
 @level_option
 @json_option
-def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, as_json: bool, **fields: Any) -> None:
-    """Find the largest size of an aspect ratio that fits."""
+def largest(
+    gpu: str, memory: str | None, aspect: str, step: int, level: float | None, as_json: bool, **fields: Any
+) -> None:
+    """Find the largest size of an aspect ratio that is sure to fit, and the largest that is likely to."""
     from sdfit.predict.library import load
+    from sdfit.predict.memory import available
 
     for name in ("height", "width"):
         if fields.pop(name) is not None:
@@ -108,68 +174,114 @@ def largest(gpu: str, memory: str, aspect: str, step: int, level: float | None, 
         across, down = (int(part) for part in aspect.split(":"))
     except ValueError:
         raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
-    height, width = load(gpu).largest(memory=memory, aspect=(across, down), step=step, level=level, **fields)
-    click.echo(json.dumps({"height": height, "width": width}) if as_json else f"{height}x{width} (height x width)")
+    f = load(gpu)
+    there = available(memory, f.card)
+    found = f.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
+    (height, width), (most_height, most_width) = found, found.likely
+    if as_json:
+        likely = {"height": most_height, "width": most_width}
+        click.echo(json.dumps({"height": height, "width": width, "likely": likely, "memory_bytes": there.memory_bytes}))
+        return
+    click.echo(f"{height}x{width} (height x width) is sure to fit, {most_height}x{most_width} likely")
+    click.echo(f"memory: {there.words}")
 
 
-@click.command()
+@click.command(epilog=example("sdfit advise --gpu t4 --height 2048 --width 2048 --batch-size 8"))
 @gpu_option
 @memory_option
 @workload_options
 @level_option
 @json_option
-def advise(gpu: str, memory: str, level: float | None, as_json: bool, **fields: Any) -> None:
-    """Say what fits: this run, its largest batch, and which options help."""
-    from sdfit.predict.advise import NothingFits, options_that_fit
+def advise(gpu: str, memory: str | None, level: float | None, as_json: bool, **fields: Any) -> None:
+    """Say what to change so that a run fits: the cheapest sufficient changes first, and what each saves.
 
-    f, workload, peak, limit = _asked(gpu, memory, level, fields)
-    rest = {k: v for k, v in workload.to_dict().items() if k not in ("height", "width", "prompt_length", "batch_size")}
+    Cheapest by rank, not by time: attention, VAE slicing, a split batch, VAE tiling, no safety checker, half precision,
+    model offload, the tiny VAE, a smaller size.
+    """
+    from sdfit.predict.advise import NothingFits
+    from sdfit.predict.options import options_that_fit
+    from sdfit.predict.verdict import FITS
+
+    f, workload, there = _asked(gpu, memory, fields)
+    answer = f.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
+    sizes = ("height", "width", "prompt_length", "batch_size")
+    rest = {k: v for k, v in workload.to_dict().items() if k not in sizes}
     try:
-        batch = f.max_batch_size(
-            workload.height, workload.width, workload.prompt_length, memory=memory, level=level, **rest
+        batch = int(
+            f.max_batch_size(*(getattr(workload, n) for n in sizes[:3]), memory=there.memory_bytes, level=level, **rest)
         )
     except NothingFits:
         batch = 0
-    options = options_that_fit(f, workload, memory=memory, level=level)
+    options = options_that_fit(f, workload, memory=there.memory_bytes, level=level)
     if as_json:
-        answer: dict[str, Any] = {"fits": peak.upper <= limit, "memory_bytes": limit, "max_batch_size": batch}
-        answer["options"] = _as_data(options)
-        click.echo(json.dumps(answer, indent=2))
-        return
-    lines = [_verdict(peak, limit), f"largest batch of this size: {batch}", *_in_words(options, "with")]
-    click.echo("\n".join(lines))
+        shown = {"max_batch_size": batch, "options": [option.to_dict() for option in options], "memory": there.words}
+        click.echo(json.dumps(answer.to_dict() | shown, indent=2))
+    elif answer.answer == FITS:
+        click.echo(
+            f"already fits: at most {amount(answer.prediction.upper)} of {there.words}; up to {batch} image(s) a call do"
+        )
+    else:
+        changes = _options_in_words(options, "with") or ["  nothing that was tried makes it fit"]
+        click.echo("\n".join([*in_words(answer, there), f"largest batch of this size: {batch}", *changes]))
 
 
-def _asked(
-    gpu: str, memory: str, level: float | None, fields: dict[str, Any]
-) -> tuple[Predictor, Workload, Prediction, int]:
-    """The model, the run, what it needs at most, and what is there [bytes]."""
-    from sdfit.predict.advise import bound
+def _asked(gpu: str, memory: str | None, fields: dict[str, Any]) -> tuple[Predictor, Workload, Memory]:
+    """The model, the run, and the memory that is there."""
     from sdfit.predict.library import load
-    from sdfit.units import parse_bytes
+    from sdfit.predict.memory import available
 
-    f, workload = load(gpu), workload_from(fields)
-    return f, workload, bound(f, workload, None, level), parse_bytes(memory)
-
-
-def _verdict(peak: Prediction, limit_bytes: int) -> str:
-    verb = "fits" if peak.upper <= limit_bytes else "does not fit"
-    return f"{verb}: up to {amount(peak.upper)} {peak.metric} (level {peak.level:.3g}) of {format_bytes(limit_bytes)}"
+    workload, f = workload_from(fields), load(gpu)
+    return f, workload, available(memory, f.card)
 
 
-def _in_words(options: list[Option], verb: str) -> list[str]:
-    changes = [", ".join(f"{name}={value}" for name, value in option.change.items()) for option in options]
+def _options_in_words(options: list[Option], verb: str) -> list[str]:
     return [
-        f"  {verb} {change}: up to {format_bytes(option.upper_bytes)}"
-        for change, option in zip(changes, options, strict=True)
+        f"  {verb} {', '.join(f'{name}={value}' for name, value in option.change.items())}: at most "
+        f"{format_bytes(option.upper_bytes)}, saves {format_bytes(option.saved_bytes)}"
+        for option in options
     ]
 
 
-def _as_data(options: list[Option]) -> list[dict[str, Any]]:
-    return [{"change": option.change, "upper_bytes": round(option.upper_bytes)} for option in options]
+@click.command(epilog=example("sdfit cards 3060", "sdfit cards --json"))
+@click.argument("pattern", default="")
+@json_option
+def cards(pattern: str, as_json: bool) -> int:
+    """List the cards that sdfit knows by name, their memory, and which model answers for each."""
+    from sdfit.predict.cards import KERNELS, card_slug, table
+    from sdfit.predict.library import available
+
+    wanted, models = card_slug(pattern) if pattern else "", available()
+    found = [
+        card
+        for card in table()
+        if wanted in card.slug or pattern.lower() in card.name.lower() or pattern == card.architecture
+    ]
+    rows = []
+    for card in found:
+        model = card.slug if card.slug in models else KERNELS.get(card.architecture, "")
+        rows.append((card, model if model in models else "none"))
+    if as_json:
+        fields = (
+            "name",
+            "slug",
+            "architecture",
+            "compute_capability",
+            "memory_bytes",
+            "drives_screen",
+            "half",
+            "memory_from",
+        )
+        click.echo(
+            json.dumps([{n: getattr(card, n) for n in fields} | {"model": model} for card, model in rows], indent=2)
+        )
+    else:
+        lines = [("name", "--gpu", "architecture", "model", "float16", "memory")]
+        lines += [(c.name, c.slug, c.architecture, model, c.half, format_bytes(c.memory_bytes)) for c, model in rows]
+        click.echo(aligned(lines, left=5) if rows else f"no card matches '{pattern}'")
+    return 0 if rows else 3
 
 
-@click.command()
+@click.command(epilog=example("sdfit models"))
 @json_option
 def models(as_json: bool) -> None:
     """List the models that can be loaded, and what each rests on."""
@@ -184,7 +296,7 @@ def models(as_json: bool) -> None:
         try:
             found[name] = Predictor(load_artifact(path), path)
         except ArtifactError as error:  # one damaged file does not hide the others
-            click.echo(f"note: {error}", err=True)
+            note(str(error))
     if as_json:
         rows = {
             name: {
@@ -200,7 +312,7 @@ def models(as_json: bool) -> None:
         click.echo(models_table(found))
 
 
-@click.command()
+@click.command(epilog=example("sdfit report --gpu t4"))
 @gpu_option
 def report(gpu: str) -> None:
     """Print a model's card: what it rests on, how good it is, its coefficients."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from sdfit.errors import SdfitError, needs
+from sdfit.errors import QUIET, SdfitError, needs, quiet
 from sdfit.units import format_bytes
 from sdfit.workload import CHOICES, CHUNK_TOKENS, Workload
 
@@ -38,12 +39,42 @@ _NUMBERS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--batch-size", int, 1, "Images per call."),
     ("--guidance-scale", float, 7.5, "Above 1 doubles the UNet's batch."),
 )
-gpu_option = click.option("--gpu", required=True, help="Name or path of a model; see: sdfit models")
+gpu_option = click.option(
+    "--gpu",
+    default="auto",
+    show_default=True,
+    help="A card (sdfit cards), a model (sdfit models) or a path; auto: the card here.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Plain values, amounts in bytes.")
 level_option = click.option("--level", type=float, default=None, help="Of intervals and bounds, between 0 and 1.")
-memory_option = click.option("--memory", required=True, help="What PyTorch may take, for example 15GiB.")
+memory_option = click.option(
+    "--memory", default=None, help="What PyTorch may take, as 15GiB, or free; left out: what the card leaves."
+)
 out_option = click.option("--out", type=click.Path(path_type=Path), default=None, help="The file to write.")
 records_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="RECORDS...")
+
+
+def quiet_option() -> click.Option:
+    """``--quiet`` of every command: no notes, errors only; the same as SDFIT_QUIET=1."""
+
+    def silence(_: click.Context, __: click.Parameter, value: bool) -> None:
+        if value:
+            os.environ[QUIET] = "1"
+
+    return click.Option(
+        ["-q", "--quiet"], is_flag=True, expose_value=False, callback=silence, help=f"No notes; also {QUIET}=1."
+    )
+
+
+def note(text: str) -> None:
+    """Say something beside the answer, on stderr, unless quiet was asked for."""
+    if not quiet():
+        click.echo(f"note: {text}", err=True)
+
+
+def example(*commands: str) -> str:
+    """The end of a command's help: commands that work as they stand; a test runs them."""
+    return "\b\n" + "\n".join(["Examples:", *(f"  {command}" for command in commands)])
 
 
 def amount(value: float) -> str:

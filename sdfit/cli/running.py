@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sdfit.cli.options import out_option, records_argument
+from sdfit.cli.options import json_option, note, out_option, records_argument
 from sdfit.errors import SdfitError
 from sdfit.units import parse_duration
 
@@ -60,7 +61,7 @@ def sweep(
             try:
                 workspaces_for(gpu)
             except SdfitError as error:
-                click.echo(f"note: {error}; this trace has none", err=True)
+                note(f"{error}; this trace has none")
     with Reporter(f"{gpu} {plan.name}", len(plan.workloads)) as reporter:
         outcome = run(
             plan,
@@ -72,8 +73,8 @@ def sweep(
             budget_s=parse_duration(budget) if budget else None,
             report=reporter,
         )
-    for note in outcome.notes:
-        click.echo(f"note: {note}", err=True)
+    for words in outcome.notes:
+        note(words)
     click.echo(
         f"{outcome.done} of {outcome.total} done, {outcome.oom} out of memory, {outcome.crashed} crashed, "
         f"{outcome.skipped} were there already",
@@ -88,9 +89,10 @@ def sweep(
 @records_argument
 @click.option("--gpu", default=None, help="Fit only this card's records under ./data.")
 @out_option
-def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
+@json_option
+def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None, as_json: bool) -> None:
     """Fit the equation to records; without files, to all that was swept under ./data."""
-    from sdfit.fit.card import coefficient_table, fit_summary
+    from sdfit.fit.card import coefficient_rows, fit_summary
     from sdfit.fit.files import fit_files, swept_files
     from sdfit.judging.judge import judge
     from sdfit.study.comparison import residuals
@@ -101,10 +103,14 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None) -> None:
     published = residuals.read()
     for name, paths in jobs.items():
         result = fit_files(paths, name or None, out, published)
-        for note in result.notes:
-            click.echo(f"note: {note}", err=True)
-        click.echo(coefficient_table(result.artifact))
-        click.echo(fit_summary(result.artifact))
+        for words in result.notes:
+            note(words)
+        if as_json:
+            head, *rows = coefficient_rows(result.artifact)
+            found = [dict(zip(head, row, strict=True)) for row in rows]
+            click.echo(json.dumps({"evaluation": result.artifact.evaluation, "coefficients": found}, indent=2))
+        else:
+            click.echo(fit_summary(result.artifact))
         findings = judge(result.records, result.artifact)
         for f in findings[:MOST_FINDINGS]:
             click.echo(f"judged: {f.severity}: {f.where}: {f.message}", err=True)

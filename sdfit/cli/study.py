@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from sdfit.cli.options import gpu_option, json_option, level_option, records_argument, workload_from, workload_options
+from sdfit.cli.options import (
+    gpu_option,
+    json_option,
+    level_option,
+    note,
+    records_argument,
+    workload_from,
+    workload_options,
+)
 
 kernels_option = click.option(
     "--kernels", default=None, help="Add the kernel workspaces of a card, for example t4; otherwise the bare trace."
@@ -109,15 +117,28 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 @records_argument
 @level_option
 @click.option("--figures", type=click.Path(path_type=Path), default=None, help="A folder for the figures.")
+@click.option("--decisions", is_flag=True, help="Judge the largest sizes that it says fit, on ladders of sizes.")
 @json_option
-def evaluate(gpu: str, files: tuple[Path, ...], level: float | None, figures: Path | None, as_json: bool) -> None:
-    """Judge a model on records: errors, coverage, width, by stage, variant and size."""
-    from sdfit.fit.files import read_pooled
+def evaluate(
+    gpu: str, files: tuple[Path, ...], level: float | None, figures: Path | None, decisions: bool, as_json: bool
+) -> None:
+    """Judge a model on records: errors, coverage, width, by stage, variant and size; or the decisions it leads to."""
+    from sdfit.fit.files import fitted_on, read_pooled
     from sdfit.judging.evaluate import evaluate as judged
     from sdfit.predict.library import load
     from sdfit.predict.predictor import DEFAULT_LEVEL
 
     data, f = read_pooled(files), load(gpu)
+    for words in fitted_on(f.artifact, files, data):
+        note(words)
+    if decisions:
+        from sdfit.judging.decisions import decide
+        from sdfit.predict.verdict import SAFE_LEVEL
+
+        source = {"cuda": "measured"}.get(str(data.environment.get("backend")), "simulated")
+        found = decide(f, data.records, level=SAFE_LEVEL if level is None else level, source=source)
+        click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+        return
     level = DEFAULT_LEVEL if level is None else level
     result = judged(f, data, level=level)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())

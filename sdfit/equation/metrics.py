@@ -1,53 +1,159 @@
-"""The metrics beside allocated memory: regressions on the stage peaks, per family of variants and regime.
+"""The metrics beside allocated memory: regressions on the run's peak and its sizes, by where the run stands.
 
-How a caching allocator packs blocks depends on which convolution plans run, so `reserved`, `device` and `required` have
-coefficients per family and per regime of the VAE decoder, where there were rows enough; otherwise by regime, by
-family, or over all.
+What a caching allocator needs beyond the live bytes is packing: of a segment that a long-lived tensor sits in, the rest
+may stay unused. How much that is follows from which stage sets the peak, which plans its convolutions run, what the
+stage before left behind, and is then very nearly linear in the sizes. So `reserved`, `device`, `required` and `minimum`
+have coefficients by *place*: what a run has in common with others that pack alike. A place with too few rows takes those
+of a wider one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.equation.regimes import regime
+from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Numbers, Sizes
-from sdfit.workload import VariantKey
+from sdfit.equation.stages import STAGES
+from sdfit.equation.terms import COLUMN, products
+from sdfit.workload import DTYPE_BYTES, VARIANT_FIELDS, VariantKey
 
-METRICS = ("allocated", "reserved", "device", "required")
+METRICS = ("allocated", "reserved", "device", "required", "minimum")
 """What the README's glossary explains; each a peak over one run [bytes]."""
-METRIC_FEATURES = ("1", "peak", "vae_encoder_blocks", "unet", "vae_decoder_blocks")
-"""What reserved, device and required are linear in, above the weights [bytes]: a constant, the peak, three stages."""
+NEVER_BELOW_LIVE = ("allocated", "reserved", "device")
+"""Metrics that count what is live; the others are caps, under which PyTorch may do without a workspace."""
+LINEAR = ("m·P", "B·A", "n·A", "D")
+QUADRATIC = ("n·A²", "m·P²")
+METRIC_FEATURES = ("1", "peak", *LINEAR, *QUADRATIC)
+"""What the metrics are linear in, above the weights: a constant [1 MiB], the run's peak above the weights [B], and terms
+of `sdfit.equation.terms.TERMS`; the quadratic ones only where attention is materialised."""
+CONSTANT_BYTES = 1 << 20
+"""Of the feature ``1``, so that all features are of like size."""
+MATERIALISED = ("math", "eager", "sliced")
+"""Kinds of attention that hold score matrices."""
+
+PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid") for stage in STAGES}
+"""The part of the pipeline that a stage belongs to."""
+PIECES = tuple(dict.fromkeys(PIECE.values()))
 
 
-def family(key: VariantKey) -> str:
-    """The variants that share conformal scores: those that differ only in offload and the safety checker.
+class Place(NamedTuple):
+    """What runs that pack alike have in common.
+
+    Parameters
+    ----------
+    element_bytes : int
+        Of the dtype.
+    attention, vae, offload : str
+        As in `sdfit.workload.Workload`.
+    sliced, tiled : bool
+        Whether the VAE really runs in slices, or in tiles: at one image, or up to 512 pixels, it does not.
+    guided : bool
+    regime : int
+        Of the decoder's blocks, whose convolutions are the largest: an index into `sdfit.equation.regimes.REGIMES`.
+    piece : str
+        The part of the pipeline that sets the peak of allocated memory: one of `PIECES`.
+    """
+
+    element_bytes: int
+    attention: str
+    vae: str
+    offload: str
+    sliced: bool
+    tiled: bool
+    guided: bool
+    regime: int
+    piece: str
+
+    @property
+    def split(self) -> bool:
+        """Whether convolutions run image by image: past 2^31 elements."""
+        return REGIMES[self.regime].elements[0] > 0
+
+
+_WIDENING: tuple[tuple[str, ...], ...] = (
+    Place._fields,
+    ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "regime", "piece"),
+    ("element_bytes", "attention", "vae", "tiled", "regime", "piece"),
+    ("element_bytes", "attention", "regime", "piece"),
+    ("regime", "piece"),
+    ("piece",),
+    (),
+)
+"""What a group of places agrees in, the narrowest first. No two have as many fields, so names tell them apart."""
+_FAMILIES: tuple[tuple[str, ...], ...] = (
+    ("attention", "vae", "offload", "sliced", "tiled", "split", "piece"),
+    ("attention", "offload", "sliced", "tiled", "split"),
+    ("attention", "split"),
+    (),
+)
+"""What runs that share conformal scores agree in, the narrowest first."""
+
+
+def metric_groups(place: Place) -> tuple[str, ...]:
+    """The groups whose coefficients a metric may use, the narrowest first; ``""`` holds all.
+
+    Examples
+    --------
+    >>> metric_groups(Place(2, "sdpa", "kl", "none", False, False, True, 1, "unet"))[-3:]
+    ('1|unet', 'unet', '')
+    """
+    return tuple("|".join(str(getattr(place, name)) for name in names) for names in _WIDENING)
+
+
+def families(place: Place) -> tuple[str, ...]:
+    """The families whose conformal scores a run may use, the narrowest first; ``""`` holds all.
+
+    Examples
+    --------
+    >>> families(Place(2, "sdpa", "kl", "none", False, False, True, 1, "unet"))
+    ('sdpa|kl|none|False|False|False|unet', 'sdpa|none|False|False|False', 'sdpa|False', '')
+    """
+    return tuple("|".join(str(getattr(place, name)) for name in names) for names in _FAMILIES)
+
+
+def place_codes(peaks: Mapping[str, Numbers], sizes: Sizes) -> Numbers:
+    """Where runs of one variant stand, as whole numbers that `place_of` spells out; a number or an array.
+
+    Parameters
+    ----------
+    peaks : mapping
+        Stage -> its peak of allocated memory [bytes].
+    sizes : Sizes
+    """
+    at = np.argmax(np.array(list(peaks.values()), dtype=float), axis=0)
+    piece = np.array([PIECES.index(PIECE[stage]) for stage in peaks])[at]
+    flags = ((sizes.n > sizes.B) * 2 + (sizes.m < sizes.B)) * 2 + (sizes.P < sizes.A)
+    return (flags * len(REGIMES) + regime("vae_decoder_blocks", sizes)) * len(PIECES) + piece
+
+
+def place_of(variant: VariantKey, code: int) -> Place:
+    """The place that a code of `place_codes` stands for.
 
     Examples
     --------
     >>> from sdfit.workload import Workload
-    >>> family(Workload(512, 512, safety_checker=False).variant)
-    'float16|sdpa|kl|False|False'
+    >>> w = Workload(512, 512, batch_size=2)
+    >>> place_of(w.variant, int(place_codes({"unet": 3.0, "vae_decoder_mid": 4.0}, Sizes.of_workload(w))))
+    Place(element_bytes=2, attention='sdpa', vae='kl', offload='none', sliced=False, tiled=False, guided=True, regime=1, \
+piece='vae_decoder')
     """
-    return "|".join(str(v) for v in key[:5])
-
-
-def metric_groups(family_name: str, which: int) -> tuple[str, ...]:
-    """The groups whose coefficients a metric may use, the narrowest first.
-
-    Examples
-    --------
-    >>> metric_groups("float16|sdpa|kl|False|False", 1)
-    ('float16|sdpa|kl|False|False#1', '#1', 'float16|sdpa|kl|False|False', '')
-    """
-    return (f"{family_name}#{which}", f"#{which}", family_name, "")
-
-
-def metric_regime(sizes: Sizes) -> Numbers:
-    """The regime of the metrics: that of the decoder's blocks, whose convolutions are the largest."""
-    return regime("vae_decoder_blocks", sizes)
+    values: dict[str, Any] = dict(zip(VARIANT_FIELDS, variant, strict=True))
+    rest, piece = divmod(code, len(PIECES))
+    flags, which = divmod(rest, len(REGIMES))
+    return Place(
+        element_bytes=DTYPE_BYTES[values["dtype"]],
+        attention=values["attention"],
+        vae=values["vae"],
+        offload=values["offload"],
+        sliced=bool(flags & 2),
+        tiled=bool(flags & 1),
+        guided=bool(flags & 4),
+        regime=which,
+        piece=PIECES[piece],
+    )
 
 
 def highest(peaks: Mapping[str, Numbers]) -> Any:
@@ -55,26 +161,33 @@ def highest(peaks: Mapping[str, Numbers]) -> Any:
     return np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
 
 
-def metric_features(peaks: Mapping[str, Numbers], weights: Mapping[str, int]) -> list[Any]:
-    """The columns of `METRIC_FEATURES` [bytes] from stage peaks and resident weights."""
-    top = highest(peaks)
-    named = [peaks[s] - weights[s] if s in peaks else 0.0 * top for s in METRIC_FEATURES[2:]]
-    return [np.ones_like(top), top - max(weights.values()), *named]
+def weights_at_peak(peaks: Mapping[str, Numbers], weights: Mapping[str, int]) -> Any:
+    """The weights that are on the card in the stage that sets the peak [bytes]."""
+    at = np.argmax(np.array(list(peaks.values()), dtype=float), axis=0)
+    return np.array([weights[stage] for stage in peaks], dtype=float)[at]
+
+
+def metric_features(peaks: Mapping[str, Numbers], weights: Mapping[str, int], sizes: Sizes) -> list[Any]:
+    """The columns of `METRIC_FEATURES` from stage peaks and resident weights [bytes], and sizes."""
+    top, every = highest(peaks), products(*sizes)
+    above = top - weights_at_peak(peaks, weights)
+    rest = [every[COLUMN[name]] + 0.0 * top for name in METRIC_FEATURES[2:]]
+    return [np.full_like(top, CONSTANT_BYTES), above, *rest]
 
 
 def metric_value(
     coefficients: Mapping[str, Sequence[float]],
-    family_name: str,
+    variant: VariantKey,
     peaks: Mapping[str, Numbers],
     weights: Mapping[str, int],
     sizes: Sizes,
 ) -> Any:
     """A metric from stage peaks [bytes]; ``coefficients`` by the names of `metric_groups`."""
-    top, regimes = highest(peaks), np.asarray(metric_regime(sizes))
-    columns = metric_features(peaks, weights)
-    value = np.zeros_like(top)
-    for which in np.unique(regimes):
-        coef = next(coefficients[g] for g in metric_groups(family_name, int(which)) if g in coefficients)
-        found = sum(c * x for c, x in zip(coef, columns, strict=True))
-        value = np.where(regimes == which, max(weights.values()) + found, value)
-    return np.maximum(value, top)  # no counter can be below what is live
+    codes = np.asarray(place_codes(peaks, sizes))
+    columns, base = metric_features(peaks, weights, sizes), weights_at_peak(peaks, weights)
+    value = np.zeros_like(base)
+    for code in np.unique(codes):
+        coef = next(coefficients[g] for g in metric_groups(place_of(variant, int(code))) if g in coefficients)
+        found = sum(c * x for c, x in zip(coef, columns, strict=True) if c)
+        value = np.where(codes == code, base + found, value)
+    return value

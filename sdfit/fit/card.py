@@ -29,23 +29,41 @@ def coefficient_rows(artifact: Artifact) -> list[tuple[str, ...]]:
     return lines
 
 
-def coefficient_table(artifact: Artifact) -> str:
-    """The coefficients of a fit as an aligned table."""
-    return aligned(coefficient_rows(artifact), left=3)
+def short_rows(artifact: Artifact) -> list[tuple[str, ...]]:
+    """A line for each stage and regime that has coefficients of its own, the zero ones left out; the head first."""
+    lines: list[tuple[str, ...]] = [("stage", "regime", "peak above the weights")]
+    for key, stage in artifact.stages.items():
+        for row, values in enumerate(stage["coef"]):
+            members = [REGIMES[i].words for i, index in enumerate(stage["regimes"]) if index == row]
+            label = "all" if len(stage["coef"]) == 1 else "; ".join(members)
+            parts = [
+                f"{value:.6g} {TERMS[name].unit} · {name}"
+                for name, value in zip(stage["terms"], values, strict=True)
+                if value
+            ]
+            lines.append((key, label, " + ".join(parts).replace("B · 1", "B")))
+    return lines
 
 
 def fit_summary(artifact: Artifact) -> str:
-    """What a fit achieved, in a few lines: cross-validated errors of the stages beside those of the baseline."""
+    """What a fit achieved, on a screen: errors of the stages beside those of the baseline, and of each metric."""
     ev = artifact.evaluation
     lines = [
         f"{artifact.name}: {artifact.provenance} ({RESTS_ON[artifact.provenance]})",
-        f"rows: {ev['rows']} succeeded, {ev['oom_rows']} out of memory, {ev['crashed_rows']} crashed",
+        f"rows: {ev['rows']} succeeded, {ev['oom_rows']} out of memory, {ev['crashed_rows']} crashed; "
+        f"{len(artifact.swept)} variants, {len(artifact.stages)} sets of coefficients",
         _errors("stages, fitted", ev["fitted"]),
     ]
     if "cross_validated" in ev:
         lines.append(_errors(f"stages, on unseen resolutions ({ev['folds']} folds)", ev["cross_validated"]))
-    for name, found in artifact.baseline["variants"].items():
-        lines.append(_errors(f"plain four-term baseline, {name}, fitted", found))
+    for metric, found in ev.get("metrics", {}).items():
+        lines.append(_errors(f"{metric}, on unseen resolutions", found))
+    plain = list(artifact.baseline["variants"].values())
+    medians = sorted(found["median"] for found in plain)
+    lines.append(
+        f"plain four-term baseline of {len(plain)} variants, fitted: median {percent(medians[len(medians) // 2], 3)}, worst "
+        f"{percent(max(found['worst'] for found in plain), 3)}"
+    )
     return "\n".join(lines)
 
 
@@ -85,26 +103,50 @@ def model_card(artifact: Artifact) -> str:
                 f"stages, unseen resolutions, {ev['folds']} folds", ev["cross_validated"], ev["cross_validated"]["rows"]
             )
         )
+    for metric, found in ev.get("metrics", {}).items():
+        lines.append(_row(f"{metric}, unseen resolutions", found, found["rows"]))
     for name, found in artifact.baseline["variants"].items():
         lines.append(_row(f"plain four-term baseline, {name}, fitted", found, found["rows"]))
     if "published" in ev:
         lines += ["", *_published(ev["published"])]
-    lines += ["", "Metrics: " + ", ".join(["allocated", *(m for m, v in artifact.metrics.items() if v)]) + "."]
+    lines += ["", "## What the intervals rest on", "", *_evidence(artifact)]
     lines += ["", "## Variants swept", "", *(f"- {name}" for name in artifact.swept)]
-    lines += ["", "## Coefficients", "", "The terms are explained in README.md beside this file.", ""]
-    head, *rows = coefficient_rows(artifact)
+    lines += ["", "## Coefficients", ""]
+    lines += ["The terms are explained in README.md beside this file; `sdfit fit --json` prints their bounds too.", ""]
+    head, *rows = short_rows(artifact)
     lines += [_cells(head), _cells(("---",) * len(head)), *(_cells(row) for row in rows)]
     return "\n".join(lines) + "\n"
 
 
+def _evidence(artifact: Artifact) -> list[str]:
+    """Lines on what each metric's interval rests on."""
+    counts = {metric: table[""]["count"] for metric, table in artifact.scores.items() if "" in table}
+    if artifact.provenance != "published":
+        return [f"- {metric}: {count} runs on resolutions that the fit did not see" for metric, count in counts.items()]
+    lines = []
+    for metric, count in counts.items():
+        if metric == "allocated":
+            lines.append(f"- {metric}: {count} published measurements beside their traces")
+        else:
+            without = " (but for one whose excess is likeliest an optional workspace)" * (
+                metric in ("required", "minimum")
+            )
+            lines.append(
+                f"- {metric}: every sum of one published error of allocated memory{without} and one error of the regression "
+                "against the simulated allocator; nobody has published this metric of whole runs"
+            )
+    return lines
+
+
 def _published(found: dict[str, Any]) -> list[str]:
-    """Lines on how the trace compares with what others measured on this card."""
+    """Lines on how the trace compares with what others measured on cards with the same kernels."""
     if not found["rows"]:
-        return ["No whole run on this card was published; its intervals come from other cards' rows."]
+        return ["No whole run on a card with these kernels was published; its intervals come from other cards' rows."]
+    cards = ", ".join(f"{card} {count}" for card, count in found["cards"].items())
     lines = [
-        f"Beside {found['rows']} published whole runs on this card the trace is off by {percent(found['median'], 3)} in the "
-        f"median and {percent(found['worst'], 3)} at worst. The intervals come from the published rows of all cards, not "
-        "from how well the equation follows the trace."
+        f"Beside {found['rows']} published whole runs on cards with these kernels the trace is off by "
+        f"{percent(found['median'], 3)} in the median and {percent(found['worst'], 3)} at worst (published rows of allocated "
+        f"memory, the VAE alone among them: {cards})."
     ]
     lines += [
         f"- {miss['id']} ({miss['size']}) is off by {percent(miss['error'], 2)}: {miss['reason']}."

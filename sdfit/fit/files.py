@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from sdfit.errors import RecordsError, listed
 from sdfit.fit.card import write_card
 from sdfit.fit.scores import PublishedRow
 from sdfit.predict.artifact import Artifact
-from sdfit.records import Record, RecordsFile, pool, read
+from sdfit.records import Record, RecordsFile, decoded, pool, read
 
-HOLDOUT = "holdout"
-"""Records of the grid of this name are never fitted."""
+JUDGES = ("holdout", "decisions")
+"""Records of the grids of these names judge models, and are never fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Fitted:
 def swept_files(folder: Path, gpu: str | None = None) -> dict[str, list[Path]]:
     """The records under ``data``, by card: measured ones where there are any, otherwise simulated ones.
 
-    Files of the holdout grid are left out.
+    Files of the grids that judge are left out.
 
     Raises
     ------
@@ -44,9 +45,9 @@ def swept_files(folder: Path, gpu: str | None = None) -> dict[str, list[Path]]:
         if gpu is not None and home.name != gpu:
             continue
         kinds: dict[str, list[Path]] = defaultdict(list)
-        for path in sorted(home.glob("*.jsonl")):
+        for path in sorted(home.glob("*.jsonl*")):
             environment = _environment(path)
-            if environment is not None and environment.get("grid") != HOLDOUT:
+            if environment is not None and environment.get("grid") not in JUDGES:
                 kinds[str(environment.get("backend"))].append(path)
         if kinds:
             found[home.name] = kinds["cuda"] if "cuda" in kinds else next(iter(kinds.values()))
@@ -58,11 +59,10 @@ def swept_files(folder: Path, gpu: str | None = None) -> dict[str, list[Path]]:
 
 def _environment(path: Path) -> dict[str, object] | None:
     """The environment in a file's first line; None for a file of another kind, such as a proof."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            head = json.loads(file.readline())
-        except ValueError:
-            return None
+    try:
+        head = json.loads(decoded(path.read_bytes()).split(b"\n", 1)[0])
+    except (ValueError, EOFError, zlib.error):
+        return None
     return head.get("environment") if isinstance(head, dict) and "sdfit_records" in head else None
 
 
@@ -92,8 +92,9 @@ def fit_files(
 
     files = [read(path) for path in paths]
     grids = [str(f.environment.get("grid")) for f in files]
-    if HOLDOUT in grids:
-        raise RecordsError(f"'{paths[grids.index(HOLDOUT)]}' is a holdout: it judges models and is never fitted")
+    for path, grid in zip(paths, grids, strict=True):
+        if grid in JUDGES:
+            raise RecordsError(f"'{path}' is of the grid '{grid}', which judges models and is never fitted")
     data = pool(files)
     artifact = fit(data, name, [_source(p, f) for p, f in zip(paths, files, strict=True)], published)
     path = out or Path("models", f"{artifact.name}.joblib")
@@ -124,3 +125,30 @@ def read_pooled(paths: Sequence[Path]) -> RecordsFile:
     if not paths:
         raise RecordsError(f"give records files, for example {listed(['data/t4/*.jsonl'])}")
     return pool([read(path) for path in paths])
+
+
+def fitted_on(artifact: Artifact, paths: Sequence[Path], data: RecordsFile) -> list[str]:
+    """What a judgement of a model on these records should say first: that it was fitted on them, or is of other cards.
+
+    Parameters
+    ----------
+    artifact : Artifact
+    paths : sequence of Path
+    data : RecordsFile
+        What they hold, pooled.
+    """
+    fitted = {str(source.get("sha256")) for source in artifact.sources}
+    own = [path.name for path in paths if hashlib.sha256(path.read_bytes()).hexdigest() in fitted]
+    found = (
+        [f"'{artifact.name}' was fitted on {listed(own)}: these errors say nothing of runs that it never saw"]
+        if own
+        else []
+    )
+    theirs, mine = data.environment, artifact.environment
+    if theirs.get("name") != mine.get("name") and theirs.get("workspaces") != mine.get("workspaces"):
+        found.append(f"these records are of '{theirs.get('name')}', and the model is of '{mine.get('name')}'")
+    if theirs.get("backend") != mine.get("backend"):
+        found.append(
+            f"these records come from the backend '{theirs.get('backend')}', and the model from '{mine.get('backend')}'"
+        )
+    return found

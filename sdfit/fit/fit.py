@@ -22,9 +22,10 @@ from sdfit.fit.baseline import baseline
 from sdfit.fit.folds import FOLDS, error_summary, left_out
 from sdfit.fit.metric_models import fit_metrics
 from sdfit.fit.observations import Observations, observe
-from sdfit.fit.scores import PublishedRow, published_scores
+from sdfit.fit.scores import PublishedRow, kept, published_scores
 from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact, canonical
+from sdfit.predict.cards import kernels_of
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import variant_name
 
@@ -32,6 +33,8 @@ FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
 LISTED_ERROR = 0.01
 """A published row that the trace misses by more is named in the model's card."""
+FEWEST_PUBLISHED = 50
+"""Published rows of cards with the same kernels, from which on those of other cards say nothing about a model."""
 MOST_ROUNDS = 20
 """Fits of one stage until the lower bounds that count are settled."""
 
@@ -127,13 +130,17 @@ def fit(
     _enough_sizes(seen, ok)
     models = {key: fit_stage(key, obs) for key, obs in seen.items()}
     held_out, folds = cross_validate(ok, [r for r in data.records if r.outcome == "oom"])
-    metrics, scores = fit_metrics(ok, predict_stages(models, ok), held_out)
+    metrics, scores, errors = fit_metrics(ok, predict_stages(models, ok), held_out)
     environment = dict(data.environment)
     rests_on = provenance(environment)
     evaluation = _evaluation(ok, models, held_out, folds, data.records)
+    evaluation["metrics"] = {
+        metric: error_summary(found).to_dict() | {"rows": len(found)} for metric, found in errors.items() if len(found)
+    }
     if rests_on == "published" and published:
-        scores = published_scores(scores, published)
-        evaluation["published"] = _published_rows(str(environment.get("name")), published)
+        alike = _same_kernels(str(environment.get("name")), published)
+        evaluation["published"] = _published_rows(alike)
+        scores = published_scores(scores, alike if len(alike) >= FEWEST_PUBLISHED else published)
     return Artifact(
         **canonical(
             {
@@ -144,7 +151,7 @@ def fit(
                 "components": _components(ok),
                 "stages": {"|".join(key): _stage(models[key], obs) for key, obs in seen.items()},
                 "metrics": metrics,
-                "scores": scores,
+                "scores": kept(scores),
                 "swept": sorted({variant_name(r.workload.variant) for r in ok}),
                 "baseline": baseline(ok),
                 "evaluation": evaluation,
@@ -185,17 +192,27 @@ def _enough_sizes(seen: Mapping[StageKey, Observations], ok: Sequence[Record]) -
             )
 
 
-def _published_rows(card: str, published: Sequence[PublishedRow]) -> dict[str, Any]:
-    """The trace beside the published whole runs of a card; a row off by more than 1 % is listed, with the reason."""
-    rows = [r for r in published if r.card == card and r.pipeline in ("img2img", "txt2img")]
+def _same_kernels(name: str, published: Sequence[PublishedRow]) -> list[PublishedRow]:
+    """The published rows of cards whose kernels hold the same memory."""
+    kernels = kernels_of(name)
+    return [row for row in published if kernels is not None and kernels_of(row.card) == kernels]
+
+
+def _published_rows(published: Sequence[PublishedRow]) -> dict[str, Any]:
+    """The trace beside published rows: how many of each card, and its errors on whole runs.
+
+    A whole run that is off by more than 1 % is listed, with the reason.
+    """
+    cards = {card: sum(row.card == card for row in published) for card in sorted({row.card for row in published})}
+    rows = [row for row in published if row.pipeline in ("img2img", "txt2img")]
     if not rows:
-        return {"rows": 0}
+        return {"rows": 0, "cards": cards}
     misses = [
         {"id": r.id, "size": f"{r.height}x{r.width}", "error": r.error, "reason": r.reason}
         for r in rows
         if abs(r.error) > LISTED_ERROR
     ]
-    return {"rows": len(rows), **error_summary([r.error for r in rows]).to_dict(), "misses": misses}
+    return {"rows": len(rows), "cards": cards, **error_summary([r.error for r in rows]).to_dict(), "misses": misses}
 
 
 def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:

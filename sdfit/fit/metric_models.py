@@ -1,31 +1,119 @@
-"""Fit reserved, device and required memory: regressions on top of the predicted stage peaks.
+"""Fit reserved, device, required and minimum memory: regressions on top of the predicted stage peaks.
 
-See `sdfit.equation.metrics` for the groups that have coefficients of their own.
+See `sdfit.equation.metrics` for the groups that have coefficients of their own. How blocks pack is linear in the sizes
+but for jumps, where a tensor comes to fit into what another one left. So the regressions are robust: they follow the
+many and leave the jumps to the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
-from sdfit.equation.metrics import METRICS, family, metric_features, metric_groups, metric_regime, metric_value
+from sdfit.equation.metrics import (
+    MATERIALISED,
+    METRIC_FEATURES,
+    METRICS,
+    QUADRATIC,
+    Place,
+    highest,
+    metric_features,
+    metric_groups,
+    place_codes,
+    place_of,
+    weights_at_peak,
+)
 from sdfit.equation.sizes import Array, Sizes, resolution
 from sdfit.equation.stages import stages_of
 from sdfit.fit.folds import left_out
-from sdfit.fit.scores import by_family, score
-from sdfit.fit.stage_model import nonnegative
+from sdfit.fit.scores import by_family
+from sdfit.predict.conformal import scale
 from sdfit.records import Record
 
 Peaks = Mapping[str, float]
-FEWEST_ROWS = 12
+FEWEST_ROWS = 8
 """A group with fewer rows leaves its workloads to a wider one."""
+ROUNDS = 12
+"""Of reweighting; the errors that a round changes are then far below `CLOSE`."""
+CLOSE = 3e-4
+"""Relative errors below this count by their squares, larger ones by their size."""
+QUADRATIC_AT = [METRIC_FEATURES.index(name) for name in QUADRATIC]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Some predicted stage peaks of a run, and what a metric's regression makes of them.
+
+    Attributes
+    ----------
+    place : Place
+    features : array
+        The columns of `METRIC_FEATURES`.
+    base_bytes, peak_bytes, scale_bytes : float
+        The weights in the stage that sets the peak, the peak, the unit of a score.
+    """
+
+    place: Place
+    features: Array
+    base_bytes: float
+    peak_bytes: float
+    scale_bytes: float
+
+    @classmethod
+    def of(cls, record: Record, peaks: Peaks) -> _Seen:
+        """Look at a run through the stage peaks [bytes] that a model predicts."""
+        w = record.workload
+        weights = {stage: record.weights_bytes(stage) for stage in stages_of(w.variant)}
+        sizes = Sizes.of_workload(w)
+        return cls(
+            place_of(w.variant, int(place_codes(peaks, sizes))),
+            np.array([float(x) for x in metric_features(peaks, weights, sizes)]),
+            float(weights_at_peak(peaks, weights)),
+            float(highest(peaks)),
+            float(scale(peaks, weights)),
+        )
+
+
+class _Regression:
+    """A metric of some runs: coefficients by group, found when a run first needs them."""
+
+    def __init__(self, seen: Sequence[_Seen], values: Array) -> None:
+        self.seen, self.values = seen, values
+        self.members: dict[str, list[int]] = defaultdict(list)
+        for i, one in enumerate(seen):
+            for name in metric_groups(one.place):
+                self.members[name].append(i)
+        self.coef: dict[str, Array] = {}
+
+    def group(self, place: Place) -> str:
+        """The narrowest group that a place belongs to and that has rows enough."""
+        return next(g for g in metric_groups(place) if not g or len(self.members.get(g, ())) >= FEWEST_ROWS)
+
+    def coefficients(self, group: str) -> Array:
+        """Those of a group."""
+        if group not in self.coef:
+            mine = self.members[group]
+            values = self.values[mine]
+            design = np.array([self.seen[i].features for i in mine]) / values[:, None]
+            if not all(self.seen[i].place.attention in MATERIALISED for i in mine):
+                design[:, QUADRATIC_AT] = 0.0  # no scores are held: a small square would run away with the size
+            above = 1 - np.array([self.seen[i].base_bytes for i in mine]) / values
+            self.coef[group] = robust_nonnegative(design, above)
+        return self.coef[group]
+
+    def predict(self, one: _Seen) -> float:
+        """The metric of a run [bytes]."""
+        return one.base_bytes + float(self.coefficients(self.group(one.place)) @ one.features)
 
 
 def fit_metrics(
     ok: Sequence[Record], fitted: Sequence[Peaks], held_out: Sequence[Peaks]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Array]]:
     """Fit the metrics that the records have, and score all of them on unseen resolutions.
 
     Parameters
@@ -38,64 +126,85 @@ def fit_metrics(
 
     Returns
     -------
-    metrics, scores : dict
+    metrics : dict
         As in `sdfit.predict.artifact.Artifact`.
+    scores : dict
+        metric -> family -> scores, all of them.
+    errors : dict
+        metric -> relative errors on unseen resolutions.
     """
     metrics: dict[str, Any] = {}
     scores: dict[str, Any] = {}
+    errors: dict[str, Array] = {}
+    unseen = [_Seen.of(record, peaks) if peaks else None for record, peaks in zip(ok, held_out, strict=True)]
+    seen = [_Seen.of(record, peaks) for record, peaks in zip(ok, fitted, strict=True)]
     for metric in METRICS:
         values = {i: float(v) for i, r in enumerate(ok) if (v := getattr(r, f"{metric}_bytes")) is not None}
+        if not values:
+            continue
+        rows = list(values)
+        actual = np.array([values[i] for i in rows])
         if metric == "allocated":
-            pairs = [score(ok[i], values[i], max(p.values()), p) for i, p in enumerate(held_out) if p]
-            scores[metric] = by_family(pairs)
-        elif values:
-            rows = [_Row(ok[i], values[i], fitted[i], held_out[i]) for i in values if fitted[i]]
-            metrics[metric] = {
-                name: {"coef": coef, "rows": len(_groups(rows)[name])} for name, coef in _coefficients(rows).items()
-            }
-            scores[metric] = by_family(_held_out_scores(rows))
-    return metrics, scores
+            predicted = [one.peak_bytes if (one := unseen[i]) is not None else None for i in rows]
+        else:
+            mine = [seen[i] for i in rows]
+            metrics[metric] = _fitted(_Regression(mine, actual))
+            groups = [resolution(ok[i].workload) for i in rows]
+            predicted = _held_out(mine, [unseen[i] for i in rows], actual, groups)
+        known = [(unseen[i], a, p) for i, a, p in zip(rows, actual, predicted, strict=True) if p is not None]
+        scores[metric] = by_family((one.place, (a - p) / one.scale_bytes) for one, a, p in known if one is not None)
+        errors[metric] = np.array([(p - a) / a for _, a, p in known])
+    return metrics, scores, errors
 
 
-class _Row:
-    """A run, one of its metrics [bytes], and its stage peaks as fitted and as predicted unseen."""
-
-    def __init__(self, record: Record, value: float, fitted: Peaks, held_out: Peaks) -> None:
-        self.record, self.value, self.fitted, self.held_out = record, value, fitted, held_out
-        w = record.workload
-        self.weights = {stage: record.weights_bytes(stage) for stage in stages_of(w.variant)}
-        self.sizes, self.family = Sizes.of_workload(w), family(w.variant)
-        self.groups = metric_groups(self.family, int(metric_regime(self.sizes)))
+def _fitted(model: _Regression) -> dict[str, dict[str, Any]]:
+    """Coefficients of every group with rows enough, and how many."""
+    names = [g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS]
+    return {g: {"coef": _short(model.coefficients(g)), "rows": len(model.members[g])} for g in names}
 
 
-def _groups(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
-    """Rows by group, from the narrowest to all; narrow groups with few rows are left out."""
-    found: dict[str, list[_Row]] = {}
-    for row in rows:
-        for name in row.groups:
-            found.setdefault(name, []).append(row)
-    return {name: mine for name, mine in found.items() if not name or len(mine) >= FEWEST_ROWS}
+def _short(coef: Iterable[float]) -> list[float]:
+    """To nine digits: a byte of a gigabyte."""
+    return [float(f"{c:.9g}") for c in coef]
 
 
-def _coefficients(rows: Sequence[_Row]) -> dict[str, list[float]]:
-    """Coefficients on `sdfit.equation.metrics.METRIC_FEATURES`, by group."""
-    return {name: _solve(mine).tolist() for name, mine in _groups(rows).items()}
+def _held_out(
+    seen: Sequence[_Seen], unseen: Sequence[_Seen | None], values: Array, groups: Sequence[str]
+) -> list[float | None]:
+    """Predict each run by a regression that never saw its resolution, on stage peaks that did not either."""
+    found: list[float | None] = [None] * len(seen)
+    for stay, out in left_out(groups):
+        model = _Regression([seen[j] for j in stay], values[stay])
+        for j in out:
+            one = unseen[j]
+            if one is not None:
+                found[j] = model.predict(one)
+    return found
 
 
-def _solve(rows: Sequence[_Row]) -> Array:
-    values = np.array([row.value for row in rows])
-    design = np.array([[float(x) for x in metric_features(row.fitted, row.weights)] for row in rows])
-    above = values - np.array([float(max(row.weights.values())) for row in rows])
-    return nonnegative(design / values[:, None], above / values)
+def robust_nonnegative(design: Array, target: Array) -> Array:
+    """Coefficients >= 0 with the least sum of errors, large ones counted by their size and not by their squares.
 
+    Iteratively reweighted `scipy.optimize.nnls`, columns scaled to length one first.
 
-def _held_out_scores(rows: Sequence[_Row]) -> list[tuple[str, float]]:
-    """Scores on resolutions that neither the metric's model nor the stages saw."""
-    pairs: list[tuple[str, float]] = []
-    for stay, out in left_out([resolution(row.record.workload) for row in rows]):
-        coefficients = _coefficients([rows[j] for j in stay])
-        for row in (rows[j] for j in out):
-            if row.held_out:
-                predicted = metric_value(coefficients, row.family, row.held_out, row.weights, row.sizes)
-                pairs.append(score(row.record, row.value, float(predicted), row.held_out))
-    return pairs
+    Examples
+    --------
+    >>> line = np.column_stack([np.ones(9), np.arange(9.0)])
+    >>> y = line @ [1.0, 2.0]
+    >>> y[4] += 5  # one jump among nine
+    >>> robust_nonnegative(line, y).round(3).tolist()
+    [1.0, 2.0]
+    """
+    length = np.linalg.norm(design, axis=0)
+    length[length == 0] = 1.0
+    columns, weight = design / length, np.ones(len(target))
+    solved: Array = np.zeros(design.shape[1])
+    for _ in range(ROUNDS):
+        before = solved
+        solved = nnls(columns * weight[:, None], target * weight, maxiter=100 * design.shape[1])[0]
+        error = np.abs(columns @ solved - target)
+        weight = 1 / np.sqrt(np.maximum(error, CLOSE))
+        if np.abs(columns @ (solved - before)).max(initial=0.0) < CLOSE / 100:
+            break
+    coefficients: Array = solved / length
+    return coefficients

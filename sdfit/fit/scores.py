@@ -1,4 +1,4 @@
-"""Conformal scores: how far held-out runs lay from their predictions, in units of the predicted activations."""
+"""Conformal scores of a fit: how far held-out runs lay from their predictions, in units of `sdfit.predict.conformal.scale`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdfit.equation.metrics import family
-from sdfit.equation.stages import stages_of
-from sdfit.predict.conformal import scale
-from sdfit.records import Record
+from sdfit.equation.metrics import Place, families
+from sdfit.equation.sizes import Array
+from sdfit.predict.conformal import Scores
 
-MOST_SCORES, MOST_FAMILY_SCORES = 600, 100
-"""Scores kept of all variants and of one family; of more, evenly spaced ones in rank order, with both ends."""
-FEWEST_SCORES = 20
-"""A family with fewer scores uses those of all variants."""
+FEWEST_SCORES = 50
+"""A family with fewer scores uses those of a wider one."""
 
 
 class PublishedRow(Protocol):
@@ -47,7 +44,7 @@ class PublishedRow(Protocol):
 
     @property
     def score(self) -> float:
-        """The conformal score: how far the published number lies above the trace, in units of the activations."""
+        """The conformal score: how far the published number lies above the trace, in units of the scale."""
 
     @property
     def optional(self) -> bool:
@@ -58,43 +55,18 @@ class PublishedRow(Protocol):
         """Why the trace misses it, as far as anybody knows."""
 
 
-def score(record: Record, actual_bytes: float, predicted_bytes: float, peaks: Mapping[str, float]) -> tuple[str, float]:
-    """The family of a run and its score; ``peaks`` are the predicted stage peaks [bytes]."""
-    weights = {stage: record.weights_bytes(stage) for stage in stages_of(record.workload.variant)}
-    size = float(scale(peaks, weights))
-    return family(record.workload.variant), (actual_bytes - predicted_bytes) / size
-
-
-def by_family(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
-    """Sort scores by family; ``""`` holds all of them, and families with too few are left to it."""
+def by_family(scored: Iterable[tuple[Place, float]]) -> dict[str, Array]:
+    """Sort scores by the families of their places; ``""`` holds all of them, families with too few are left out."""
     table: dict[str, list[float]] = {"": []}
-    for name, value in pairs:
-        table[""].append(value)
-        table.setdefault(name, []).append(value)
-    return {
-        name: thinned(values, MOST_FAMILY_SCORES if name else MOST_SCORES)
-        for name, values in table.items()
-        if not name or len(values) >= FEWEST_SCORES
-    }
-
-
-def thinned(scores: Any, most: int = MOST_SCORES) -> list[float]:
-    """Scores in ascending order, of too many evenly spaced ones with both ends, to six digits.
-
-    Examples
-    --------
-    >>> thinned([0.25, -1.0])
-    [-1.0, 0.25]
-    """
-    ranked = np.sort(np.asarray(scores, dtype=float))
-    if len(ranked) > most:
-        ranked = ranked[np.linspace(0, len(ranked) - 1, most).round().astype(int)]
-    return [float(f"{s:.6g}") for s in ranked]
+    for place, value in scored:
+        for name in families(place):
+            table.setdefault(name, []).append(value)
+    return {name: np.sort(values) for name, values in table.items() if not name or len(values) >= FEWEST_SCORES}
 
 
 def published_scores(
-    traced: Mapping[str, Mapping[str, Sequence[float]]], published: Sequence[PublishedRow]
-) -> dict[str, dict[str, list[float]]]:
+    traced: Mapping[str, Mapping[str, Array]], published: Sequence[PublishedRow]
+) -> dict[str, dict[str, Array]]:
     """Replace scores against the trace by scores against what was published.
 
     Allocated memory has published numbers. The other metrics of a whole run have none: their scores are every sum of
@@ -104,13 +76,20 @@ def published_scores(
     """
     every_row = np.array(sorted(row.score for row in published))
     needed = np.array(sorted(row.score for row in published if not row.optional))
-    found = {"allocated": {"": thinned(every_row)}}
-    for metric, families in traced.items():
+    found: dict[str, dict[str, Array]] = {}
+    for metric, table in traced.items():
+        known = needed if metric in ("required", "minimum") else every_row
         if metric == "allocated":
+            found[metric] = {"": known}
             continue
-        for name, own in families.items():
-            if own:
-                known = needed if metric == "required" else every_row
-                every = np.add.outer(known, own).ravel()
-                found.setdefault(metric, {})[name] = thinned(every, MOST_FAMILY_SCORES if name else MOST_SCORES)
+        found[metric] = {name: np.add.outer(known, own).ravel() for name, own in table.items() if len(own)}
+    return found
+
+
+def kept(scores: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What an artifact keeps of scores, by metric and family: how many, and some of their order statistics."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for metric, table in scores.items():
+        samples = {name: Scores.of(values) for name, values in table.items() if len(values)}
+        found[metric] = {name: {"count": s.size, "values": list(s.values)} for name, s in samples.items()}
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.predict.advise import SAFE_LEVEL
+from sdfit.predict.verdict import SAFE_LEVEL
 from sdfit.units import aligned, format_bytes
 from sdfit.workload import Workload
 

@@ -1,115 +1,69 @@
-"""What fits: the largest size, the largest batch, and which option makes a run fit.
+"""The largest size and the largest batch that fit: the one that is sure, and the one that is likely.
 
-``memory`` is what PyTorch may take: the card's total less its CUDA context and other processes. A run fits if the
-upper bound of its prediction, at the chosen level, is no more than that.
+``memory`` is what PyTorch may take: the card's total less its CUDA context and other processes. *Sure* is what the upper
+bound at the chosen level allows, *likely* what the bound at level `LIKELY` does: more likely than not it runs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from sdfit.errors import InvalidWorkload, SdfitError, UnknownVariant
-from sdfit.predict.artifact import Artifact
-from sdfit.predict.prediction import Prediction
+from sdfit.errors import InvalidWorkload, SdfitError
+from sdfit.predict.verdict import Model, bound
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
 
-SAFE_LEVEL = 0.99
-"""Share of runs that a bound should hold for, unless the model has too few scores to promise it."""
-
-
-class Model(Protocol):
-    """What is asked: a `sdfit.predict.predictor.Predictor`."""
-
-    artifact: Artifact
-
-    @property
-    def name(self) -> str:
-        """The card."""
-
-    def predict_workload(self, workload: Workload, *, metric: str, level: float) -> Prediction:
-        """Predict for a `Workload`."""
+LIKELY = 0.5
+"""Level of the bound behind an answer that is likely."""
 
 
 class NothingFits(SdfitError):
-    """Not even the smallest run of that kind fits."""
+    """Not even the smallest run of that kind is sure to fit; ``facts["likely"]`` is the largest that is likely to, or None."""
 
     exit_code = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A change that makes a run fit, and what the changed run needs at most [bytes]."""
+class LargestSize(tuple[int, int]):
+    """The largest size that is sure to fit: a tuple (height, width) [pixels].
 
-    change: dict[str, Any]
-    upper_bytes: float
-    prediction: Prediction
-
-
-def best_metric(predictor: Model) -> str:
-    """The metric that says whether a run fits: ``required`` where the model has it, else the safer ``reserved``."""
-    known = predictor.artifact.metrics
-    return next((m for m in ("required", "reserved") if known.get(m)), "allocated")
-
-
-def safe_level(predictor: Model, metric: str) -> float:
-    """The level at which bounds are asked for: `SAFE_LEVEL`, or the highest that the model's scores support."""
-    scores = len(predictor.artifact.scores.get(metric, {}).get("", []))
-    return min(SAFE_LEVEL, scores / (scores + 1)) if scores else SAFE_LEVEL
-
-
-def bound(predictor: Model, workload: Workload, metric: str | None = None, level: float | None = None) -> Prediction:
-    """Predict with the metric that decides about fitting.
-
-    Parameters
+    Attributes
     ----------
-    metric : str, optional
-        None: `best_metric`.
-    level : float, optional
-        None: `safe_level`.
-
-    Raises
-    ------
-    InvalidWorkload
-        If the model has too few scores for the level; an unknown bound is not the same as "does not fit".
+    likely : (int, int)
+        The largest that is likely to, at least as large.
     """
-    metric = metric or best_metric(predictor)
-    level = safe_level(predictor, metric) if level is None else level
-    prediction = predictor.predict_workload(workload, metric=metric, level=level)
-    if math.isinf(prediction.upper):
-        scores = len(predictor.artifact.scores.get(prediction.metric, {}).get("", []))
-        raise InvalidWorkload(
-            f"'{predictor.name}' has {scores} scores, too few for level {level:g}; ask for at most "
-            f"{scores / (scores + 1):.3f} (--level), or sweep more sizes",
-            level=level,
-            scores=scores,
-        )
-    return prediction
+
+    likely: tuple[int, int]
+
+    def __new__(cls, sure: tuple[int, int], likely: tuple[int, int]) -> LargestSize:
+        """Make one."""
+        made = super().__new__(cls, sure)
+        made.likely = likely
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self.likely
 
 
-def fits(
-    predictor: Model,
-    workload: Workload,
-    *,
-    memory: str | float,
-    metric: str | None = None,
-    level: float | None = None,
-) -> bool:
-    """Whether the workload's upper bound is at most ``memory``.
+class LargestBatch(int):
+    """The largest number of images that is sure to fit.
 
-    Parameters
+    Attributes
     ----------
-    memory : str or float
-        ``"15 GiB"``, or bytes.
-    metric : str, optional
-        None: `best_metric`.
-    level : float, optional
-        Share of runs that stay below the bound; None: `safe_level`.
+    likely : int
+        The largest that is likely to, at least as large.
     """
-    return bound(predictor, workload, metric, level).upper <= parse_bytes(memory)
+
+    likely: int
+
+    def __new__(cls, sure: int, likely: int) -> LargestBatch:
+        """Make one."""
+        made = super().__new__(cls, sure)
+        made.likely = likely
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return int(self), self.likely
 
 
 def largest(
@@ -121,7 +75,7 @@ def largest(
     metric: str | None = None,
     level: float | None = None,
     **options: Any,
-) -> tuple[int, int]:
+) -> LargestSize:
     """The largest size of an aspect ratio that fits.
 
     Parameters
@@ -135,13 +89,13 @@ def largest(
 
     Returns
     -------
-    (height, width)
-        Pixels.
+    LargestSize
+        (height, width) [pixels], with the size that is likely to fit as ``.likely``.
 
     Raises
     ------
     NothingFits
-        If the smallest does not fit.
+        If the smallest is not sure to fit.
     """
     check_keywords(options)
     across, down = (whole_number("aspect", part, 1, 100) for part in _pair(aspect))
@@ -153,14 +107,16 @@ def largest(
     def size(k: int) -> tuple[int, int]:
         return size_of_aspect(k, (across, down), step)
 
-    def upper(k: int) -> float:
-        return bound(predictor, Workload(*size(k), **options), metric, level).upper
+    def upper(k: int, at: float | None) -> float:
+        return bound(predictor, Workload(*size(k), **options), metric, at).upper
 
     first = -(-MIN_SIDE // step)
     last = max(MAX_SIDE * short // (long * step), first)
     while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
         last -= 1
-    return size(_last_below(limit, upper, first, last, f"no size of {across}:{down} fits {format_bytes(limit)}"))
+    what = f"no size of {across}:{down}"
+    sure, likely = _sure_and_likely(limit, upper, level, (first, last), what, lambda k: "x".join(map(str, size(k))))
+    return LargestSize(size(sure), size(likely))
 
 
 def size_of_aspect(k: int, aspect: tuple[int, int], step: int) -> tuple[int, int]:
@@ -187,61 +143,45 @@ def max_batch_size(
     metric: str | None = None,
     level: float | None = None,
     **options: Any,
-) -> int:
+) -> LargestBatch:
     """The largest number of images per call that fits.
+
+    Returns
+    -------
+    LargestBatch
+        A whole number, with the one that is likely to fit as ``.likely``.
 
     Raises
     ------
     NothingFits
-        If one image does not fit.
+        If one image is not sure to fit.
     """
     check_keywords(options)
-    limit = parse_bytes(memory)
 
-    def upper(batch: int) -> float:
-        return bound(predictor, Workload(height, width, prompt_length, batch, **options), metric, level).upper
+    def upper(batch: int, at: float | None) -> float:
+        return bound(predictor, Workload(height, width, prompt_length, batch, **options), metric, at).upper
 
-    complaint = f"not even one image of {height}x{width} fits {format_bytes(limit)}"
-    return _last_below(limit, upper, 1, MAX_BATCH_SIZE, complaint)
-
-
-_CHANGES: tuple[dict[str, Any], ...] = (
-    {"attention": "sdpa"},
-    {"vae_slicing": True},
-    {"vae_tiling": True},
-    {"vae_slicing": True, "vae_tiling": True},
-    {"dtype": "float16"},
-    {"dtype": "float16", "attention": "sdpa"},
-    {"dtype": "float16", "attention": "sdpa", "vae_slicing": True, "vae_tiling": True},
-    {"offload": "model"},
-    {"offload": "model", "vae_tiling": True},
-    {"batch_size": 1},
-)
-"""Tried in this order: from what costs least in time or quality to what costs most."""
+    what = f"not even one image of {height}x{width}"
+    return LargestBatch(*_sure_and_likely(parse_bytes(memory), upper, level, (1, MAX_BATCH_SIZE), what, str))
 
 
-def options_that_fit(
-    predictor: Model,
-    workload: Workload,
-    *,
-    memory: str | float,
-    metric: str | None = None,
-    level: float | None = None,
-) -> list[Option]:
-    """Which changes of options make a workload fit, the cheapest first; variants that were never swept are left out."""
-    limit = parse_bytes(memory)
-    found = []
-    for change in _CHANGES:
-        changed = replace(workload, **change)
-        if changed == workload or any(getattr(workload, name) == value for name, value in change.items()):
-            continue
-        try:
-            prediction = bound(predictor, changed, metric, level)
-        except UnknownVariant:
-            continue
-        if prediction.upper <= limit:
-            found.append(Option(change, prediction.upper, prediction))
-    return found
+def _sure_and_likely(
+    limit: float,
+    upper: Callable[[int, float | None], float],
+    level: float | None,
+    ends: tuple[int, int],
+    what: str,
+    words: Callable[[int], str],
+) -> tuple[int, int]:
+    """The largest k whose bound at the level is within the limit, and the largest whose bound at `LIKELY` is."""
+    # asked for less than that, what is sure is at least as likely
+    at = LIKELY if level is None else min(level, LIKELY)
+    likely = _last_below(limit, lambda k: upper(k, at), *ends)
+    sure = _last_below(limit, lambda k: upper(k, level), *ends)
+    if sure is None:
+        may = "" if likely is None else f"; likely to fit: {words(likely)}"
+        raise NothingFits(f"{what} is sure to fit {format_bytes(limit)}{may}", likely=likely)
+    return sure, max(sure, likely or sure)
 
 
 def _pair(aspect: Any) -> tuple[Any, Any]:
@@ -259,14 +199,14 @@ LARGEST_DROP = 2.0
 tensors per pixel three remain)."""
 
 
-def _last_below(limit: float, upper: Callable[[int], float], first: int, last: int, complaint: str) -> int:
-    """The largest k from first to last with ``upper(k) <= limit``.
+def _last_below(limit: float, upper: Callable[[int], float], first: int, last: int) -> int | None:
+    """The largest k from first to last with ``upper(k) <= limit``; None if the first is above it.
 
     The bound rises with k, but for drops where a regime begins (past 2^31 elements convolutions are split): beyond the
     first k that is too large there may be others that are not.
     """
     if upper(first) > limit:
-        raise NothingFits(complaint)
+        return None
     low, high = first, last
     while low < high:
         middle = (low + high + 1) // 2

@@ -7,6 +7,7 @@ without executing anything; `joblib.load` reads it too.
 Format history
 --------------
 1  components, stages, metrics, scores, baseline, domain, environment, provenance
+2  metrics by place, on `sdfit.equation.metrics.METRIC_FEATURES`; scores as order statistics
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from sdfit.errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
 RESTS_ON = {
     "measured": "a sweep of that card",
     "published": "a simulated trace, its kernel workspaces calibrated on published measurements",
@@ -50,9 +51,11 @@ class Artifact:
         ``"<stage>|<fields>"`` -> ``terms``, ``regimes`` (regime index -> row of ``coef``), ``coef``, ``low``, ``high``
         (95 % bounds), ``unidentified`` (term -> why), ``domain`` (column -> [least, most]), ``rows``.
     metrics : dict
-        reserved, device, required -> family -> coefficients on `sdfit.equation.metrics.METRIC_FEATURES`.
+        reserved, device, required, minimum -> group of places -> ``coef`` on `sdfit.equation.metrics.METRIC_FEATURES`
+        and ``rows``.
     scores : dict
-        metric -> family -> conformal scores in ascending order; the family ``""`` holds all.
+        metric -> family -> ``count`` and ``values``, as `sdfit.predict.conformal.Scores` keeps them; the family ``""``
+        holds all.
     swept : list of str
         The variants that were swept, in words.
     baseline : dict
@@ -68,7 +71,7 @@ class Artifact:
     components: dict[str, dict[str, int]]
     stages: dict[str, dict[str, Any]]
     metrics: dict[str, dict[str, Any]]
-    scores: dict[str, dict[str, list[float]]]
+    scores: dict[str, dict[str, dict[str, Any]]]
     swept: list[str]
     baseline: dict[str, Any]
     evaluation: dict[str, Any]

@@ -1,9 +1,12 @@
-"""Interval half-widths from conformal scores.
+"""Intervals, bounds and chances from conformal scores.
 
-A score is how far a held-out run lay from its prediction, in units of the predicted activations:
-``(actual - predicted) / activation``. With n exchangeable scores the k-th smallest of them, k = ceil((n + 1)·level),
-bounds a new run's score with probability at least ``level``, whatever the distribution (Vovk et al. 2005; Lei et al.
-2018). Where k > n the scores cannot support the level and the bound is infinite: saying so is the honest answer.
+A score is how far a held-out run lay from its prediction, in units of `scale`: ``(actual - predicted) / scale``. With n
+exchangeable scores the k-th smallest of them, k = ceil((n + 1)·level), bounds a new run's score with probability at
+least ``level``, whatever the distribution (Vovk et al. 2005; Lei et al. 2018). Where k > n the scores cannot support
+the level and the bound is infinite: saying so is the honest answer.
+
+`Scores` keeps a sample as some of its order statistics, many in the tails and few in the middle. Where the wanted one
+is not kept, the next further out stands for it, so a bound is never narrower than the whole sample's.
 
 What it does not know: runs outside the swept domain are not exchangeable with those inside.
 """
@@ -11,46 +14,158 @@ What it does not know: runs outside the swept domain are not exchangeable with t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdfit.errors import InvalidWorkload
 
-LEAST_ACTIVATION_BYTES = 1 << 20
+LEAST_SCALE_BYTES = 1 << 20
 """Floor of the scale of a score: activations below it would make any error look large."""
-Rule = Callable[[Sequence[float], float], float]
-"""`half_width` or `upper_width`."""
+WEIGHTS_SHARE = 1 / 2
+"""How much of the weights counts in the scale. Of what published runs lie beside their traces, a few MB stay the same
+whatever the size: the order in which the components were loaded, and rounding in print."""
+KEPT = 8
+"""Order statistics kept of each tail in full; further in, the ranks grow by a third each."""
+
+
+class Scores(NamedTuple):
+    """The conformal scores of a family of runs.
+
+    Parameters
+    ----------
+    size : int
+        How many there are.
+    ranks : sequence of int
+        Of the scores that are kept, from 1 to ``size``, ascending.
+    values : sequence of float
+        Those scores, ascending.
+    """
+
+    size: int
+    ranks: Sequence[int]
+    values: Sequence[float]
+
+    @classmethod
+    def of(cls, scores: Any) -> Scores:
+        """Keep a sample of scores, to six digits.
+
+        Examples
+        --------
+        >>> Scores.of([0.25, -1.0])
+        Scores(size=2, ranks=[1, 2], values=[-1.0, 0.25])
+        >>> len(Scores.of(range(100_000)).ranks)
+        74
+        """
+        ranked = np.sort(np.asarray(scores, dtype=float).ravel())
+        ranks = kept_ranks(len(ranked))
+        return cls(len(ranked), ranks, [float(f"{ranked[k - 1]:.6g}") for k in ranks])
+
+    @classmethod
+    def read(cls, count: int, values: Sequence[float]) -> Scores:
+        """Take scores from an artifact, which holds no ranks: they follow from the count."""
+        return cls(count, kept_ranks(count), values)
+
+    def quantile(self, level: float) -> float:
+        """The bound above which a new score lies with a probability of at most 1 - level.
+
+        Examples
+        --------
+        >>> four = Scores.of([0.1, 0.2, 0.3, 0.4])
+        >>> four.quantile(0.8), four.quantile(0.95)
+        (0.4, inf)
+        """
+        # the subtraction undoes the rounding in products such as 20 * 0.95 = 19.000000000000004
+        rank = max(math.ceil((self.size + 1) * level - 1e-9), 1)
+        return self.values[bisect_left(self.ranks, rank)] if rank <= self.size else math.inf
+
+    def lower_quantile(self, level: float) -> float:
+        """The bound below which a new score lies with a probability of at most 1 - level.
+
+        Examples
+        --------
+        >>> Scores.of([0.1, 0.2, 0.3, 0.4]).lower_quantile(0.8)
+        0.1
+        """
+        rank = min(math.floor((self.size + 1) * (1 - level) + 1e-9), self.size)
+        return self.values[bisect_right(self.ranks, rank) - 1] if rank >= 1 else -math.inf
+
+    def share_below(self, score: float) -> float:
+        """The chance that a new score is at most this one: the least that the sample allows.
+
+        Examples
+        --------
+        >>> Scores.of([0.1, 0.2, 0.3, 0.4]).share_below(0.3)
+        0.6
+        """
+        kept = bisect_right(self.values, score)
+        return (self.ranks[kept - 1] if kept else 0) / (self.size + 1)
+
+
+NONE = Scores(0, (), ())
+"""Of a family without scores."""
+
+
+def kept_ranks(count: int) -> list[int]:
+    """Ranks from 1 to ``count``: the first and last `KEPT`, and towards the middle ever fewer.
+
+    Examples
+    --------
+    >>> kept_ranks(30)
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 15, 16, 18, 21, 23, 24, 25, 26, 27, 28, 29, 30]
+    """
+    half = (count + 1) // 2
+    below = list(range(1, min(KEPT, half) + 1))
+    while below and below[-1] < half:
+        below.append(min(below[-1] + max(below[-1] // 3, 1), half))
+    return sorted({*below, *(count + 1 - rank for rank in below)})
 
 
 def scale(peaks: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
-    """What a score is in units of [bytes]: the largest activations of any stage, at least 1 MiB; numbers or arrays.
+    """What a score is in units of [bytes]: the largest activations of any stage and a share of its weights.
 
     Activations are what lies above the weights that are on the card in that stage: under offload a stage whose weights
     set the peak may have next to none.
 
     Examples
     --------
-    >>> scale({"unet": 9 << 20, "vae": 8 << 20}, {"unet": 8 << 20, "vae": 5 << 20}) >> 20
-    3
+    >>> scale({"unet": 9 << 20, "vae": 8 << 20}, {"unet": 8 << 20, "vae": 4 << 20}) / 2**20
+    4.5
     """
-    above = [peaks[stage] - weights[stage] for stage in peaks]
+    above = [peaks[stage] - (1 - WEIGHTS_SHARE) * weights[stage] for stage in peaks]
     if not any(isinstance(a, np.ndarray) for a in above):
-        return max(LEAST_ACTIVATION_BYTES, *above)
-    return np.maximum.reduce([np.maximum(a, LEAST_ACTIVATION_BYTES) for a in above])
+        return max(LEAST_SCALE_BYTES, *above)
+    return np.maximum.reduce([np.maximum(a, LEAST_SCALE_BYTES) for a in above])
 
 
-def relative_width(scores: Mapping[str, Sequence[float]], families: Iterable[str], level: float, rule: Rule) -> float:
-    """The width by the scores of the first family that has enough of them for the level; infinite if none has.
+def best(scores: Mapping[str, Scores], families: Iterable[str], level: float) -> Scores:
+    """The scores of the narrowest family that has enough of them for the level; if none has, those of the last.
 
     Examples
     --------
-    >>> relative_width({"": [0.1, 0.2, 0.3, 0.4]}, ("sdpa", ""), 0.8, upper_width)
-    0.4
+    >>> few, many = Scores.of([0.1]), Scores.of([0.1, 0.2, 0.3, 0.4])
+    >>> best({"sdpa": few, "": many}, ("sdpa", ""), 0.8).size
+    4
     """
-    widths = (rule(scores.get(name, ()), level) for name in families)
-    return next((width for width in widths if math.isfinite(width)), math.inf)
+    found = NONE
+    for name in families:
+        found = scores.get(name, found)
+        if math.isfinite(found.quantile(level)):
+            return found
+    return found
+
+
+def supported_level(scores: Scores) -> float:
+    """The highest level that a sample supports; 0 without any.
+
+    Examples
+    --------
+    >>> supported_level(Scores.of([0.1, 0.2, 0.3]))
+    0.75
+    """
+    return scores.size / (scores.size + 1)
 
 
 def check_level(level: float) -> float:
@@ -58,40 +173,3 @@ def check_level(level: float) -> float:
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise InvalidWorkload(f"level is {level!r}; it must lie between 0 and 1, for example 0.95", given=level)
     return float(level)
-
-
-def quantile(sorted_scores: Sequence[float], level: float) -> float:
-    """The conformal quantile of scores in ascending order.
-
-    Examples
-    --------
-    >>> quantile([0.1, 0.2, 0.3, 0.4], 0.8)
-    0.4
-    >>> quantile([0.1, 0.2, 0.3, 0.4], 0.95)
-    inf
-    """
-    # the subtraction undoes the rounding in products such as 20 * 0.95 = 19.000000000000004
-    rank = math.ceil((len(sorted_scores) + 1) * level - 1e-9)
-    return sorted_scores[rank - 1] if rank <= len(sorted_scores) else math.inf
-
-
-def half_width(sorted_scores: Sequence[float], level: float) -> float:
-    """The two-sided half-width, relative to the activations.
-
-    Examples
-    --------
-    >>> half_width([-0.4, -0.1, 0.2, 0.3], 0.8)
-    0.4
-    """
-    return quantile(sorted(abs(s) for s in sorted_scores), level)
-
-
-def upper_width(sorted_scores: Sequence[float], level: float) -> float:
-    """The one-sided bound above the prediction, relative to the activations; never below the prediction itself.
-
-    Examples
-    --------
-    >>> upper_width([-0.4, -0.3, -0.2, -0.1], 0.8)
-    0.0
-    """
-    return max(quantile(sorted_scores, level), 0.0)

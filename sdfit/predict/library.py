@@ -1,4 +1,4 @@
-"""Find and load models: by path, or by the name of a card."""
+"""Find and load models: by path, by the name of a card or of an architecture, or for the card in this machine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import warnings
 from pathlib import Path
 
-from sdfit.errors import SimulatedModelWarning, UnknownModel, listed
-from sdfit.predict.artifact import RESTS_ON
+from sdfit.errors import SimulatedModelWarning, UnknownModel, listed, nearest
+from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_card, table
 from sdfit.predict.loading import load_artifact
+from sdfit.predict.nvml import Nvml
 from sdfit.predict.predictor import Predictor
 from sdfit.shipped import shipped
 
+AUTO = "auto"
 _warned: set[str] = set()
 
 
@@ -30,8 +32,22 @@ def available() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def find_model(name: str | Path) -> Path:
-    """Find an artifact by path or name.
+def find_model(name: str | Path) -> tuple[Path, str, Card | None]:
+    """Find the model that answers for a name.
+
+    Parameters
+    ----------
+    name : str or Path
+        A path; a model's own name; a card's, as the driver writes it or people do; an architecture's, as ``sm86``; or
+        ``auto`` for the card in this machine. A card's own model comes before its architecture's.
+
+    Returns
+    -------
+    path : Path
+    short : str
+        What to call it: the card, the architecture, or the model's own name.
+    card : Card or None
+        None where it is no card of the table.
 
     Raises
     ------
@@ -40,23 +56,57 @@ def find_model(name: str | Path) -> Path:
     """
     text = str(name)
     if text.endswith(".joblib") or "/" in text or os.sep in text:
-        return Path(name)
+        return Path(name), Path(name).stem, find_card(Path(name).stem)
     known = available()
-    text = text if text in known else text.lower()
-    if text not in known:
+    if text.lower() == AUTO:
+        text = _here(known)
+    own = next((t for t in (text, text.lower(), card_slug(text)) if t in known), None)
+    if own is not None:
+        return known[own], own, None if architecture_of(own) else find_card(own)
+    architecture, card = architecture_of(text), None
+    if architecture is None:
+        card = find_card(text)
+        architecture = card.architecture if card else None
+    if card is not None and card.slug in known:
+        return known[card.slug], card.slug, card
+    model = KERNELS.get(architecture or "")
+    if architecture is None or model not in known:
+        slug = card_slug(text)
+        hint = nearest(slug, [*known, *(one.slug for one in table())])
         raise UnknownModel(
-            f"no model for '{text}'; there are: {listed(known)}. Measure one: sdfit sweep --gpu {text}, then sdfit fit",
+            f"no model for '{text}'{hint}; there are: {listed(known)}, and those of: sdfit cards. Measure one: sdfit sweep "
+            f"--gpu {slug}, then sdfit fit",
             given=text,
             known=list(known),
         )
-    return known[text]
+    return known[model], card.slug if card else architecture, card
 
 
-def load(name: str | Path) -> Predictor:
-    """Load a model by the name of its card or by path.
+def _here(known: dict[str, Path]) -> str:
+    card = Nvml.first()
+    if card is None:
+        raise UnknownModel(
+            f"there is no card in this machine (or NVML is not installed); name one: --gpu {next(iter(known), 't4')}, or one "
+            "of: sdfit cards",
+            given=AUTO,
+            known=list(known),
+        )
+    return card.name
 
-    A name is looked for in ``SDFIT_MODELS``, ``./models`` and the models that ship with sdfit, in this order;
-    ``f.path`` says which file it was.
+
+def load(name: str | Path = AUTO) -> Predictor:
+    """Load the model that answers for a card.
+
+    Parameters
+    ----------
+    name : str or Path
+        As in `find_model`: ``"rtx3060"``, ``"Tesla T4"``, ``"4090"``, ``"sm86"``, ``"auto"``, or a path.
+
+    Returns
+    -------
+    Predictor
+        ``f.name`` is the card asked for, ``f.card`` its row of the table, ``f.path`` the file, ``f.rests_on`` one line on
+        what its numbers rest on.
 
     Raises
     ------
@@ -65,15 +115,12 @@ def load(name: str | Path) -> Predictor:
     Warns
     -----
     SimulatedModelWarning
-        Once per file, if the model does not rest on a sweep of that card.
+        Once per name, if the model does not rest on a sweep of that card.
     """
-    path = find_model(name)
-    predictor = Predictor(load_artifact(path), path)
-    if predictor.provenance != "measured" and str(path.absolute()) not in _warned:
-        _warned.add(str(path.absolute()))
-        warnings.warn(
-            f"the model '{predictor.name}' ({path}) is not measured; it rests on {RESTS_ON[predictor.provenance]}",
-            SimulatedModelWarning,
-            stacklevel=2,
-        )
+    path, short, card = find_model(name)
+    predictor = Predictor(load_artifact(path), path, short, card)
+    once = f"{short} {path.absolute()}"
+    if predictor.provenance != "measured" and once not in _warned:
+        _warned.add(once)
+        warnings.warn(predictor.rests_on, SimulatedModelWarning, stacklevel=2)
     return predictor

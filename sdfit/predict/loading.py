@@ -20,6 +20,7 @@ from sdfit.equation.stages import STAGE
 from sdfit.equation.terms import terms_of
 from sdfit.errors import ArtifactError
 from sdfit.predict.artifact import FORMAT, RESTS_ON, Artifact
+from sdfit.predict.conformal import kept_ranks
 
 LARGEST_BYTES = 16 << 20
 PLAIN = frozenset({
@@ -96,6 +97,10 @@ _FIELD_TYPES: dict[str, type] = {
 }
 
 
+MOST_SCORES = 10**9
+"""Of one family."""
+
+
 def _checked(value: Any) -> Artifact:
     if type(value) is not dict or not all(type(key) is str for key in value):
         raise ArtifactError("it is not an sdfit artifact: it holds no table of fields")
@@ -143,17 +148,30 @@ def _check_tables(value: dict[str, Any]) -> None:
     try:
         sizes = [size for table in value["components"].values() for size in table.values()]
         coefs = [found["coef"] for families in value["metrics"].values() for found in families.values()]
-        scores = [ranked for families in value["scores"].values() for ranked in families.values()]
+        scores = [found for families in value["scores"].values() for found in families.values()]
         if not all(type(size) is int and size >= 0 for size in sizes):
             raise ArtifactError("its field 'components' holds what are no sizes in bytes")
         if not all(type(coef) is list and len(coef) == len(METRIC_FEATURES) and min(coef) >= 0 for coef in coefs):
             raise ArtifactError("its field 'metrics' does not fit this sdfit's equation")
-        if not all(type(ranked) is list and ranked == sorted(float(s) for s in ranked) for ranked in scores):
-            raise ArtifactError("its field 'scores' is not in ascending order")
+        if not all(_are_scores(found) for found in scores):
+            raise ArtifactError("its field 'scores' does not hold order statistics in ascending order")
     except ArtifactError:
         raise
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ArtifactError("its field 'components', 'metrics' or 'scores' is damaged") from error
+
+
+def _are_scores(found: Any) -> bool:
+    """Whether a table holds the order statistics that `sdfit.predict.conformal.Scores` keeps of so many."""
+    count, values = found["count"], found["values"]
+    return (
+        len(found) == 2
+        and type(count) is int
+        and 1 <= count <= MOST_SCORES
+        and type(values) is list
+        and len(values) == len(kept_ranks(count))
+        and values == sorted(float(value) for value in values)
+    )
 
 
 def _check_plain(value: Any, seen: set[int]) -> None:

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 from sdfit.equation.sizes import Sizes
-from sdfit.predict import conformal
 from sdfit.predict.variant import Variant
 from sdfit.workload import Workload, effective
 
@@ -115,13 +114,24 @@ class Prediction(float):
     @property
     def interval(self) -> Interval:
         """Two-sided prediction interval at ``level``."""
-        half = self._width(conformal.half_width)
-        return Interval(max(self - half, 0.0), self + half)
+        each = (1 + self.level) / 2
+        return Interval(max(self - self._margin(each, upper=False), 0.0), self + self._margin(each, upper=True))
 
     @property
     def upper(self) -> float:
         """One-sided upper bound at ``level``."""
-        return self + self._width(conformal.upper_width)
+        return self + self._margin(self.level, upper=True)
+
+    @property
+    def lower(self) -> float:
+        """One-sided lower bound at ``level``."""
+        return max(self - self._margin(self.level, upper=False), 0.0)
+
+    def chance_within(self, memory_bytes: float) -> float:
+        """The conformal chance that the run needs no more than some memory, from the scores that support ``level``."""
+        variant, _, metric, level = self._facts
+        told = self._told()
+        return variant.chance(told["peaks"], told["sizes"], metric, memory_bytes - self, level)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, amounts in bytes; an infinite bound is None."""
@@ -140,10 +150,10 @@ class Prediction(float):
             "provenance": self.provenance,
         }
 
-    def _width(self, rule: conformal.Rule) -> float:
-        variant, _, metric, level = self._facts
+    def _margin(self, level: float, *, upper: bool) -> float:
+        variant, _, metric, _ = self._facts
         told = self._told()
-        return float(variant.width(told["peaks"], told["sizes"], metric, level, rule))
+        return float(variant.margin(told["peaks"], told["sizes"], metric, level, upper=upper))
 
     def _told(self) -> dict[str, Any]:
         """Sizes and stage peaks, worked out once."""

@@ -10,11 +10,14 @@ import numpy as np
 from sdfit.equation.metrics import METRICS
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload, listed
-from sdfit.predict import advise, conformal
-from sdfit.predict.artifact import Artifact
+from sdfit.predict import advise, conformal, verdict
+from sdfit.predict.artifact import RESTS_ON, Artifact
+from sdfit.predict.cards import Card, find_card
+from sdfit.predict.memory import available
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
+from sdfit.predict.verdict import Verdict
 from sdfit.workload import (
     CHUNK_TOKENS,
     VARIANT_FIELDS,
@@ -38,6 +41,10 @@ class Predictor:
     artifact : Artifact
     path : Path, optional
         Where it was loaded from.
+    name : str, optional
+        The card that it answers for; None: the artifact's own name.
+    card : Card, optional
+        That card's row of the table.
 
     Examples
     --------
@@ -49,19 +56,50 @@ class Predictor:
     True
     """
 
-    def __init__(self, artifact: Artifact, path: Path | None = None) -> None:
-        self.artifact, self.path = artifact, path
+    def __init__(
+        self, artifact: Artifact, path: Path | None = None, name: str | None = None, card: Card | None = None
+    ) -> None:
+        self.artifact, self.path, self.card = artifact, path, card
+        self.name = name or artifact.name
         self._variants: dict[VariantKey, Variant] = {}
 
-    @property
-    def name(self) -> str:
-        """The card."""
-        return self.artifact.name
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Predictor, (self.artifact, self.path, self.name, self.card))
 
     @property
     def provenance(self) -> str:
         """What the numbers rest on: ``measured``, ``published``, ``traced`` or ``fake``."""
         return self.artifact.provenance
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that it can predict."""
+        known = {"allocated", *(name for name, groups in self.artifact.metrics.items() if groups)}
+        if "reserved" in known:
+            known.add("device")  # with a stated CUDA context, where the records hold none
+        return tuple(name for name in METRICS if name in known)
+
+    @property
+    def rests_on(self) -> str:
+        """One line on which model answers for a card, and what its numbers rest on."""
+        artifact, card = self.artifact, self.card
+        what = f"{self.name}: " + (f"model '{artifact.name}', " if artifact.name != self.name else "")
+        if artifact.provenance == "measured":
+            return f"{what}measured: {artifact.evaluation.get('rows', 0)} runs"
+        what += f"not measured; it rests on {RESTS_ON[artifact.provenance]}"
+        rows: dict[str, int] = artifact.evaluation.get("published", {}).get("cards", {})
+        if rows:
+            cards = {name: find_card(name) for name in rows}
+            alike = {n for n, other in cards.items() if card and other and other.architecture == card.architecture}
+            own = (
+                f"{rows.get(self.name, 0)} on this card, {sum(rows[n] for n in alike)} on its architecture, "
+                if card
+                else ""
+            )
+            what += f" ({own}{sum(rows.values())} on cards with the same kernels)"
+        if card is not None and card.half == "wrong":
+            what += ". It computes float16 wrongly (black images): run it in float32, and ask with dtype='float32'"
+        return what
 
     def __repr__(self) -> str:
         return f"<sdfit model '{self.name}', {self.provenance}, {len(self.artifact.swept)} variants>"
@@ -176,28 +214,74 @@ offload, safety_checker
         """
         conformal.check_level(level)
         check_metric(metric)
-        value, half = predict_table(self.variant, table, metric, level)
-        return np.column_stack([np.maximum(value - half, 0.0), value + half])
+        value, (below, above) = predict_table(self.variant, table, metric, level)
+        return np.column_stack([np.maximum(value - below, 0.0), value + above])
+
+    def supported_level(self, metric: str) -> float:
+        """The highest level that a metric's conformal scores support; 0 without any."""
+        count: int = self.artifact.scores.get(metric, {}).get("", {}).get("count", 0)
+        return count / (count + 1)
+
+    def verdict(
+        self,
+        *args: Any,
+        memory: str | float | None = None,
+        metric: str | None = None,
+        level: float | None = None,
+        **kwargs: Any,
+    ) -> Verdict:
+        """Whether a workload fits, may fit or does not; see `sdfit.predict.verdict.verdict`.
+
+        Parameters
+        ----------
+        memory : str or float, optional
+            As in `sdfit.predict.memory.available`; None: what the card leaves.
+
+        Examples
+        --------
+        >>> import sdfit, warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     f = sdfit.load("t4")
+        >>> f.verdict(512, 512, memory="8 GiB").answer, f.verdict(2048, 2048, memory="8 GiB").answer
+        ('fits', 'does not fit')
+        """
+        there = available(memory, self.card).memory_bytes
+        return verdict.verdict(self, _workload(args, kwargs), memory=there, metric=metric, level=level)
 
     def fits(
-        self, *args: Any, memory: str | float, metric: str | None = None, level: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        memory: str | float | None = None,
+        metric: str | None = None,
+        level: float | None = None,
+        **kwargs: Any,
     ) -> bool:
-        """Whether a workload's upper bound stays within an amount of memory; see `sdfit.predict.advise.fits`."""
-        return advise.fits(
-            self,
-            Workload.from_dict(dict(zip(WORKLOAD_FIELDS, args, strict=False)) | kwargs),
-            memory=memory,
-            metric=metric,
-            level=level,
-        )
+        """Whether a workload's upper bound stays within an amount of memory; see `sdfit.predict.verdict.fits`."""
+        there = available(memory, self.card).memory_bytes
+        return verdict.fits(self, _workload(args, kwargs), memory=there, metric=metric, level=level)
 
-    def largest(self, **kwargs: Any) -> tuple[int, int]:
+    def largest(self, *, memory: str | float | None = None, **kwargs: Any) -> advise.LargestSize:
         """The largest size of an aspect ratio that fits; see `sdfit.predict.advise.largest`."""
-        return advise.largest(self, **kwargs)
+        return advise.largest(self, memory=available(memory, self.card).memory_bytes, **kwargs)
 
-    def max_batch_size(self, height: int, width: int, *args: Any, **kwargs: Any) -> int:
+    def max_batch_size(
+        self, height: int, width: int, *args: Any, memory: str | float | None = None, **kwargs: Any
+    ) -> advise.LargestBatch:
         """The largest batch that fits; see `sdfit.predict.advise.max_batch_size`."""
-        return advise.max_batch_size(self, height, width, *args, **kwargs)
+        there = available(memory, self.card).memory_bytes
+        return advise.max_batch_size(self, height, width, *args, memory=there, **kwargs)
+
+
+def _workload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
+    """The workload of a call, its fields by place or by name."""
+    if len(args) > len(WORKLOAD_FIELDS):
+        raise InvalidWorkload(f"{len(args)} values were given by place; there are {len(WORKLOAD_FIELDS)} fields")
+    given = dict(zip(WORKLOAD_FIELDS, args, strict=False))
+    twice = sorted(set(given) & set(kwargs))
+    if twice:
+        raise InvalidWorkload(f"{twice[0]} was given twice, by place and by name")
+    return Workload.from_dict(given | kwargs)
 
 
 def check_metric(metric: str) -> None:

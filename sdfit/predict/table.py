@@ -12,7 +12,6 @@ import numpy as np
 
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload
-from sdfit.predict import conformal
 from sdfit.workload import (
     LIMITS,
     VARIANT_FIELDS,
@@ -34,26 +33,33 @@ _DEFAULTS = Workload(512, 512).to_dict()
 def predict_table(
     find: Callable[[VariantKey], Variant], table: Any, metric: str, level: float | None = None
 ) -> tuple[Array, Array]:
-    """Predict each row; with a level also the half-width of its interval [bytes].
+    """Predict each row; with a level also how far below and above the ends of its interval lie.
 
     ``find`` gives the `Variant` of a key (`sdfit.predict.predictor.Predictor.variant`).
+
+    Returns
+    -------
+    value : array, shape (rows,)
+        [bytes]
+    margins : array, shape (2, rows)
+        Below and above [bytes]; zero without a level.
     """
     columns, rows = _columns(table)
     numbers = {name: _numbers(name, columns[name], rows) for name in (*LIMITS, "guidance_scale")}
-    value, half = np.empty(rows), np.zeros(rows)
+    value, margins = np.empty(rows), np.zeros((2, rows))
     for key, where in _groups(columns, rows):
         part = {name: v if where is None else v[where] for name, v in numbers.items()}
         got = _one_variant(find(key), part, metric, level)
         if where is None:
-            value, half = got
+            value, margins = got
         else:
-            value[where], half[where] = got
-    return value, half
+            value[where], margins[:, where] = got
+    return value, margins
 
 
 def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: float | None) -> tuple[Array, Array]:
     rows = len(part["height"])
-    value, half = np.empty(rows), np.zeros(rows)
+    value, margins = np.empty(rows), np.zeros((2, rows))
     for start in range(0, rows, BLOCK_ROWS):
         cut = slice(start, start + BLOCK_ROWS)
         block = {name: column[cut] for name, column in part.items()}
@@ -62,8 +68,9 @@ def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: flo
         peaks = found.stage_arrays(sizes)
         value[cut] = found.metric(peaks, metric, sizes)
         if level is not None:
-            half[cut] = found.width(peaks, sizes, metric, level, conformal.half_width)
-    return value, half
+            for end in (0, 1):
+                margins[end, cut] = found.margin(peaks, sizes, metric, (1 + level) / 2, upper=bool(end))
+    return value, margins
 
 
 def _columns(table: Any) -> tuple[dict[str, Any], int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.metrics import family, highest, metric_value
+from sdfit.equation.metrics import families, highest, metric_value, place_codes, place_of
 from sdfit.equation.regimes import IMAGES_THAT_MATTER, edges, regime
 from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.equation.stages import resident, stage_key, stages_of
@@ -23,6 +23,7 @@ from sdfit.equation.weights import baseline_label, with_both_baselines
 from sdfit.errors import UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
+from sdfit.predict.cards import CONTEXT_BYTES
 from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -39,8 +40,6 @@ class Variant:
         Stage -> bytes that are resident in it.
     domain : dict
         Column of `domain_columns` -> least and most that every stage was swept at.
-    families : tuple of str
-        Whose conformal scores it may use, its own first.
 
     Raises
     ------
@@ -58,7 +57,6 @@ class Variant:
         models = {stage: artifact.stages["|".join(stage_key(stage, key))] for stage in self.stages}
         self._regimes = {stage: model["regimes"] for stage, model in models.items()}
         self._coefficients = {stage: _aligned(model, self.weights[stage]) for stage, model in models.items()}
-        self.families = (family(key), "")
         self.domain = _common_domain([model["domain"] for model in models.values()])
         self._metrics = {
             metric: {group: found["coef"] for group, found in groups.items()}
@@ -67,7 +65,11 @@ class Variant:
         }
         self._edges = edges(self.stages)
         self._matrices: dict[tuple[int, ...], Array] = {}
-        self._widths: dict[Any, float] = {}
+        self._scores = {
+            metric: {name: conformal.Scores.read(found["count"], found["values"]) for name, found in table.items()}
+            for metric, table in artifact.scores.items()
+        }
+        self._quantiles: dict[Any, float] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Variant, (self.artifact, self.key))
@@ -162,12 +164,18 @@ class Variant:
         """
         if metric == "allocated":
             return highest(peaks)
+        if metric == "device" and self._basis(metric) == "reserved":
+            return self.metric(peaks, "reserved", sizes) + CONTEXT_BYTES
         if metric not in self._metrics:
             raise UnknownVariant(
                 f"'{self.artifact.name}' has no '{metric}'; it has: {listed(['allocated', *self._metrics])}",
                 metric=metric,
             )
-        return metric_value(self._metrics[metric], self.families[0], peaks, self.weights, sizes)
+        return metric_value(self._metrics[metric], self.key, peaks, self.weights, sizes)
+
+    def _basis(self, metric: str) -> str:
+        """The metric whose scores a metric takes: simulated records hold no device memory, but reserved memory."""
+        return "reserved" if metric == "device" and metric not in self._metrics else metric
 
     def stretch(self, sizes: Sizes) -> Any:
         """How far outside the swept domain some sizes lie: 1 inside, otherwise the largest ratio to its edge."""
@@ -176,13 +184,38 @@ class Variant:
         ratios += [low / values[c] for c, (low, _) in self.domain.items()]
         return max(1.0, *ratios) if isinstance(sizes.A, int) else np.maximum.reduce([np.ones_like(sizes.A), *ratios])
 
-    def width(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, rule: conformal.Rule) -> Any:
-        """The half-width of an interval, or the room above a prediction [bytes], by a rule of `sdfit.predict.conformal`."""
-        known = metric, level, rule
-        if known not in self._widths:
-            scores = self.artifact.scores.get(metric, {})
-            self._widths[known] = conformal.relative_width(scores, self.families, level, rule)
-        return self._widths[known] * conformal.scale(peaks, self.weights) * self.stretch(sizes)
+    # -- how sure it is --
+
+    def scores(self, metric: str, code: int, level: float) -> conformal.Scores:
+        """The conformal scores for a place of `place_codes`: of the narrowest family that supports the level."""
+        return conformal.best(self._scores.get(self._basis(metric), {}), families(place_of(self.key, code)), level)
+
+    def margin(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, *, upper: bool) -> Any:
+        """How far above a prediction its one-sided bound lies, or below it [bytes]; numbers or arrays."""
+        codes, unit = place_codes(peaks, sizes), self._unit(peaks, sizes)
+        if np.ndim(codes) == 0:
+            return self._quantile(metric, int(codes), level, upper) * unit
+        found = np.empty(np.shape(codes))
+        for code in np.unique(codes):
+            found[codes == code] = self._quantile(metric, int(code), level, upper)
+        return found * unit
+
+    def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
+        """The chance that a run needs no more than ``spare_bytes`` above its prediction."""
+        scores = self.scores(metric, int(place_codes(peaks, sizes)), level)
+        return scores.share_below(spare_bytes / float(self._unit(peaks, sizes)))
+
+    def _unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
+        """What a score is in units of [bytes]; outside the swept domain it grows with the distance."""
+        return conformal.scale(peaks, self.weights) * self.stretch(sizes)
+
+    def _quantile(self, metric: str, code: int, level: float, upper: bool) -> float:
+        known = metric, code, level, upper
+        if known not in self._quantiles:
+            scores = self.scores(metric, code, level)
+            found = max(scores.quantile(level), 0.0) if upper else max(-scores.lower_quantile(level), 0.0)
+            self._quantiles[known] = found
+        return self._quantiles[known]
 
 
 def _aligned(model: Mapping[str, Any], weights_bytes: int) -> Array:

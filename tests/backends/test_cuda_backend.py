@@ -434,7 +434,7 @@ class Nvml:
 def test_the_counters_of_a_card_ask_pytorch_and_nvml(monkeypatch, tmp_path):
     """Each counter reads the function it should, in bytes, of the card chosen: held against stand-ins for both."""
     library, caps = Nvml(), []
-    monkeypatch.setattr("sdfit.backends.nvml._library", lambda: library)
+    monkeypatch.setattr("sdfit.predict.nvml._library", lambda: library)
     monkeypatch.setattr(counters.tempfile, "gettempdir", lambda: str(tmp_path))
     card = SimpleNamespace(uuid="1234", major=9, minor=0, total_memory=100 * 1024 * MIB)
     stand_ins = {

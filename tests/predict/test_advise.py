@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from sdfit.errors import InvalidWorkload
-from sdfit.predict.advise import NothingFits, best_metric, bound, fits, largest, max_batch_size, options_that_fit
+from sdfit.predict.advise import LargestBatch, LargestSize, NothingFits, largest, max_batch_size
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.verdict import best_metric, bound, fits
 from sdfit.units import GIB
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, Workload
 
@@ -104,32 +106,9 @@ def test_the_metric_that_decides(noisy: Predictor) -> None:
 
 
 def test_a_level_beyond_the_scores_is_refused_not_guessed(noisy: Predictor) -> None:
-    """150 scores cannot support 0.999: the error says how many there are and what to ask for instead."""
-    with pytest.raises(InvalidWorkload, match=r"has 150 scores, too few for level 0.999; ask for at most 0.99"):
+    """150 scores cannot support 0.999: the error says what to ask for instead."""
+    with pytest.raises(InvalidWorkload, match=r"too few scores for level 0.999; ask for at most 0.99"):
         noisy.fits(512, 512, memory="80 GiB", level=0.999)
-
-
-def test_options_are_those_that_fit_cheapest_first(f: Predictor) -> None:
-    """Each option changes the run, fits, and those that do not fit are left out; what was never swept is left out."""
-    w = Workload(1024, 1024, batch_size=4, attention="eager")
-    memory = 15 * GIB
-    assert not fits(f, w, memory=memory)
-    found = options_that_fit(f, w, memory=memory)
-    assert found and found[0].change == {"attention": "sdpa"}
-    for option in found:
-        changed = replace(w, **option.change)
-        assert changed != w and fits(f, changed, memory=memory)
-        assert option.upper_bytes == option.prediction.upper <= memory
-    assert {"attention": "sdpa"} not in [o.change for o in options_that_fit(f, Workload(1024, 1024), memory=memory)]
-    assert options_that_fit(f, w, memory="1 GiB") == []
-
-
-def test_options_of_variants_that_were_never_swept_are_left_out(f: Predictor) -> None:
-    """From bfloat16 with eager attention, which was not swept, every option leads to sdpa or to another dtype."""
-    w = Workload(1024, 1024, batch_size=4, attention="eager", dtype="bfloat16")
-    changes = [option.change for option in options_that_fit(f, w, memory="15 GiB")]
-    assert {"attention": "sdpa"} in changes and {"vae_slicing": True} not in changes
-    assert all("attention" in change or "dtype" in change for change in changes)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +137,38 @@ def test_bad_questions_are_refused(noisy: Predictor, arguments: dict[str, Any], 
 
 def test_when_nothing_fits_the_answer_is_no(noisy: Predictor) -> None:
     """Exit code 3, and the amount that was too little."""
-    with pytest.raises(NothingFits, match=r"no size of 1:1 fits 1\.000 GiB") as caught:
+    with pytest.raises(NothingFits, match=r"no size of 1:1 is sure to fit 1\.000 GiB") as caught:
         largest(noisy, memory="1 GiB", level=0.9)
     assert caught.value.exit_code == 3
-    with pytest.raises(NothingFits, match="not even one image of 512x512 fits"):
+    with pytest.raises(NothingFits, match="not even one image of 512x512 is sure to fit"):
         max_batch_size(noisy, 512, 512, memory="1 GiB", level=0.9)
+
+
+def test_what_is_likely_is_at_least_what_is_sure(noisy: Predictor) -> None:
+    """The likely size and batch fit at level 0.5 and the next ones do not; both answers pickle and copy whole."""
+    for gib in range(5, 24, 3):
+        size = noisy.largest(memory=gib * GIB, level=0.9)
+        batch = noisy.max_batch_size(512, 512, memory=gib * GIB, level=0.9)
+        (side, _), most = size.likely, batch.likely
+        assert side >= size[0] and most >= batch
+        assert noisy.fits(side, side, memory=gib * GIB, level=0.5)
+        assert not noisy.fits(side + 64, side + 64, memory=gib * GIB, level=0.5)
+        assert noisy.fits(512, 512, batch_size=most, memory=gib * GIB, level=0.5)
+        assert not noisy.fits(512, 512, batch_size=most + 1, memory=gib * GIB, level=0.5)
+        for answer in (size, batch):
+            again = pickle.loads(pickle.dumps(answer))
+            assert again == answer and again.likely == answer.likely and type(again) is type(answer)
+    assert any(
+        noisy.largest(memory=gib * GIB, level=0.99).likely > noisy.largest(memory=gib * GIB, level=0.99)
+        for gib in range(6, 20)
+    )
+    assert isinstance(size, LargestSize) and isinstance(batch, LargestBatch)
+
+
+def test_where_nothing_is_sure_what_is_likely_is_told(noisy: Predictor) -> None:
+    """Between the two bounds of the smallest run the answer is no, with what is likely to fit."""
+    w = Workload(64, 64)
+    sure, likely = (bound(noisy, w, None, level).upper for level in (0.99, 0.5))
+    with pytest.raises(NothingFits, match="likely to fit: ") as caught:
+        largest(noisy, memory=(sure + likely) / 2, level=0.99)
+    assert caught.value.facts["likely"] >= 1

@@ -1,7 +1,7 @@
 """The backend ``trace``: records from meta tensors, on any machine.
 
 Allocated memory is traced; reserved and required memory come from replaying the traced allocations through a model of
-the caching allocator (`sdfit.backends.trace.replay`); device memory adds the CUDA context, where one was published for the card.
+the caching allocator (`sdfit.backends.trace.replay`).
 Nothing here is measured, and the records say so.
 """
 
@@ -18,11 +18,7 @@ from sdfit.backends.trace.tracer import Tracer
 from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
 from sdfit.errors import SdfitError
 from sdfit.records import fingerprint
-from sdfit.units import MIB
 from sdfit.workload import Workload
-
-CONTEXT_BYTES = {"t4": 180 * MIB}
-"""CUDA context and libraries by card [bytes], as published; grows as kernels load, so it is a lower bound."""
 
 
 class TraceBackend:
@@ -61,7 +57,6 @@ class TraceBackend:
             "gpu": f"none (a trace for '{self.gpu}')",
             "name": self.gpu,
             "workspaces": table,
-            "context_bytes": CONTEXT_BYTES.get(self.gpu),
             "num_inference_steps": self.num_inference_steps,
             **software(),
         }
@@ -76,14 +71,12 @@ class TraceBackend:
             reserved = replay(traced.events).reserved_bytes
             required = smallest_cap(traced.events)
             minimum = smallest_cap(without(traced.events, traced.workspaces))
-        context = CONTEXT_BYTES.get(self.gpu)
         return {
             "outcome": "ok",
             "stage_peaks_bytes": traced.stage_peaks,
             "component_bytes": traced.component_bytes,
             "allocated_bytes": traced.peak_bytes,
             "reserved_bytes": reserved,
-            "device_bytes": reserved + context if reserved is not None and context is not None else None,
             "required_bytes": required,
             "minimum_bytes": minimum,
             "baseline_bytes": traced.weights_bytes + traced.unsplit_bytes,

@@ -14,6 +14,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdfit.predict.conformal import scale
 from sdfit.shipped import shipped
 
 FILE = "residuals.csv"
@@ -55,8 +56,9 @@ class Residual:
 
     @property
     def score(self) -> float:
-        """The conformal score: how far the published number lies above the trace, in units of the activations."""
-        return (self.published_bytes - self.traced_bytes) / self.activation_bytes
+        """The conformal score: how far the published number lies above the trace, in units of the scale."""
+        unit = scale({"run": self.traced_bytes}, {"run": self.traced_bytes - self.activation_bytes})
+        return (self.published_bytes - self.traced_bytes) / float(unit)
 
     @property
     def optional(self) -> bool:

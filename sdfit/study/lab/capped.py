@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.errors import SdfitError
-from sdfit.predict.advise import SAFE_LEVEL, NothingFits, best_metric, largest, size_of_aspect
+from sdfit.predict.advise import NothingFits, largest, size_of_aspect
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.verdict import SAFE_LEVEL, best_metric
 from sdfit.records import RECORDS, Record, fingerprint, read
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.run import finished, record_of

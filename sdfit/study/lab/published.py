@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdfit.backends.trace.tracer import Traced, Tracer
 from sdfit.backends.trace.workspaces import workspaces_for
-from sdfit.predict.conformal import LEAST_ACTIVATION_BYTES
+from sdfit.predict.conformal import LEAST_SCALE_BYTES
 from sdfit.shipped import shipped
 from sdfit.study.comparison import published
 from sdfit.study.comparison.residuals import Residual
@@ -64,7 +64,7 @@ def trace_all() -> tuple[Residual, ...]:
         expected, traced = trace_published(row, tracer)
         at_peak = max(traced.stage_peaks, key=lambda stage: traced.stage_peaks[stage])
         weights = traced.resident_bytes[at_peak] + traced.unsplit_bytes if row.scope == "total" else 0
-        activation = max(expected - weights, LEAST_ACTIVATION_BYTES)
+        activation = max(expected - weights, LEAST_SCALE_BYTES)
         found.append(
             Residual(
                 row.id,

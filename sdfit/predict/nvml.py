@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdfit.predict.cards import card_slug
+
 
 class Nvml:
     """One card's NVML handle."""
@@ -40,6 +42,23 @@ class Nvml:
             uuid = library.nvmlDeviceGetUUID(handle)
             found[uuid.decode() if isinstance(uuid, bytes) else uuid] = handle
         return found
+
+    @classmethod
+    def first(cls, slug: str | None = None) -> Nvml | None:
+        """The first card of the machine, or the first of a short name; None if there is none."""
+        library = _library()
+        found = [cls(library, handle) for handle in cls._handles().values()] if library is not None else []
+        return next((card for card in found if slug is None or card_slug(card.name) == slug), None)
+
+    @property
+    def name(self) -> str:
+        """As NVML writes it."""
+        name = self._library.nvmlDeviceGetName(self._handle)
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def total(self) -> int:
+        """Bytes of the card."""
+        return int(self._library.nvmlDeviceGetMemoryInfo(self._handle).total)
 
     def used(self) -> int:
         """Bytes in use on the card."""

@@ -1,0 +1,205 @@
+"""Judge the decisions: the largest size by a model beside the largest by the truth.
+
+A person asks which size fits a card. So for many capacities, shapes, batches and kinds of run the largest size that the
+model's bound allows is set beside the largest that really fits, on the sizes that records hold: how much of the attainable
+area is kept, how often the answer would have failed, and how many runs are refused though they fit. What is true is what
+the records say, measured or simulated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sdfit.errors import RecordsError
+from sdfit.predict.predictor import Predictor
+from sdfit.predict.verdict import SAFE_LEVEL, best_metric
+from sdfit.records import Record
+from sdfit.units import GIB, aligned, percent
+from sdfit.workload import variant_name
+
+CAPACITIES = tuple(gib * GIB for gib in (4, 6, 8, 12, 16, 24, 48, 80))
+"""What PyTorch may take [bytes]: those of common cards."""
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The decisions of one kind of run.
+
+    Parameters
+    ----------
+    variant : str
+        In words; ``all`` for all of them.
+    decisions : int
+        Capacities times ladders for which some size fits and some does not.
+    kept_median, kept_worst : float
+        The area that the model allows, as a share of the largest that fits; 0 where the model allows none.
+    failed : float
+        Share of decisions whose answer would have run out of memory.
+    refused : float
+        Share of the runs that fit that the model does not call sure.
+    above_truth : float
+        Mean of the bound above what is required, relative to that, over all runs.
+    """
+
+    variant: str
+    decisions: int
+    kept_median: float
+    kept_worst: float
+    failed: float
+    refused: float
+    above_truth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What `decide` found.
+
+    Parameters
+    ----------
+    artifact : str
+        The model's name.
+    level : float
+        Of its bounds.
+    source : str
+        What the truth is: ``measured``, ``simulated`` or ``recorded``.
+    lines : tuple of Line
+        One per variant, all of them last.
+    skipped : int
+        Decisions outside a ladder: every size fits, or none.
+    """
+
+    artifact: str
+    level: float
+    source: str
+    lines: tuple[Line, ...]
+    skipped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; shares as fractions."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The lines, aligned."""
+        head = (
+            "variant",
+            "decisions",
+            "area kept: median",
+            "worst",
+            "would fail",
+            "refused though it fits",
+            "bound above truth",
+        )
+        rows = [
+            (
+                line.variant,
+                str(line.decisions),
+                percent(line.kept_median, 1),
+                percent(line.kept_worst, 1),
+                percent(line.failed, 1),
+                percent(line.refused, 1),
+                percent(line.above_truth, 2),
+            )
+            for line in self.lines
+        ]
+        title = f"largest sizes by '{self.artifact}' at level {self.level:g}, beside those by {self.source} records"
+        return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes"
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Counts of one kind of run."""
+
+    kept: list[float]
+    failed: int = 0
+    fitting: int = 0
+    refused: int = 0
+    above: list[float] | None = None
+
+
+def decide(
+    predictor: Predictor,
+    records: Sequence[Record],
+    *,
+    level: float = SAFE_LEVEL,
+    capacities: Iterable[int] = CAPACITIES,
+    source: str = "recorded",
+) -> Decisions:
+    """Set the largest sizes by a model beside the largest by records.
+
+    Parameters
+    ----------
+    predictor : Predictor
+    records : sequence of Record
+        Ladders of sizes: runs that agree in all but their size, and in the shape of it. Their ``required_bytes`` is the
+        truth; a run out of memory under a cap is one that needs more than the cap.
+    level : float
+    capacities : iterable of int
+        [bytes]
+
+    Raises
+    ------
+    RecordsError
+        If no ladder has two sizes, or the records hold no required memory.
+    """
+    ladders: dict[tuple[Any, ...], list[tuple[float, float, float]]] = defaultdict(list)
+    metric = best_metric(predictor)
+    for record in records:
+        needed = _needed(record)
+        if needed is None:
+            continue
+        w = record.workload
+        upper = predictor.predict_workload(w, metric=metric, level=level).upper
+        shape = round(4 * math.log2(w.effective_width / w.effective_height))
+        ladders[variant_name(w.variant), shape, w.batch_size, w.guided, w.tokens].append((w.pixels, needed, upper))
+    ladders = {key: sorted(sizes) for key, sizes in ladders.items() if len(sizes) > 1}
+    if not ladders:
+        raise RecordsError("these records hold no ladders of sizes with required memory; sweep the grid 'decisions'")
+    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([], above=[]))
+    skipped = 0
+    for (variant, *_), sizes in ladders.items():
+        mine = (tallies[variant], tallies[ALL])
+        for tally in mine:
+            assert tally.above is not None
+            tally.above += [(upper - needed) / needed for _, needed, upper in sizes if math.isfinite(needed)]
+        for capacity in capacities:
+            fitting = [pixels for pixels, needed, _ in sizes if needed <= capacity]
+            if not fitting or len(fitting) == len(sizes):
+                skipped += 1
+                continue
+            sure = [(pixels, needed) for pixels, needed, upper in sizes if upper <= capacity]
+            answer, needs = max(sure, default=(0.0, 0.0))
+            for tally in mine:
+                tally.kept.append(min(answer / max(fitting), 1.0))
+                tally.failed += needs > capacity
+                tally.fitting += len(fitting)
+                tally.refused += len(fitting) - sum(needed <= capacity for _, needed in sure)
+    names = [*sorted(name for name in tallies if name != ALL), ALL]
+    return Decisions(
+        predictor.name, level, source, tuple(_line(n, tallies[n]) for n in names if tallies[n].kept), skipped
+    )
+
+
+def _needed(record: Record) -> float | None:
+    """What a run requires [bytes]; infinite where it failed under the largest capacity of all; None if unknown."""
+    if record.outcome == "ok":
+        return None if record.required_bytes is None else float(record.required_bytes)
+    return math.inf if record.outcome == "oom" and record.cap_bytes is None else None
+
+
+def _line(name: str, tally: _Tally) -> Line:
+    return Line(
+        name,
+        len(tally.kept),
+        float(np.median(tally.kept)),
+        float(min(tally.kept)),
+        tally.failed / len(tally.kept),
+        tally.refused / tally.fitting,
+        float(np.mean(tally.above or [math.nan])),
+    )

@@ -1,0 +1,68 @@
+"""The largest sizes by a model beside those by the truth: counted by hand in a world whose answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from worlds import measured
+
+from sdfit.errors import RecordsError
+from sdfit.judging.decisions import decide
+from sdfit.predict.predictor import Predictor
+from sdfit.records import Record
+from sdfit.units import GIB
+from sdfit.workload import Workload
+
+LADDER = [Workload(side, side, batch_size=b) for side in range(256, 2048, 128) for b in (1, 2)]
+
+
+def truth() -> list[Record]:
+    return measured(LADDER).records
+
+
+def test_a_true_model_keeps_nearly_all_and_never_fails(f: Predictor) -> None:
+    """On the card that it was fitted on: no failure, nothing refused, all of the area."""
+    found = decide(f, truth(), capacities=[6 * GIB, 8 * GIB, 12 * GIB])
+    line = found.lines[-1]
+    assert line.variant == "all" and line.decisions + found.skipped == 2 * 3
+    assert line.failed == 0 and line.kept_median == 1 and line.refused == 0
+    assert 0 <= line.above_truth < 0.01
+
+
+def test_failures_refusals_and_shares_are_counted_by_hand(f: Predictor) -> None:
+    """With the truth moved by a tenth each way: what the model then says is wrong by that, and the counts say so."""
+    bounds = {r.workload: f.predict_workload(r.workload, metric="required", level=0.99).upper for r in truth()}
+    for factor in (0.9, 1.1):
+        records = [replace(r, required_bytes=round(bounds[r.workload] * factor)) for r in truth()]
+        capacity = 10 * GIB
+        line = decide(f, records, capacities=[capacity]).lines[-1]
+        fails, shares, fitting, refused = 0, [], 0, 0
+        for batch in (1, 2):
+            mine = [r for r in records if r.workload.batch_size == batch]
+            really = [r for r in mine if r.required_bytes is not None and r.required_bytes <= capacity]
+            sure = [r for r in mine if bounds[r.workload] <= capacity]
+            answer, best = (max(some, key=lambda r: r.workload.pixels) for some in (sure, really))
+            fails += answer not in really
+            shares.append(min(answer.workload.pixels / best.workload.pixels, 1))
+            fitting += len(really)
+            refused += sum(r not in sure for r in really)
+        assert line.decisions == 2 and line.failed == fails / 2
+        assert line.kept_worst == pytest.approx(min(shares)) and line.refused == pytest.approx(refused / fitting)
+        assert line.above_truth == pytest.approx(1 / factor - 1, abs=1e-6)
+    assert fails == 2  # a truth above the bound fails both
+
+
+def test_capacities_outside_the_ladders_decide_nothing(f: Predictor) -> None:
+    """Where every size fits, or none, there is no answer to judge."""
+    found = decide(f, truth(), capacities=[GIB, 8 * GIB, 900 * GIB])
+    assert found.skipped == 4 and found.lines[-1].decisions == 2
+
+
+def test_records_without_ladders_are_refused(f: Predictor) -> None:
+    """One size a shape, or no required memory: with what to sweep."""
+    single = measured([Workload(512, 512), Workload(512, 1024)]).records
+    none = [replace(r, required_bytes=None) for r in truth()]
+    for records in (single, none):
+        with pytest.raises(RecordsError, match="sweep the grid 'decisions'"):
+            decide(f, records)
