@@ -147,7 +147,7 @@ def test_the_coefficients_of_the_notes_are_those_of_the_model() -> None:
     text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimulatedModelWarning)
-        stages = load("t4").artifact.stages
+        stages = load("sm75").artifact.stages
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| (\d) \| [^|]+\| ([0-9.,e-]+) \|", text, re.MULTILINE)
     assert len(rows) >= 6
     for key, term, regime, shown in rows:

@@ -134,4 +134,5 @@ class FakeBackend:
             "reserved_bytes": reserved,
             "device_bytes": reserved + CONTEXT_BYTES,
             "required_bytes": top + max(activation, 0) // 10,
+            "minimum_bytes": top - max(activation, 0) // 5,
         }

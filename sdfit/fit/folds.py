@@ -11,6 +11,8 @@ Indices = np.ndarray[Any, np.dtype[np.intp]]
 
 FOLDS = 10
 """Of the cross-validation by resolution."""
+MOST_FOLDS = 60
+"""So many fits show what a single resolution does to the others; a fit of each would take minutes."""
 
 
 def left_out(groups: Sequence[str] | Any, folds: int | None = FOLDS) -> Iterator[tuple[Indices, Indices]]:
@@ -21,7 +23,8 @@ def left_out(groups: Sequence[str] | Any, folds: int | None = FOLDS) -> Iterator
     groups : sequence, shape (rows,)
         The resolution of each row.
     folds : int, optional
-        None leaves out one group at a time. Of fewer than two groups nothing can be left out: no pair.
+        None leaves out one group at a time, or, of more than `MOST_FOLDS`, a few at a time. Of fewer than two groups
+        nothing can be left out: no pair.
 
     Examples
     --------
@@ -36,11 +39,11 @@ def left_out(groups: Sequence[str] | Any, folds: int | None = FOLDS) -> Iterator
     count = int(codes.max()) + 1
     if count < 2:
         return
-    if folds is None:
+    if folds is None and count <= MOST_FOLDS:
         for code in range(count):
             yield np.flatnonzero(codes != code), np.flatnonzero(codes == code)
     else:
-        yield from GroupKFold(min(folds, count)).split(codes, groups=codes)
+        yield from GroupKFold(min(folds or MOST_FOLDS, count)).split(codes, groups=codes)
 
 
 class ErrorSummary(NamedTuple):

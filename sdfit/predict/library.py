@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 
-from sdfit.errors import SimulatedModelWarning, UnknownModel, listed, nearest
+from sdfit.errors import SimulatedModelWarning, UnknownModel, listed
 from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_card, table
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.nvml import Nvml
@@ -72,10 +73,11 @@ def find_model(name: str | Path) -> tuple[Path, str, Card | None]:
     model = KERNELS.get(architecture or "")
     if architecture is None or model not in known:
         slug = card_slug(text)
-        hint = nearest(slug, [*known, *(one.slug for one in table())])
+        close = get_close_matches(slug, [*known, *(one.slug for one in table())], n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
         raise UnknownModel(
-            f"no model for '{text}'{hint}; there are: {listed(known)}, and those of: sdfit cards. Measure one: sdfit sweep "
-            f"--gpu {slug}, then sdfit fit",
+            f"no model for '{text}'; there are: {listed(known)}, and those of the cards that sdfit cards lists.{hint} Measure "
+            f"one: sdfit sweep --gpu {slug}, then sdfit fit",
             given=text,
             known=list(known),
         )

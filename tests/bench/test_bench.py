@@ -121,7 +121,7 @@ def test_accuracy_on_unseen_runs(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimulatedModelWarning)
         predictor = load("t4")
-    holdouts = sorted((Path(__file__).parents[2] / "data" / "t4").glob("*-holdout-trace.jsonl"))
+    holdouts = sorted((Path(__file__).parents[2] / "data" / "sm75").glob("*-holdout-trace.jsonl*"))
     assert holdouts, "there is no traced holdout to judge the model on"
     for path in holdouts:
         with capsys.disabled():

@@ -252,7 +252,7 @@ def test_mixed_environments_and_holdouts_are_not_fitted(tmp_path: Path) -> None:
     out = tmp_path / "m.joblib"
     with pytest.raises(RecordsError, match=r"differ in total_memory_bytes: \d+ / 5; torch: None / 2.1"):
         fit_files([one, other], None, out)
-    with pytest.raises(RecordsError, match=r"c\.jsonl' is a holdout"):
+    with pytest.raises(RecordsError, match=r"c\.jsonl' is of the grid 'holdout', which judges models"):
         fit_files([one, holdout], None, out)
     assert not out.exists()
 

@@ -66,7 +66,7 @@ def test_every_number_is_the_records_own(predictor: Predictor, fresh: RecordsFil
 def test_lines_partition_the_rows(predictor: Predictor, fresh: RecordsFile) -> None:
     """By stage, variant, size and domain every row is counted once, for each metric that the records have."""
     found = evaluate(predictor, fresh)
-    assert {line.metric for line in found.lines} == {"allocated", "reserved", "device", "required"}
+    assert {line.metric for line in found.lines} == {"allocated", "reserved", "device", "required", "minimum"}
     for metric in ("allocated", "required"):
         for group in ("stage", "variant", "size", "domain"):
             rows = [line.rows for line in found.lines if (line.metric, line.group) == (metric, group)]
@@ -114,7 +114,11 @@ def test_what_is_skipped_is_counted(predictor: Predictor, fresh: RecordsFile) ->
 
 def test_it_turns_into_json(predictor: Predictor, fresh: RecordsFile) -> None:
     """The whole evaluation is JSON without infinities; an unbounded bound is null and said to be so in the table."""
-    few = Predictor(replace(predictor.artifact, scores={m: {"": [0.0] * 9} for m in predictor.artifact.scores}))
+    few = Predictor(
+        replace(
+            predictor.artifact, scores={m: {"": {"count": 9, "values": [0.0] * 9}} for m in predictor.artifact.scores}
+        )
+    )
     found = evaluate(few, fresh)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["points"][0]["high_bytes"] is None and values["simulated"] is True
@@ -162,9 +166,9 @@ def test_figures_say_what_they_show(
 
 
 def test_all_figures_are_drawn(predictor: Predictor, fresh: RecordsFile, tmp_path: Path) -> None:
-    """draw_all writes two PNG files per metric into a folder that it makes."""
+    """draw_all writes two PNG files for each of the five metrics into a folder that it makes."""
     paths = plots.draw_all(predictor, fresh, tmp_path / "new" / "figures")
-    assert len(paths) == 8 and all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
+    assert len(paths) == 10 and all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
 
 
 def test_many_variants_share_a_colour(predictor: Predictor, fresh: RecordsFile, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from sdfit.equation.regimes import REGIMES
 from sdfit.errors import ArtifactError, UnknownVariant
-from sdfit.predict.artifact import Artifact, canonical
+from sdfit.predict.artifact import FORMAT, Artifact, canonical
 from sdfit.predict.loading import PLAIN, load_artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.shipped import shipped
@@ -87,7 +87,7 @@ class _Touch:
 def test_reduce_executes_nothing(tmp_path: Path, protocol: int) -> None:
     """A pickle that would create a file when loaded is refused and creates none; pickle itself does create it."""
     marker, hostile = tmp_path / "marker", tmp_path / "hostile.joblib"
-    content = pickle.dumps({"format": 1, "name": _Touch(marker, open)}, protocol=protocol)
+    content = pickle.dumps({"format": FORMAT, "name": _Touch(marker, open)}, protocol=protocol)
     refused(hostile, content)
     assert not marker.exists()
     pickle.loads(content)["name"].close()
@@ -134,7 +134,7 @@ def test_numpy_arrays_inside_are_refused(tmp_path: Path) -> None:
 
     for array in (np.arange(3), np.array([_Touch(tmp_path / "marker", open)], dtype=object)):
         path = tmp_path / "array.joblib"
-        joblib.dump({"format": 1, "coef": array}, path)
+        joblib.dump({"format": FORMAT, "coef": array}, path)
         refused(path, path.read_bytes(), "plain values only")
     assert not (tmp_path / "marker").exists()
 
@@ -165,7 +165,7 @@ def test_shared_and_nested_tables_are_refused(tmp_path: Path) -> None:
         doubled = [doubled, doubled]
     path = tmp_path / "b.joblib"
     tables = ("environment", "components", "stages", "metrics", "scores", "baseline", "evaluation")
-    whole = {name: {} for name in tables} | {"name": "x", "provenance": "fake", "swept": [], "format": 1}
+    whole = {name: {} for name in tables} | {"name": "x", "provenance": "fake", "swept": [], "format": FORMAT}
     content = pickle.dumps(whole | {"sources": doubled}, protocol=4)
     refused(path, content, "twice")
     loop: list[Any] = []
@@ -181,7 +181,7 @@ def test_foreign_files_are_refused(tmp_path: Path, fake_records: Path) -> None:
     path = tmp_path / "foreign.joblib"
     for content in (b"", b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(100), gzip.compress(b"x"), fake_records.read_bytes()):
         refused(path, content)
-    for value in ([], {}, {"a": 1}, 5, "t4", {1: 2}, {"format": 2}, {"format": 1}, {"format": True}, None):
+    for value in ([], {}, {"a": 1}, 5, "t4", {1: 2}, {"format": 1}, {"format": 2}, {"format": True}, None):
         refused(path, pickle.dumps(value, protocol=4))
 
 
@@ -247,7 +247,7 @@ def damaged(artifact: Artifact, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 99}, "format is 99; this sdfit reads format 1"),
+        ({"format": 99}, f"format is 99; this sdfit reads format {FORMAT}"),
         ({"name": 5}, "field 'name'"),
         ({"stages": []}, "field 'stages'"),
         ({"provenance": "divine"}, "divine"),
@@ -257,8 +257,11 @@ def damaged(artifact: Artifact, **changes: Any) -> dict[str, Any]:
         ({"components": {"float16": 3}}, "damaged"),
         ({"metrics": {"reserved": {"": {"coef": [1.0]}}}}, "metrics"),
         ({"metrics": {"reserved": {"": {}}}}, "damaged"),
-        ({"scores": {"allocated": {"": [1.0, 0.0]}}}, "ascending"),
-        ({"scores": {"allocated": {"": ["x"]}}}, "damaged"),
+        ({"scores": {"allocated": {"": {"count": 2, "values": [1.0, 0.0]}}}}, "ascending"),
+        ({"scores": {"allocated": {"": {"count": 3, "values": [0.0, 1.0]}}}}, "ascending"),
+        ({"scores": {"allocated": {"": {"count": 10**12, "values": [0.0]}}}}, "ascending"),
+        ({"scores": {"allocated": {"": {"count": 1, "values": ["x"]}}}}, "damaged"),
+        ({"scores": {"allocated": {"": [1.0]}}}, "damaged"),
         ({"evaluation": {"rows": float("nan")}}, "not finite"),
         ({"stages": {"unet|float16": {}}}, "unknown stage"),
         ({"stages": {"unet|float16|sdpa": {}}}, "damaged"),
@@ -317,4 +320,4 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(ArtifactError, match="cannot write the model to"):
-        load_artifact(shipped("models") / "t4.joblib").save(blocked / "t4.joblib")
+        load_artifact(shipped("models") / "sm75.joblib").save(blocked / "sm75.joblib")

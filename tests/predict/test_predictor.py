@@ -49,10 +49,11 @@ def test_one_answer_whichever_way_it_is_asked(f: Predictor, w: Workload, level: 
 @given(swept_workloads(), st.sampled_from(METRICS))
 @settings(max_examples=100, deadline=None)
 def test_the_breakdown_adds_up(f: Predictor, w: Workload, metric: str) -> None:
-    """Whatever the metric, the parts of the breakdown add up to the prediction, none of them negative."""
+    """Whatever the metric, the parts of the breakdown add up to the prediction; only workspaces that PyTorch can do without
+    are a part below zero."""
     peak = f.predict_workload(w, metric=metric)
     assert sum(peak.breakdown.values()) == pytest.approx(float(peak), rel=1e-12)
-    assert min(peak.breakdown.values()) >= 0
+    assert min(peak.breakdown.values()) >= 0 or metric == "minimum"
     assert (BEYOND in peak.breakdown) == (metric != "allocated")
     assert peak.stage_peaks[peak.stage] == max(peak.stage_peaks.values())
     assert 0 <= peak.interval.low <= peak <= peak.interval.high and peak <= peak.upper
