@@ -1,143 +1,435 @@
-"""Asking before running: what a pipeline and a call say about the run."""
+"""The guard: a pipeline is what it is, what is not known is refused by name, and what is decided is done and undone."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import pickle
 import subprocess
 import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
+import sdfit
+
+pytest.importorskip("diffusers")
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdfit.backends.pipeline import build_pipeline
 from sdfit.errors import InvalidWorkload
-from sdfit.guard import WillNotFit, check, workload_of
+from sdfit.guard import ExceedsWarning, Free, NotCovered, WillNotFit
+from sdfit.predict.pipelines import read
 from sdfit.predict.predictor import Predictor
+from sdfit.units import GIB
 from sdfit.workload import Workload
 
-
-class Tokenizer:
-    """One token per letter, and two special ones."""
-
-    model_max_length = 77
-
-    def __call__(self, text: str, truncation: bool, max_length: int) -> Any:
-        return SimpleNamespace(input_ids=list(range(min(len(text) + 2, max_length))))
-
-
-class AutoencoderTiny:
-    """Known by its name alone."""
-
-
-def pipeline(processor: str = "AttnProcessor2_0", dtype: str = "float16", **parts: Any) -> Any:
-    """What of a pipeline is looked at."""
-    unet = SimpleNamespace(dtype=f"torch.{dtype}", attn_processors={"a": type(processor, (), {})()})
-    vae = SimpleNamespace(use_slicing=False, use_tiling=False)
-    pipe = {"unet": unet, "vae": vae, "tokenizer": Tokenizer(), "safety_checker": object()} | parts
-    return SimpleNamespace(**pipe)
-
-
 PICTURE = SimpleNamespace(height=520, width=776)
+SETTINGS: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
 
-@pytest.mark.parametrize("words", ["sdfit.guard.check", "sdfit.errors.SdfitError", "sdfit.guard.WillNotFit"])
-def test_the_guard_is_there_once_sdfit_is_imported(words: str) -> None:
-    """In a fresh process ``import sdfit`` is enough to reach the guard and the errors, as the README shows it."""
-    ran = subprocess.run(
-        [sys.executable, "-c", f"import sdfit; print(callable({words}))"], capture_output=True, text=True, check=False
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """Stable Diffusion v1.5, whole, on meta tensors: nobody changes it."""
+    return build_pipeline(dtype="float16", device="meta")
+
+
+@pytest.fixture
+def pipe(whole: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The same, to be changed, and its runs only written down: with the processors and flags that it had then."""
+    made = StableDiffusionImg2ImgPipeline(**copy.deepcopy(whole.components), requires_safety_checker=True)
+    made.runs = []
+
+    @functools.wraps(StableDiffusionImg2ImgPipeline.__call__)
+    def run(self: Any, *args: Any, **kwargs: Any) -> str:
+        kinds = {type(p).__name__ for p in self.unet.attn_processors.values()}
+        self.runs.append((args, kwargs, self.vae.use_tiling, self.vae.use_slicing, kinds))
+        if kwargs.get("strength") == 0.123:
+            raise RuntimeError("the run failed")
+        return "pictures"
+
+    monkeypatch.setattr(StableDiffusionImg2ImgPipeline, "__call__", run)
+    yield made
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SETTINGS | changes).to(torch.float16)
+
+
+def replaced(**parts: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A change of a pipeline: some components are others."""
+
+    def change(pipe: Any) -> Any:
+        for name, make in parts.items():
+            setattr(pipe, name, make())
+        return pipe
+
+    return change
+
+
+def other(cls: Any, **extra: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A change of a pipeline: its components in a pipeline of another class."""
+
+    def change(pipe: Any) -> Any:
+        parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+        return cls(**parts, **{name: make() for name, make in extra.items()}, requires_safety_checker=True)
+
+    return change
+
+
+def tiny_controlnet() -> Any:
+    return ControlNetModel(
+        block_out_channels=(32, 64), layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
+        cross_attention_dim=768, norm_num_groups=8,
+    )  # fmt: skip
+
+
+def done(action: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A change of a pipeline by doing something to it."""
+
+    def change(pipe: Any) -> Any:
+        action(pipe)
+        return pipe
+
+    return change
+
+
+def sequential(pipe: Any) -> None:
+    from accelerate.hooks import AlignDevicesHook
+
+    pipe.unet.conv_in._hf_hook = AlignDevicesHook(
+        execution_device="cpu", offload=True
+    )  # as enable_sequential_cpu_offload
+
+
+def group(pipe: Any) -> None:
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    class GroupOffloadingHook(ModelHook):
+        pass
+
+    HookRegistry.check_if_exists_or_initialize(pipe.unet.conv_in).register_hook(
+        GroupOffloadingHook(), "group_offloading"
     )
-    assert (ran.stdout, ran.stderr) == ("True\n", "")
 
 
-def test_a_plain_call_is_read_off() -> None:
-    """The picture gives the size, the prompt its tokens, the pipeline the variant."""
-    assert workload_of(pipeline(), PICTURE, "cat") == Workload(520, 776, 5)
-    assert workload_of(pipeline(), PICTURE) == Workload(520, 776, 2)
-    assert workload_of(pipeline(), PICTURE, "x" * 500) == Workload(520, 776, 77)
+def merged_tokens(pipe: Any) -> None:
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    block.__class__ = type("ToMeBlock", (type(block),), {"__module__": "tomesd.patch"})
 
 
-def test_batches_come_from_prompts_embeddings_and_images_per_prompt() -> None:
-    """Three prompts, two images of each, the longest prompt counts; embeddings say both numbers themselves."""
-    got = workload_of(pipeline(), [PICTURE], ["a", "cat", ""], num_images_per_prompt=2, guidance_scale=1)
-    assert got == Workload(520, 776, 5, 6, 1.0)
-    embeds = np.zeros((4, 154, 768))
-    assert workload_of(pipeline(), PICTURE, prompt_embeds=embeds) == Workload(520, 776, 154, 4)
+KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "ControlNet": (
+        other(StableDiffusionControlNetImg2ImgPipeline, controlnet=tiny_controlnet),
+        "ControlNetImg2ImgPipeline",
+    ),
+    "text to image": (other(StableDiffusionPipeline), "a StableDiffusionPipeline"),
+    "inpainting": (other(StableDiffusionInpaintPipeline), "a StableDiffusionInpaintPipeline"),
+    "InstructPix2Pix": (other(StableDiffusionInstructPix2PixPipeline), "a StableDiffusionInstructPix2PixPipeline"),
+    "inpainting UNet": (replaced(unet=lambda: unet(in_channels=9)), "in_channels=9"),
+    "SD 2": (
+        replaced(
+            unet=lambda: unet(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
+        ),
+        "unet of 865,910,724 parameters",
+    ),
+    "linear projections": (replaced(unet=lambda: unet(use_linear_projection=True)), "use_linear_projection=True"),
+    "LCM": (replaced(unet=lambda: unet(time_cond_proj_dim=256)), "time_cond_proj_dim=256"),
+    "half width": (
+        replaced(unet=lambda: unet(block_out_channels=(160, 320, 640, 640))),
+        "block_out_channels=\\(160, 320",
+    ),
+    "small VAE": (replaced(vae=AutoencoderKL), "a vae of "),
+    "LoRA": (done(lambda pipe: setattr(pipe.unet, "peft_config", {"default": 1})), "adapters \\(LoRA\\) in the unet"),
+    "more weights": (
+        done(lambda pipe: setattr(pipe.unet.conv_in, "lora_down", torch.nn.Linear(4, 4, dtype=torch.float16))),
+        "parameters where Stable Diffusion v1.5 has 859,520,964",
+    ),
+    "IP-Adapter": (done(lambda pipe: setattr(pipe.unet, "encoder_hid_proj", torch.nn.Identity())), "an IP-Adapter"),
+    "an image encoder": (
+        done(lambda pipe: setattr(pipe, "image_encoder", torch.nn.Linear(2, 2))),
+        "component 'image_encoder'",
+    ),
+    "token merging": (done(merged_tokens), "not diffusers' own \\(ToMeBlock\\)"),
+    "mixed dtypes": (done(lambda pipe: pipe.vae.to(torch.float32)), "vae float32"),
+    "layerwise casting": (done(lambda pipe: pipe.unet.to(torch.float8_e4m3fn)), "unet float8_e4m3fn"),
+    "compiled": (done(lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet))), "a compiled unet"),
+    "compiled in place": (done(lambda pipe: pipe.unet.compile()), "a compiled unet"),
+    "channels last": (done(lambda pipe: pipe.unet.to(memory_format=torch.channels_last)), "channels-last"),
+    "sequential offload": (done(sequential), "sequential offload"),
+    "group offload": (done(group), "GroupOffloadingHook"),
+    "slices of one head": (done(lambda pipe: pipe.enable_attention_slicing("max")), r"slices of \[1\] heads"),
+    "mixed attention": (
+        done(lambda pipe: pipe.vae.set_attn_processor(AttnProcessor())),
+        "attention in the VAE of another kind",
+    ),
+    "other tiles": (
+        done(lambda pipe: (pipe.vae.enable_tiling(), setattr(pipe.vae, "tile_sample_min_size", 256))),
+        "VAE tiles of another size",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_that_sdfit_does_not_know_is_refused_by_name(pipe: Any, f: Predictor, kind: str) -> None:
+    """Before anything runs, saying what it is; with on_unknown='warn' it is run unchecked."""
+    change, words = KINDS[kind]
+    changed = change(pipe)
+    with pytest.raises(NotCovered, match=words) as caught:
+        sdfit.guard(changed, f, memory="80 GiB").workload(image=PICTURE, prompt="a cat")
+    assert caught.value.exit_code == 1 and caught.value.facts["unknown"]
+    if type(changed) is StableDiffusionImg2ImgPipeline:
+        with pytest.warns(ExceedsWarning, match="not checked: "):
+            assert (
+                sdfit.guard(changed, f, memory="1 GiB", on_unknown="warn")(image=PICTURE, prompt="a cat") == "pictures"
+            )
+
+
+def test_the_pipeline_itself_is_covered(whole: Any, f: Predictor) -> None:
+    """Built from the settings of Stable Diffusion v1.5 nothing about it is unknown."""
+    found = read(whole)
+    assert found.unknown == () and found.variant == {n: getattr(Workload(512, 512), n) for n in found.variant}
+    assert sdfit.guard(whole, f, memory="80 GiB").workload(image=PICTURE, prompt="cat") == Workload(520, 776)
+
+
+STATES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "eager": (
+        lambda p: (p.unet.set_attn_processor(AttnProcessor()), p.vae.set_attn_processor(AttnProcessor())),
+        {"attention": "eager"},
+    ),
+    "sliced": (lambda p: p.enable_attention_slicing(), {"attention": "sliced"}),
+    "xformers": (lambda p: p.unet.set_attn_processor(XFormersAttnProcessor()), {"attention": "sdpa"}),
+    "slicing": (lambda p: p.vae.enable_slicing(), {"vae_slicing": True}),
+    "tiling": (lambda p: p.vae.enable_tiling(), {"vae_tiling": True}),
+    "bfloat16": (lambda p: p.to(torch.bfloat16), {"dtype": "bfloat16"}),
+    "no checker": (lambda p: setattr(p, "safety_checker", None), {"safety_checker": False}),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_change_of_the_pipeline_is_seen_at_the_next_call(pipe: Any, f: Predictor, state: str) -> None:
+    """What was read before is dropped: the variant is that of now, and that of then once it is changed back."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    before = guarded.workload(image=PICTURE, prompt="a")
+    change, expected = STATES[state]
+    change(pipe)
+    after = guarded.workload(image=PICTURE, prompt="a")
+    assert ({name: getattr(after, name) for name in expected} == expected and after != before) or state == "xformers"
+    if state in ("sliced", "eager", "xformers"):
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+        pipe.vae.set_attn_processor(AttnProcessor2_0())
+        assert guarded.workload(image=PICTURE, prompt="a") == before
+
+
+def test_forced_math_attention_is_read_as_what_it_is(pipe: Any, f: Predictor) -> None:
+    """Inside `sdpa_kernel(MATH)` scores are materialised: five times the memory, and the guard says so."""
+    guarded = sdfit.guard(pipe, f, memory="6 GiB")
+    call: dict[str, Any] = {"image": SimpleNamespace(height=768, width=768), "prompt": "a"}
+    assert guarded(**call) == "pictures"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert guarded.workload(**call).attention == "math"
+        with pytest.raises(WillNotFit):
+            guarded(**call)
+    assert guarded.workload(**call).attention == "sdpa"
+
+
+CALLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"image": np.zeros((520, 776, 3)), "prompt": "a"}, {"height": 520, "width": 776}),
+    ({"image": torch.zeros(3, 520, 776), "prompt": "a"}, {"height": 520, "width": 776}),
+    ({"image": torch.zeros(2, 3, 64, 72), "prompt": ["a", "b"]}, {"height": 64, "width": 72, "batch_size": 2}),
+    ({"image": torch.zeros(1, 4, 64, 72), "prompt": "a"}, {"height": 512, "width": 576}),
+    ({"image": [PICTURE] * 2, "prompt": ["a", "b"], "num_images_per_prompt": 3}, {"batch_size": 6}),
+    ({"image": PICTURE, "prompt": ["a"] * 4, "guidance_scale": 1.0}, {"batch_size": 4, "guidance_scale": 1.0}),
+    ({"image": PICTURE, "prompt_embeds": torch.zeros(2, 154, 768)}, {"batch_size": 2, "prompt_length": 154}),
+    ({"image": PICTURE, "prompt": "a", "strength": 0.4, "num_inference_steps": 30, "eta": 0.1}, {"batch_size": 1}),
+]
+
+
+@pytest.mark.parametrize(("call", "expected"), CALLS, ids=range(len(CALLS)))
+def test_a_call_is_read_off(pipe: Any, f: Predictor, call: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Arrays, tensors, latents (eight times smaller), lists, prompts, embeddings, images per prompt."""
+    found = sdfit.guard(pipe, f, memory="80 GiB").workload(**call)
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(3, 520, 776), (1, 3, 520, 776), (520, 776, 3), (2, 520, 776, 3), (520, 776), (520, 776, 1), (520, 776, 4)],
-)
-def test_arrays_of_either_order_have_a_size(shape: tuple[int, ...]) -> None:
-    """Channels first or last, with or without a batch."""
-    assert workload_of(pipeline(), np.zeros(shape), "a").height == 520
-    assert workload_of(pipeline(), np.zeros(shape), "a").width == 776
-
-
-@pytest.mark.parametrize(
-    ("pipe", "fields"),
+    ("call", "words"),
     [
-        (pipeline("AttnProcessor"), {"attention": "eager"}),
-        (pipeline("SlicedAttnProcessor"), {"attention": "sliced"}),
-        (pipeline("XFormersAttnProcessor"), {"attention": "sdpa"}),
-        (pipeline(dtype="bfloat16"), {"dtype": "bfloat16"}),
-        (pipeline(safety_checker=None), {"safety_checker": False}),
-        (pipeline(vae=AutoencoderTiny()), {"vae": "tiny"}),
-        (pipeline(vae=SimpleNamespace(use_slicing=True, use_tiling=True)), {"vae_slicing": True, "vae_tiling": True}),
-        (pipeline(_all_hooks=[1]), {"offload": "model"}),
-        (pipeline(_all_hooks=[]), {"offload": "none"}),
+        ({"output_type": "latent"}, "output_type='latent'"),
+        ({"ip_adapter_image": PICTURE}, "IP-Adapter's image"),
+        ({"cross_attention_kwargs": {"gligen": 1}}, "cross_attention_kwargs"),
+        ({"image": [PICTURE, SimpleNamespace(height=64, width=64)]}, "images of several sizes"),
     ],
 )
-def test_the_variant_is_read_off(pipe: Any, fields: dict[str, Any]) -> None:
-    """Attention, dtype, checker, VAE and its options, offload."""
-    assert workload_of(pipe, PICTURE, "cat") == Workload(520, 776, 5, **fields)
+def test_a_call_that_sdfit_does_not_know_is_refused(pipe: Any, f: Predictor, call: dict[str, Any], words: str) -> None:
+    """By name; autocast too."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    with pytest.raises(NotCovered, match=words):
+        guarded(**({"image": PICTURE, "prompt": "a"} | call))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(NotCovered, match="autocast"):
+        guarded(image=PICTURE, prompt="a")
+    assert pipe.runs == []
 
 
-@pytest.mark.parametrize("image", [5, None, "photo.jpg", np.zeros(4), object()])
-def test_what_has_no_size_is_refused(image: Any) -> None:
-    """By its type."""
-    with pytest.raises(InvalidWorkload, match=f"cannot read the size of a {type(image).__name__}"):
-        workload_of(pipeline(), image, "cat")
+def test_its_signature_is_the_pipelines_own(pipe: Any, f: Predictor) -> None:
+    """All of its keywords pass through; one that it does not take is refused with diffusers' reason; the image is needed."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    own = list(inspect.signature(StableDiffusionImg2ImgPipeline.__call__).parameters)[1:]
+    assert list(inspect.signature(guarded).parameters) == own
+    assert guarded("a cat", PICTURE, 0.5, negative_prompt="dog", generator=None) == "pictures"
+    assert pipe.runs[0][:2] == (("a cat", PICTURE, 0.5), {"negative_prompt": "dog", "generator": None})
+    with pytest.raises(InvalidWorkload, match="does not take this call: multiple values for argument 'prompt'"):
+        guarded("a", PICTURE, prompt="b")
+    with pytest.raises(InvalidWorkload, match="has no image"):
+        guarded(prompt="a")
 
 
-def test_what_cannot_run_or_was_never_swept_is_refused() -> None:
-    """A processor that nobody swept, a dtype that sdfit does not know, a picture that is too small."""
-    with pytest.raises(InvalidWorkload, match=r"\['CustomProcessor'\] were never swept"):
-        workload_of(pipeline("CustomProcessor"), PICTURE, "cat")
-    with pytest.raises(InvalidWorkload, match="dtype must be one of"):
-        workload_of(pipeline(dtype="float64"), PICTURE, "cat")
-    with pytest.raises(InvalidWorkload, match="height is 32"):
-        workload_of(pipeline(), SimpleNamespace(height=32, width=512), "cat")
+BIG: dict[str, Any] = {"image": SimpleNamespace(height=1536, width=1536), "prompt": "a"}
 
 
-def test_check_lets_through_or_raises(f: Predictor) -> None:
-    """What fits is predicted; what does not raises with both amounts and exit code 3."""
-    peak = check(pipeline(), f, memory="16 GiB", image=PICTURE, prompt="cat")
-    assert peak.workload == Workload(520, 776, 5) and peak.metric == "required" and peak.level == 0.99
-    with pytest.raises(WillNotFit, match=r"needs up to .* \(required, level 0.99\) and 2\.000 GiB is there") as caught:
-        check(pipeline(), f, memory="2 GiB", image=PICTURE, prompt="cat")
-    assert caught.value.facts == {"needed": peak.upper, "available": 2 << 30} and caught.value.exit_code == 3
+def test_what_does_not_fit_raises_with_the_numbers(pipe: Any, f: Predictor) -> None:
+    """The prediction, the cheapest changes, the amounts; nothing ran."""
+    with pytest.raises(WillNotFit, match=r"and 5\.000 GiB is there; it would fit with vae_tiling=True") as caught:
+        sdfit.guard(pipe, f, memory="5 GiB")(**BIG)
+    assert caught.value.prediction.upper > 5 * GIB and caught.value.options[0].change == {"vae_tiling": True}
+    assert caught.value.exit_code == 3 and pipe.runs == []
 
 
-def test_without_a_card_the_memory_must_be_given(f: Predictor) -> None:
-    """There is nobody to ask; the sentence says what to give."""
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a card to ask")
-    with pytest.raises(InvalidWorkload, match="no CUDA card to ask for its free memory; give memory='15 GiB'"):
-        check(pipeline(), f, image=PICTURE, prompt="cat")
+def test_a_loop_over_a_folder_survives(pipe: Any, f: Predictor) -> None:
+    """With skip, what does not fit is None and the others are run; with warn all are, with a warning."""
+    small = {"image": SimpleNamespace(height=512, width=512), "prompt": "a"}
+    guarded = sdfit.guard(pipe, f, memory="5 GiB", on_exceed="skip")
+    assert [guarded(**call) for call in (small, BIG, small)] == ["pictures", None, "pictures"]
+    with pytest.warns(ExceedsWarning, match="needs up to"):
+        assert sdfit.guard(pipe, f, memory="5 GiB", on_exceed="warn")(**BIG) == "pictures"
 
 
-def test_a_real_pipeline_is_read_off_as_it_was_set() -> None:
-    """diffusers' own pipeline, on meta tensors, switched to each variant, is read back as that variant."""
-    pytest.importorskip("diffusers")
-    from PIL import Image
+def test_adapt_switches_on_what_suffices_and_off_again(pipe: Any, f: Predictor) -> None:
+    """Tiling for that run only, said in a warning; after a run that failed it is off too."""
+    guarded = sdfit.guard(pipe, f, memory="5 GiB", on_exceed="adapt")
+    with pytest.warns(ExceedsWarning, match="for this run: vae_tiling=True"):
+        assert guarded(**BIG) == "pictures"
+    assert pipe.runs[-1][2] is True and pipe.vae.use_tiling is False
+    with pytest.warns(ExceedsWarning), pytest.raises(RuntimeError, match="the run failed"):
+        guarded(**BIG, strength=0.123)
+    assert pipe.vae.use_tiling is False
 
-    from sdfit.backends.pipeline import build_pipeline, variant_applied
 
-    picture = Image.new("RGB", (776, 520))
-    pipe = build_pipeline(device="meta", dtype="bfloat16", safety_checker=False)
-    for fields in ({}, {"attention": "eager"}, {"attention": "sliced"}, {"vae_slicing": True}, {"vae_tiling": True}):
-        w = Workload(520, 776, 7, 2, dtype="bfloat16", safety_checker=False, **fields)
-        with variant_applied(pipe, w):
-            assert workload_of(pipe, picture, ["a a a a a"] * 2) == w
+def test_adapt_brings_fused_attention_and_takes_it_back(pipe: Any, f: Predictor) -> None:
+    """From eager processors to fused ones and back to the same objects; never beyond what is allowed."""
+    pipe.unet.set_attn_processor(AttnProcessor())
+    pipe.vae.set_attn_processor(AttnProcessor())
+    before = pipe.unet.attn_processors
+    call = {"image": SimpleNamespace(height=1024, width=1024), "prompt": "a"}
+    with pytest.warns(ExceedsWarning, match="attention=sdpa"):
+        sdfit.guard(pipe, f, memory="7 GiB", on_exceed="adapt")(**call)
+    assert pipe.runs[-1][4] == {"AttnProcessor2_0"} and pipe.unet.attn_processors == before
+    with pytest.raises(WillNotFit):
+        sdfit.guard(pipe, f, memory="7 GiB", on_exceed="adapt", allow=("vae_slicing",))(**call)
+
+
+def test_another_models_memory_is_not_free(pipe: Any, f: Predictor) -> None:
+    """What counts is spare memory and the pipeline's own weights; an ask that finds less makes the same run too large."""
+    need = sdfit.guard(pipe, f, memory="80 GiB").predict(**BIG).upper
+    own = round(2.7 * GIB)
+    for spare, fits in ((need - own + GIB, True), (need - own - 1, False)):
+        guarded = sdfit.guard(pipe, f, ask=lambda pipe, spare=spare: Free(round(spare), own), on_exceed="skip")
+        assert (guarded(**BIG) is not None) == fits
+
+
+def test_requests_at_once_are_not_all_told_yes(pipe: Any, f: Predictor) -> None:
+    """Of six that reserve at the same moment as many get it as there is room for, and afterwards all is given back."""
+    prediction = sdfit.guard(pipe, f, memory="80 GiB").predict(**BIG)
+    own = round(2.7 * GIB)
+    each = prediction.upper - own
+    guarded = sdfit.guard(pipe, f, ask=lambda pipe: Free(round(each * 2.5), own))
+    together, told, hold = threading.Barrier(6), [], threading.Event()
+
+    def request() -> None:
+        together.wait()
+        try:
+            with guarded.reserve(**BIG):
+                told.append(True)
+                hold.wait(20)
+        except WillNotFit:
+            told.append(False)
+            if told.count(False) == 4:
+                hold.set()
+
+    threads = [threading.Thread(target=request) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(told) == [False] * 4 + [True] * 2
+    with guarded.reserve(**BIG) as again:
+        assert again.upper == prediction.upper
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"on_exceed": "explode"}, "on_exceed is 'explode'; it must be one of raise, warn, skip, adapt"),
+        ({"on_unknown": "skip"}, "on_unknown is 'skip'"),
+        ({"allow": ("dtype",)}, "allow holds dtype; it may hold attention, vae_slicing, vae_tiling"),
+        ({"memory": "lots"}, "not an amount of memory"),
+    ],
+)
+def test_bad_options_are_refused_at_once(pipe: Any, f: Predictor, options: dict[str, Any], words: str) -> None:
+    """When the guard is made, not at the first run."""
+    with pytest.raises(InvalidWorkload, match=words):
+        sdfit.guard(pipe, f, **options)
+
+
+def test_memory_of_a_device_without_any_is_asked_for(pipe: Any, f: Predictor) -> None:
+    """On the CPU there is nothing to ask: one sentence, with what to give."""
+    with pytest.raises(InvalidWorkload, match="which has no memory to ask; give memory="):
+        sdfit.guard(pipe, f)(**BIG)
+
+
+@pytest.mark.parametrize(
+    "words", ["sdfit.guard", "sdfit.guard.guard", "sdfit.guard.WillNotFit", "sdfit.errors.SdfitError"]
+)
+def test_the_guard_is_there_once_sdfit_is_imported(words: str) -> None:
+    """In a fresh process ``import sdfit`` is enough to call the guard and reach its errors, without torch."""
+    code = f"import sdfit, sys; print(callable({words}), 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.stderr) == ("True False\n", "")
+
+
+def test_models_and_predictions_pickle_and_copy_after_use(f: Predictor) -> None:
+    """A predictor that was called, and what it gave."""
+    peak = f(512, 512, metric="required")
+    assert peak.upper > 0
+    for again in (pickle.loads(pickle.dumps(f)), copy.deepcopy(f)):
+        assert again(512, 512, metric="required").upper == peak.upper and again.name == f.name
+    assert pickle.loads(pickle.dumps(peak)).upper == copy.copy(peak).upper == peak.upper
+
+
+def test_warnings_say_where_the_call_was(pipe: Any, f: Predictor) -> None:
+    """A warning points at the caller's line, not into sdfit."""
+    guarded = sdfit.guard(pipe, f, memory="5 GiB", on_exceed="warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        guarded(**BIG)
+    assert [w.filename for w in caught if w.category is ExceedsWarning] == [__file__]

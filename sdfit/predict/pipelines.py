@@ -1,0 +1,296 @@
+"""What a diffusers pipeline is, as far as its memory is concerned, and what of it is not known.
+
+A pipeline is looked at, never changed. It is covered if it is diffusers' own `StableDiffusionImg2ImgPipeline` with the
+components of Stable Diffusion v1.5: by exact class, parameter count and settings, not by name alone. All else that is
+found is named in `Reading.unknown`. torch is not imported here: what is asked of it comes from the pipeline's own objects.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from sdfit.equation.weights import PARAMETERS
+from sdfit.workload import DTYPE_BYTES
+
+PIPELINE = "StableDiffusionImg2ImgPipeline"
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "safety_checker": ("StableDiffusionSafetyChecker",),
+}
+"""The components that have weights, and the classes that they may be of."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "unet": {
+        "in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280, 1280), "time_cond_proj_dim": None, "use_linear_projection": False,
+        "upcast_attention": False, "only_cross_attention": False, "dual_cross_attention": False,
+        "addition_embed_type": None, "class_embed_type": None, "encoder_hid_dim_type": None,
+    },
+    "AutoencoderKL": {
+        "block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "layers_per_block": 2, "in_channels": 3,
+    },
+    "AutoencoderTiny": {"latent_channels": 4, "in_channels": 3},
+}  # fmt: skip
+"""What Stable Diffusion v1.5's configuration says of those settings that memory depends on beside the parameter count."""
+ATTENTION = {
+    "AttnProcessor2_0": "sdpa",
+    "XFormersAttnProcessor": "sdpa",  # a fused kernel too: it holds no scores
+    "AttnProcessor": "eager",
+    "SlicedAttnProcessor": "sliced",
+}
+AUTO_SLICE = 4
+"""Heads that ``enable_attention_slicing()`` runs at once: half of eight."""
+TILES = {"tile_sample_min_size": 512, "tile_latent_min_size": 64, "tile_overlap_factor": 0.25}
+LIBRARIES = ("torch.", "diffusers.", "transformers.")
+"""Where the modules of an unchanged pipeline come from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A pipeline's variant, and what of it sdfit does not know.
+
+    Parameters
+    ----------
+    dtype, attention, vae, vae_slicing, vae_tiling, offload, safety_checker
+        As in `sdfit.workload.Workload`; where something is unknown, the nearest.
+    unknown : tuple of str
+        What was found and is not covered, each in words; empty if all is.
+    """
+
+    dtype: str
+    attention: str
+    vae: str
+    vae_slicing: bool
+    vae_tiling: bool
+    offload: str
+    safety_checker: bool
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The discrete fields, by name."""
+        names = ("dtype", "attention", "vae", "vae_slicing", "vae_tiling", "offload", "safety_checker")
+        return {name: getattr(self, name) for name in names}
+
+
+class Reader:
+    """Reads one pipeline; what it found is kept until the pipeline changes.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline
+
+    Notes
+    -----
+    A change is seen in the pipeline's modules: their classes, children, parameters and dtypes, hooks and attention
+    processors, and the VAE's flags. It does not see a forward function that was replaced in place on a module.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._state: Any = None
+        self._reading: Reading | None = None
+        self._modules: list[Any] = []
+        self._lock = threading.Lock()
+
+    def read(self) -> Reading:
+        """The pipeline as it is now."""
+        with self._lock:
+            if self._reading is None or self._seen() != self._state:
+                self._modules = [m for part in components(self.pipe).values() for m in part.modules()]
+                self._state = self._seen()
+                self._reading = read(self.pipe)
+            return self._with_kernels(self._reading)
+
+    def _seen(self) -> list[Any]:
+        """All that a reading depends on, quickly; modules and processors by identity."""
+        seen: list[Any] = [type(self.pipe), *map(id, components(self.pipe).values())]
+        for module in self._modules:
+            own = vars(module)
+            seen.append(own.get("__class__", module.__class__))
+            seen.extend(map(id, own["_modules"].values()))
+            for tensor in own["_parameters"].values():
+                if tensor is not None:
+                    seen.append(tensor.dtype)
+            for name in ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "processor"):
+                if name in own:
+                    seen.append(own[name])
+        vae = getattr(self.pipe, "vae", None)
+        seen += [getattr(vae, name, None) for name in ("use_slicing", "use_tiling", *TILES)]
+        seen.append(bool(getattr(self.pipe, "_all_hooks", None)))
+        for part in components(self.pipe).values():
+            seen.append(_channels_last(part))
+        return seen
+
+    @staticmethod
+    def _with_kernels(reading: Reading) -> Reading:
+        """The same, with attention as `torch.nn.attention.sdpa_kernel` or the global switches have it at this moment."""
+        torch = sys.modules.get("torch")
+        if reading.attention != "sdpa" or torch is None:
+            return reading
+        switches = torch.backends.cuda
+        fused = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
+        if any(getattr(switches, name, lambda: False)() for name in fused):
+            return reading
+        return Reading(**(reading.variant | {"attention": "math"}), unknown=reading.unknown)
+
+
+def components(pipe: Any) -> dict[str, Any]:
+    """The components of a pipeline that have weights, by name, ControlNets and the like among them."""
+    known = getattr(pipe, "components", None)
+    parts = dict(known) if isinstance(known, dict) else {n: getattr(pipe, n, None) for n in CLASSES}
+    return {name: part for name, part in parts.items() if hasattr(part, "parameters") and hasattr(part, "modules")}
+
+
+def read(pipe: Any) -> Reading:
+    """Look at a pipeline; see `Reading`.
+
+    Examples
+    --------
+    >>> class StableDiffusionXLPipeline: pass
+    >>> read(StableDiffusionXLPipeline()).unknown[0]
+    'a StableDiffusionXLPipeline where a StableDiffusionImg2ImgPipeline is covered'
+    """
+    unknown: list[str] = []
+    name = type(pipe).__name__
+    if name != PIPELINE or not type(pipe).__module__.startswith("diffusers."):
+        unknown.append(f"a {name} where a {PIPELINE} is covered")
+    parts = components(pipe)
+    for part in parts:
+        if part not in CLASSES:
+            unknown.append(f"a component '{part}' ({type(parts[part]).__name__})")
+    for part in ("unet", "vae", "text_encoder"):
+        if part not in parts:
+            unknown.append(f"no {part}")
+    for part, module in parts.items():
+        if part in CLASSES:
+            unknown += _unlike(part, module)
+    dtype, mixed = _dtype(parts)
+    attention, odd = _attention(parts)
+    offload, hooks = _offload(pipe, parts)
+    vae = parts.get("vae")
+    tiling = bool(getattr(vae, "use_tiling", False))
+    tiles = [f"{k}={getattr(vae, k)}" for k, v in TILES.items() if tiling and hasattr(vae, k) and getattr(vae, k) != v]
+    if type(vae).__name__ == "AutoencoderTiny":
+        tiles = []
+    return Reading(
+        dtype=dtype,
+        attention=attention,
+        vae="tiny" if type(vae).__name__ == "AutoencoderTiny" else "kl",
+        vae_slicing=bool(getattr(vae, "use_slicing", False)),
+        vae_tiling=tiling,
+        offload=offload,
+        safety_checker="safety_checker" in parts,
+        unknown=(*unknown, *mixed, *odd, *hooks, *(f"VAE tiles of another size ({tile})" for tile in tiles)),
+    )
+
+
+def _unlike(part: str, module: Any) -> list[str]:
+    """How a component differs from Stable Diffusion v1.5's."""
+    kind = type(module).__name__
+    if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        return [f"a compiled {part} (torch.compile)"]
+    if kind not in CLASSES[part]:
+        return [f"a {part} of class {kind}"]
+    found = []
+    if getattr(module, "peft_config", None) or getattr(module, "_hf_peft_config_loaded", False):
+        found.append(f"adapters (LoRA) in the {part}")
+    strangers = sorted({type(m).__name__ for m in module.modules() if not type(m).__module__.startswith(LIBRARIES)})
+    if strangers:
+        found.append(f"modules in the {part} that are not diffusers' own ({', '.join(strangers[:3])})")
+    expected = PARAMETERS["vae_tiny" if kind == "AutoencoderTiny" else part]
+    count = sum(p.numel() for p in module.parameters())
+    if count != expected and not found:
+        found.append(f"a {part} of {count:,} parameters where Stable Diffusion v1.5 has {expected:,}")
+    config = getattr(module, "config", {})
+    for name, value in SETTINGS.get(kind if part == "vae" else part, {}).items():
+        given = config.get(name, value) if hasattr(config, "get") else value
+        if (tuple(given) if isinstance(given, list) else given) != value:
+            found.append(f"a {part} with {name}={given}, not {value}")
+    if getattr(module, "encoder_hid_proj", None) is not None:
+        found.append("an IP-Adapter")
+    if _channels_last(module):
+        found.append(f"a {part} in channels-last memory format")
+    return found
+
+
+def _channels_last(module: Any) -> bool:
+    """Whether convolutions keep their weights channels-last: other kernels run then."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    for tensor in module.parameters():
+        if tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[-1] > 1:  # else both formats are the same
+            return bool(tensor.is_contiguous(memory_format=torch.channels_last))
+    return False
+
+
+def _dtype(parts: dict[str, Any]) -> tuple[str, list[str]]:
+    found = {
+        part: {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+        for part, module in parts.items()
+        if part in CLASSES
+    }
+    every = sorted(set().union(*found.values())) if found else []
+    main = next(iter(sorted(found.get("unet", set()))), "float16")
+    if len(every) == 1 and main in DTYPE_BYTES:
+        return main, []
+    words = ", ".join(f"{part} {' and '.join(sorted(kinds))}" for part, kinds in found.items() if kinds)
+    return (main if main in DTYPE_BYTES else "float16"), [
+        f"weights of other or of several dtypes ({words})"
+    ] if every else []
+
+
+def _attention(parts: dict[str, Any]) -> tuple[str, list[str]]:
+    unet, vae = (_processors(parts.get(name)) for name in ("unet", "vae"))
+    names = {type(p).__name__ for p in unet}
+    unknown = (
+        [f"attention processors of the UNet: {', '.join(sorted(names - set(ATTENTION)))}"]
+        if names - set(ATTENTION)
+        else []
+    )
+    kinds = {ATTENTION[name] for name in names & set(ATTENTION)}
+    if len(kinds) > 1:
+        unknown.append(f"several kinds of attention in the UNet ({', '.join(sorted(kinds))})")
+    kind = next(iter(sorted(kinds)), "sdpa")
+    sizes = {getattr(p, "slice_size", AUTO_SLICE) for p in unet if type(p).__name__ == "SlicedAttnProcessor"}
+    if sizes - {AUTO_SLICE}:
+        unknown.append(f"attention slices of {sorted(sizes)} heads where {AUTO_SLICE} ('auto') are covered")
+    expected = "eager" if kind == "eager" else "sdpa"
+    theirs = {ATTENTION.get(type(p).__name__, type(p).__name__) for p in vae}
+    if theirs - {expected}:
+        unknown.append(f"attention in the VAE of another kind ({', '.join(sorted(theirs))}) than in the UNet ({kind})")
+    return kind, unknown
+
+
+def _processors(module: Any) -> list[Any]:
+    found = getattr(module, "attn_processors", None)
+    return list(found.values()) if isinstance(found, dict) else []
+
+
+def _offload(pipe: Any, parts: dict[str, Any]) -> tuple[str, list[str]]:
+    """Which offload the hooks make up; sequential, group and others are named."""
+    hooks: set[str] = set()
+    for module in parts.values():
+        for one in module.modules():
+            hook = vars(one).get("_hf_hook")
+            if hook is not None:
+                hooks.add(type(hook).__name__)
+            registry = vars(one).get("_diffusers_hook")
+            if registry is not None:
+                hooks |= {type(h).__name__ for h in getattr(registry, "hooks", {}).values()} or {
+                    type(registry).__name__
+                }
+    unknown = []
+    if hooks - {"CpuOffload"}:
+        kinds = {
+            "AlignDevicesHook": "sequential offload, or layers placed by a device map",
+            "SequentialHook": "chained hooks",
+        }
+        words = sorted({kinds.get(name, name) for name in hooks - {"CpuOffload"}})
+        unknown.append(f"hooks on its modules: {', '.join(words)}")
+    return ("model" if getattr(pipe, "_all_hooks", None) or "CpuOffload" in hooks else "none"), unknown
