@@ -4,12 +4,13 @@ What a caching allocator needs beyond the live bytes is packing: of a segment th
 may stay unused. How much that is follows from which stage sets the peak, which plans its convolutions run, what the
 stage before left behind, and is then very nearly linear in the sizes. So `reserved`, `device`, `required` and `minimum`
 have coefficients by *place*: what a run has in common with others that pack alike. A place with too few rows takes those
-of a wider one.
+of a wider one. Where a tensor comes to need a segment of its own, or one that another left comes to suffice, the amount
+jumps: a group has coefficients for each range of sizes between such jumps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ class Place(NamedTuple):
         As in `sdfit.workload.Workload`.
     sliced, tiled : bool
         Whether the VAE really runs in slices, or in tiles: at one image, or up to 512 pixels, it does not.
-    guided : bool
+    guided, three : bool
+        Three: three images a pass past 2^31 elements, which pack like two and not like more.
     regime : int
         Of the decoder's blocks, whose convolutions are the largest: an index into `sdfit.equation.regimes.REGIMES`.
     piece : str
@@ -64,18 +66,21 @@ class Place(NamedTuple):
     sliced: bool
     tiled: bool
     guided: bool
+    three: bool
     regime: int
     piece: str
 
     @property
     def split(self) -> bool:
         """Whether convolutions run image by image: past 2^31 elements."""
-        return REGIMES[self.regime].elements[0] > 0
+        return bool(_SPLIT[self.regime])
 
 
+_SPLIT = np.array([one.elements[0] > 0 for one in REGIMES])
+"""Of each regime."""
 _WIDENING: tuple[tuple[str, ...], ...] = (
     Place._fields,
-    ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "regime", "piece"),
+    ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "three", "regime", "piece"),
     ("element_bytes", "attention", "vae", "tiled", "regime", "piece"),
     ("element_bytes", "attention", "regime", "piece"),
     ("regime", "piece"),
@@ -84,7 +89,7 @@ _WIDENING: tuple[tuple[str, ...], ...] = (
 )
 """What a group of places agrees in, the narrowest first. No two have as many fields, so names tell them apart."""
 _FAMILIES: tuple[tuple[str, ...], ...] = (
-    ("attention", "vae", "offload", "sliced", "tiled", "split", "piece"),
+    ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "split", "three", "piece"),
     ("attention", "offload", "sliced", "tiled", "split"),
     ("attention", "split"),
     (),
@@ -97,7 +102,7 @@ def metric_groups(place: Place) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> metric_groups(Place(2, "sdpa", "kl", "none", False, False, True, 1, "unet"))[-3:]
+    >>> metric_groups(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))[-3:]
     ('1|unet', 'unet', '')
     """
     return tuple("|".join(str(getattr(place, name)) for name in names) for names in _WIDENING)
@@ -108,8 +113,8 @@ def families(place: Place) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> families(Place(2, "sdpa", "kl", "none", False, False, True, 1, "unet"))
-    ('sdpa|kl|none|False|False|False|unet', 'sdpa|none|False|False|False', 'sdpa|False', '')
+    >>> families(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))
+    ('2|sdpa|kl|none|False|False|False|False|unet', 'sdpa|none|False|False|False', 'sdpa|False', '')
     """
     return tuple("|".join(str(getattr(place, name)) for name in names) for names in _FAMILIES)
 
@@ -125,8 +130,10 @@ def place_codes(peaks: Mapping[str, Numbers], sizes: Sizes) -> Numbers:
     """
     at = np.argmax(np.array(list(peaks.values()), dtype=float), axis=0)
     piece = np.array([PIECES.index(PIECE[stage]) for stage in peaks])[at]
-    flags = ((sizes.n > sizes.B) * 2 + (sizes.m < sizes.B)) * 2 + (sizes.P < sizes.A)
-    return (flags * len(REGIMES) + regime("vae_decoder_blocks", sizes)) * len(PIECES) + piece
+    which = np.asarray(regime("vae_decoder_blocks", sizes))
+    three = (sizes.m == 3) & _SPLIT[which]
+    flags = (((sizes.n > sizes.B) * 2 + (sizes.m < sizes.B)) * 2 + (sizes.P < sizes.A)) * 2 + three
+    return (flags * len(REGIMES) + which) * len(PIECES) + piece
 
 
 def place_of(variant: VariantKey, code: int) -> Place:
@@ -137,8 +144,8 @@ def place_of(variant: VariantKey, code: int) -> Place:
     >>> from sdfit.workload import Workload
     >>> w = Workload(512, 512, batch_size=2)
     >>> place_of(w.variant, int(place_codes({"unet": 3.0, "vae_decoder_mid": 4.0}, Sizes.of_workload(w))))
-    Place(element_bytes=2, attention='sdpa', vae='kl', offload='none', sliced=False, tiled=False, guided=True, regime=1, \
-piece='vae_decoder')
+    Place(element_bytes=2, attention='sdpa', vae='kl', offload='none', sliced=False, tiled=False, guided=True, \
+three=False, regime=1, piece='vae_decoder')
     """
     values: dict[str, Any] = dict(zip(VARIANT_FIELDS, variant, strict=True))
     rest, piece = divmod(code, len(PIECES))
@@ -148,9 +155,10 @@ piece='vae_decoder')
         attention=values["attention"],
         vae=values["vae"],
         offload=values["offload"],
-        sliced=bool(flags & 2),
-        tiled=bool(flags & 1),
-        guided=bool(flags & 4),
+        sliced=bool(flags & 4),
+        tiled=bool(flags & 2),
+        guided=bool(flags & 8),
+        three=bool(flags & 1),
         regime=which,
         piece=PIECES[piece],
     )
@@ -175,19 +183,33 @@ def metric_features(peaks: Mapping[str, Numbers], weights: Mapping[str, int], si
     return [np.full_like(top, CONSTANT_BYTES), above, *rest]
 
 
+def extent(sizes: Sizes) -> Numbers:
+    """What ranges of sizes are told apart by: images times pixels [pixels]; a number or an array."""
+    return sizes.B * sizes.A
+
+
 def metric_value(
-    coefficients: Mapping[str, Sequence[float]],
+    groups: Mapping[str, Mapping[str, Any]],
     variant: VariantKey,
     peaks: Mapping[str, Numbers],
     weights: Mapping[str, int],
     sizes: Sizes,
 ) -> Any:
-    """A metric from stage peaks [bytes]; ``coefficients`` by the names of `metric_groups`."""
+    """A metric from stage peaks [bytes].
+
+    Parameters
+    ----------
+    groups : mapping
+        Name as of `metric_groups` -> ``edges``, ascending values of `extent` [pixels], and ``coef``, a row of coefficients
+        for each range between them.
+    """
     codes = np.asarray(place_codes(peaks, sizes))
     columns, base = metric_features(peaks, weights, sizes), weights_at_peak(peaks, weights)
-    value = np.zeros_like(base)
+    value, size = np.zeros_like(base), np.asarray(extent(sizes))
     for code in np.unique(codes):
-        coef = next(coefficients[g] for g in metric_groups(place_of(variant, int(code))) if g in coefficients)
-        found = sum(c * x for c, x in zip(coef, columns, strict=True) if c)
-        value = np.where(codes == code, base + found, value)
+        group = next(groups[g] for g in metric_groups(place_of(variant, int(code))) if g in groups)
+        ranges = np.searchsorted(group["edges"], size, side="right")
+        for which in np.unique(ranges[codes == code] if np.ndim(ranges) else ranges):
+            found = sum(c * x for c, x in zip(group["coef"][which], columns, strict=True) if c)
+            value = np.where((codes == code) & (ranges == which), base + found, value)
     return value

@@ -7,6 +7,7 @@ many and leave the jumps to the scores.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sdfit.equation.metrics import (
     METRICS,
     QUADRATIC,
     Place,
+    extent,
     highest,
     metric_features,
     metric_groups,
@@ -38,6 +40,14 @@ from sdfit.records import Record
 Peaks = Mapping[str, float]
 FEWEST_ROWS = 8
 """A group with fewer rows leaves its workloads to a wider one."""
+FEWEST_IN_RANGE = 5
+"""A range with fewer rows, once some are left out, takes the coefficients of the whole group."""
+MOST_SPLITS = 2
+"""How often a group is split in two by size: into four ranges at most."""
+SPLIT_GAIN = 2.0
+"""What a split must divide a group's errors by, at least."""
+CANDIDATES = 14
+"""Sizes at which a split is tried."""
 ROUNDS = 12
 """Of reweighting; the errors that a round changes are then far below `CLOSE`."""
 CLOSE = 3e-4
@@ -56,10 +66,13 @@ class _Seen:
         The columns of `METRIC_FEATURES`.
     base_bytes, peak_bytes, scale_bytes : float
         The weights in the stage that sets the peak, the peak, the unit of a score.
+    extent : float
+        Images times pixels.
     """
 
     place: Place
     features: Array
+    extent: float
     base_bytes: float
     peak_bytes: float
     scale_bytes: float
@@ -73,6 +86,7 @@ class _Seen:
         return cls(
             place_of(w.variant, int(place_codes(peaks, sizes))),
             np.array([float(x) for x in metric_features(peaks, weights, sizes)]),
+            float(extent(sizes)),
             float(weights_at_peak(peaks, weights)),
             float(highest(peaks)),
             float(scale(peaks, weights)),
@@ -80,35 +94,84 @@ class _Seen:
 
 
 class _Regression:
-    """A metric of some runs: coefficients by group, found when a run first needs them."""
+    """A metric of some runs: coefficients by group and range of sizes, found when a run first needs them.
 
-    def __init__(self, seen: Sequence[_Seen], values: Array) -> None:
+    Parameters
+    ----------
+    seen, values
+        The runs, and the metric of each [bytes].
+    edges : dict, optional
+        Where each group's ranges end, as found on more runs; None: to be found on these.
+    """
+
+    def __init__(self, seen: Sequence[_Seen], values: Array, edges: dict[str, list[float]] | None = None) -> None:
         self.seen, self.values = seen, values
         self.members: dict[str, list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
             for name in metric_groups(one.place):
                 self.members[name].append(i)
-        self.coef: dict[str, Array] = {}
+        self._given, self._found = edges, dict[str, tuple[list[float], list[Array]]]()
 
     def group(self, place: Place) -> str:
         """The narrowest group that a place belongs to and that has rows enough."""
         return next(g for g in metric_groups(place) if not g or len(self.members.get(g, ())) >= FEWEST_ROWS)
 
-    def coefficients(self, group: str) -> Array:
-        """Those of a group."""
-        if group not in self.coef:
-            mine = self.members[group]
-            values = self.values[mine]
-            design = np.array([self.seen[i].features for i in mine]) / values[:, None]
-            if not all(self.seen[i].place.attention in MATERIALISED for i in mine):
-                design[:, QUADRATIC_AT] = 0.0  # no scores are held: a small square would run away with the size
-            above = 1 - np.array([self.seen[i].base_bytes for i in mine]) / values
-            self.coef[group] = robust_nonnegative(design, above)
-        return self.coef[group]
+    def ranges(self, group: str) -> tuple[list[float], list[Array]]:
+        """Where a group's ranges end, and the coefficients of each."""
+        if group not in self._found:
+            mine = np.array(self.members[group])
+            design, above = self._rows(mine)
+            size = np.array([self.seen[i].extent for i in mine])
+            edges = self._given.get(group, []) if self._given is not None else _edges(design, above, size)
+            whole = robust_nonnegative(design, above)
+            which = np.searchsorted(edges, size, side="right")
+            coef = [
+                robust_nonnegative(design[which == r], above[which == r])
+                if np.sum(which == r) >= FEWEST_IN_RANGE
+                else whole
+                for r in range(len(edges) + 1)
+            ]
+            self._found[group] = list(edges), coef
+        return self._found[group]
+
+    def _rows(self, mine: Any) -> tuple[Array, Array]:
+        """Features and what the metric lies above the weights, both relative to the metric."""
+        values = self.values[mine]
+        design = np.array([self.seen[i].features for i in mine]) / values[:, None]
+        if not all(self.seen[i].place.attention in MATERIALISED for i in mine):
+            design[:, QUADRATIC_AT] = 0.0  # no scores are held: a small square would run away with the size
+        return design, 1 - np.array([self.seen[i].base_bytes for i in mine]) / values
 
     def predict(self, one: _Seen) -> float:
         """The metric of a run [bytes]."""
-        return one.base_bytes + float(self.coefficients(self.group(one.place)) @ one.features)
+        edges, coef = self.ranges(self.group(one.place))
+        return one.base_bytes + float(coef[bisect_right(edges, one.extent)] @ one.features)
+
+
+def _edges(design: Array, above: Array, size: Array, depth: int = MOST_SPLITS) -> list[float]:
+    """Where a group jumps: sizes at which coefficients of their own on either side divide its errors by `SPLIT_GAIN`."""
+
+    def loss(rows: Any) -> float:
+        misfit = design[rows] @ robust_nonnegative(design[rows], above[rows], rounds=3) - above[rows]
+        return float(np.sum(np.maximum(np.abs(misfit) - CLOSE, 0.0)))
+
+    order = np.sort(np.unique(size))
+    everywhere = loss(slice(None))
+    if depth == 0 or len(size) < 2 * FEWEST_ROWS or everywhere / len(size) < CLOSE:
+        return []
+    candidates = np.unique(np.quantile(order, np.linspace(0, 1, CANDIDATES + 2)[1:-1], method="nearest"))
+    best, at = everywhere / SPLIT_GAIN, None
+    for edge in candidates:
+        low = size < edge
+        if min(low.sum(), (~low).sum()) >= FEWEST_ROWS:
+            apart = loss(low) + loss(~low)
+            if apart < best:
+                best, at = apart, float(edge)
+    if at is None:
+        return []
+    low = size < at
+    below = _edges(design[low], above[low], size[low], depth - 1)
+    return [*below, at, *_edges(design[~low], above[~low], size[~low], depth - 1)]
 
 
 def fit_metrics(
@@ -148,9 +211,11 @@ def fit_metrics(
             predicted = [one.peak_bytes if (one := unseen[i]) is not None else None for i in rows]
         else:
             mine = [seen[i] for i in rows]
-            metrics[metric] = _fitted(_Regression(mine, actual))
+            model = _Regression(mine, actual)
+            metrics[metric] = _fitted(model)
             groups = [resolution(ok[i].workload) for i in rows]
-            predicted = _held_out(mine, [unseen[i] for i in rows], actual, groups)
+            edges = {name: found["edges"] for name, found in metrics[metric].items()}
+            predicted = _held_out(mine, [unseen[i] for i in rows], actual, groups, edges)
         known = [(unseen[i], a, p) for i, a, p in zip(rows, actual, predicted, strict=True) if p is not None]
         scores[metric] = by_family((one.place, (a - p) / one.scale_bytes) for one, a, p in known if one is not None)
         errors[metric] = np.array([(p - a) / a for _, a, p in known])
@@ -158,9 +223,12 @@ def fit_metrics(
 
 
 def _fitted(model: _Regression) -> dict[str, dict[str, Any]]:
-    """Coefficients of every group with rows enough, and how many."""
-    names = [g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS]
-    return {g: {"coef": _short(model.coefficients(g)), "rows": len(model.members[g])} for g in names}
+    """Ranges and coefficients of every group with rows enough, and how many."""
+    found = {}
+    for name in (g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS):
+        edges, coef = model.ranges(name)
+        found[name] = {"edges": edges, "coef": [_short(row) for row in coef], "rows": len(model.members[name])}
+    return found
 
 
 def _short(coef: Iterable[float]) -> list[float]:
@@ -169,12 +237,19 @@ def _short(coef: Iterable[float]) -> list[float]:
 
 
 def _held_out(
-    seen: Sequence[_Seen], unseen: Sequence[_Seen | None], values: Array, groups: Sequence[str]
+    seen: Sequence[_Seen],
+    unseen: Sequence[_Seen | None],
+    values: Array,
+    groups: Sequence[str],
+    edges: dict[str, list[float]],
 ) -> list[float | None]:
-    """Predict each run by a regression that never saw its resolution, on stage peaks that did not either."""
+    """Predict each run by a regression that never saw its resolution, on stage peaks that did not either.
+
+    Only where the ranges of sizes end was found on all runs.
+    """
     found: list[float | None] = [None] * len(seen)
     for stay, out in left_out(groups):
-        model = _Regression([seen[j] for j in stay], values[stay])
+        model = _Regression([seen[j] for j in stay], values[stay], edges)
         for j in out:
             one = unseen[j]
             if one is not None:
@@ -182,7 +257,7 @@ def _held_out(
     return found
 
 
-def robust_nonnegative(design: Array, target: Array) -> Array:
+def robust_nonnegative(design: Array, target: Array, rounds: int = ROUNDS) -> Array:
     """Coefficients >= 0 with the least sum of errors, large ones counted by their size and not by their squares.
 
     Iteratively reweighted `scipy.optimize.nnls`, columns scaled to length one first.
@@ -199,7 +274,7 @@ def robust_nonnegative(design: Array, target: Array) -> Array:
     length[length == 0] = 1.0
     columns, weight = design / length, np.ones(len(target))
     solved: Array = np.zeros(design.shape[1])
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         before = solved
         solved = nnls(columns * weight[:, None], target * weight, maxiter=100 * design.shape[1])[0]
         error = np.abs(columns @ solved - target)

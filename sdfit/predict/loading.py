@@ -147,11 +147,11 @@ def _check_tables(value: dict[str, Any]) -> None:
     """Check what a prediction computes with, beside the stages: weights, metrics, scores."""
     try:
         sizes = [size for table in value["components"].values() for size in table.values()]
-        coefs = [found["coef"] for families in value["metrics"].values() for found in families.values()]
+        groups = [found for table in value["metrics"].values() for found in table.values()]
         scores = [found for families in value["scores"].values() for found in families.values()]
         if not all(type(size) is int and size >= 0 for size in sizes):
             raise ArtifactError("its field 'components' holds what are no sizes in bytes")
-        if not all(type(coef) is list and len(coef) == len(METRIC_FEATURES) and min(coef) >= 0 for coef in coefs):
+        if not all(_is_group(found) for found in groups):
             raise ArtifactError("its field 'metrics' does not fit this sdfit's equation")
         if not all(_are_scores(found) for found in scores):
             raise ArtifactError("its field 'scores' does not hold order statistics in ascending order")
@@ -159,6 +159,18 @@ def _check_tables(value: dict[str, Any]) -> None:
         raise
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ArtifactError("its field 'components', 'metrics' or 'scores' is damaged") from error
+
+
+def _is_group(found: Any) -> bool:
+    """Whether a table holds a metric's coefficients as `sdfit.equation.metrics.metric_value` takes them."""
+    edges, coef = found["edges"], found["coef"]
+    return (
+        type(edges) is list
+        and edges == sorted(float(edge) for edge in edges)
+        and type(coef) is list
+        and len(coef) == len(edges) + 1
+        and all(type(row) is list and len(row) == len(METRIC_FEATURES) and min(row) >= 0 for row in coef)
+    )
 
 
 def _are_scores(found: Any) -> bool:
