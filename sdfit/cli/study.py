@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,19 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
 def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases: bool, as_json: bool) -> None:
     """Set other estimators beside sdfit, on records or, without any, on the published measurements."""
     from sdfit.fit.files import read_pooled
-    from sdfit.predict.library import available, load
+    from sdfit.predict.library import load
     from sdfit.study.comparison import compare as comparing
 
     if files:
-        known = comparing.record_cases(read_pooled(files).records, load(gpu) if gpu else None)
+        data = read_pooled(files)
+        known = comparing.record_cases(data.records, load(gpu) if gpu else None)
+        source = "measured" if data.environment.get("backend") == "cuda" else "simulated"
     else:
-        names = [gpu] if gpu else list(available())
-        known = comparing.published_cases(models={f.name: f for f in map(load, names)})
-    result = comparing.compare(known)
+        with warnings.catch_warnings():  # one model after the other: the table says what the truth is
+            warnings.simplefilter("ignore")
+            models = {card: load(gpu or card) for card in comparing.published_cards()}
+        known, source = comparing.published_cases(models=models), "published"
+    result = comparing.compare(known, source=source)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:

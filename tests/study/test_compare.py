@@ -43,7 +43,7 @@ def test_a_system_that_always_kills_reserves_nothing():
     result = compare([Case("d", W, 200)], [HUNDRED])
     assert result.summary[0].over_reserved is None
     assert result.summary[0].over_reserved_bytes is None
-    assert result.table().splitlines()[1].endswith("-")
+    assert result.table().splitlines()[2].endswith("-")
 
 
 def test_cases_without_a_formula_are_skipped_and_counted():
@@ -89,12 +89,32 @@ def test_to_dict_is_json_of_plain_bytes():
 
 
 def test_tables_have_a_line_for_each_system_and_case():
-    """The summary has a line per system, the other table a line per case; all lines are of one width."""
+    """The summary has a line per system between its heading and its legend, the other table a line per case, of one width."""
     result = compare(published_cases())
-    for text, count in ((result.table(), len(PEERS)), (result.cases_table(), 37)):
-        lines = text.splitlines()
-        assert len(lines) == 1 + count
-        assert len({len(line) for line in lines}) == 1
+    assert len(result.summary) + len(result.few) == len(PEERS) and result.few == {"split attention (A1111)": 3}
+    heading, *lines, left_out, legend = result.table().splitlines()
+    assert heading.startswith("32 of 37 cases, for which all of these have a formula") and legend.startswith(
+        "out of memory: "
+    )
+    assert left_out == "left out: split attention (A1111), with a formula for 3 of the cases"
+    for rows, count in ((lines, len(result.summary)), (result.cases_table().splitlines(), 37)):
+        assert len(rows) == 1 + count and len({len(row) for row in rows}) == 1
+
+
+def test_all_systems_are_summed_up_over_the_same_cases():
+    """One that has no formula for a case takes it from the others too; the cases that are left are named."""
+    narrow = Peer("narrow", "Narrow", lambda w: 100, lambda w: w.batch_size == 1, "batch 1", "", "this test")
+    cases = [Case("one", W, 100), Case("two", Workload(512, 512, batch_size=2), 100)]
+    result = compare(cases, [narrow, HUNDRED])
+    assert result.common == ("one",) and [line.cases for line in result.summary] == [1, 1]
+    assert len(result.rows) == 3
+
+
+@pytest.mark.parametrize(("source", "words"), [("simulated", "SIMULATED"), ("published", "published measurements")])
+def test_a_comparison_says_what_its_truth_is(source, words):
+    """On the table, and a simulated one on the figure too."""
+    result = compare(CASES, [HUNDRED], source=source)
+    assert words in result.table().splitlines()[0]
 
 
 def test_results_are_frozen():
@@ -199,15 +219,14 @@ def test_published_cases_are_the_whole_runs():
 
 
 def test_what_the_systems_say_of_the_published_runs():
-    """The findings that the documentation may quote: who kills how many of the 35 resident runs."""
+    """The findings that the documentation may quote: who kills how many of the 32 runs that all can size."""
     dead = {line.system: (line.out_of_memory, line.cases) for line in compare(published_cases()).summary}
     assert dead == {
-        "comfyui": (3, 35),
-        "forge": (3, 35),
-        "invokeai": (0, 35),
-        "split_attention": (0, 3),
-        "gguf_parser": (0, 35),
-        "accelerate": (32, 35),
+        "comfyui": (3, 32),
+        "forge": (3, 32),
+        "invokeai": (0, 32),
+        "gguf_parser": (0, 32),
+        "accelerate": (29, 32),
         "hand_a": (20, 32),
         "hand_b": (32, 32),
     }

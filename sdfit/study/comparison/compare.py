@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One system over all cases that it has a formula for.
+    """One system over the cases that all have a formula for.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class Summary:
     cases : int
         Cases it was asked about.
     skipped : int
-        Cases that it has no formula for.
+        Cases left out, because some system has no formula for them.
     median_error, median_absolute_error, worst_error : float
         Relative to the actual peak; ``worst_error`` is the one largest in size, with its sign.
     worst_label : str
@@ -123,28 +123,56 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The answer of `compare`: the cases, a row per system and case, a summary per system."""
+    """The answer of `compare`: the cases, a row per system and case, a summary per system.
+
+    Parameters
+    ----------
+    cases, rows, summary : tuple
+        Every system is summed up over the same cases.
+    common : tuple of str
+        The labels of those: the cases for which all systems of the summary have a formula.
+    few : dict
+        Systems that have a formula for less than half of the cases, and for how many: they are not summed up.
+    source : str
+        What the truth is: ``published``, ``measured``, ``simulated``, or ``given``.
+    """
 
     cases: tuple[Case, ...]
     rows: tuple[Row, ...]
     summary: tuple[Summary, ...]
+    common: tuple[str, ...]
+    few: dict[str, int]
+    source: str = "given"
+
+    @property
+    def heading(self) -> str:
+        """What was compared with what."""
+        return f"{len(self.common)} of {len(self.cases)} cases, for which all of these have a formula; truth: {TRUTHS[self.source]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values: amounts in bytes, errors as fractions."""
         return {
             "cases": [asdict(case) for case in self.cases],
             "summary": [asdict(line) for line in self.summary],
+            "common": list(self.common),
+            "few": self.few,
+            "source": self.source,
             "rows": [asdict(row) | {"error": row.error, "out_of_memory": row.out_of_memory} for row in self.rows],
         }
 
     def table(self) -> str:
         """The summaries as aligned text, one line per system."""
         head = ("system", "cases", "median", "median |error|", "worst", "at", "out of memory", "over-reserves")
-        return aligned([head, *(_cells(line) for line in self.summary)])
+        lines = [self.heading, aligned([head, *(_cells(line) for line in self.summary)])]
+        lines += [f"left out: {title}, with a formula for {count} of the cases" for title, count in self.few.items()]
+        lines.append(
+            "out of memory: runs that need more than the prediction; over-reserves: the mean of what the others would not have used"
+        )
+        return "\n".join(lines)
 
     def cases_table(self) -> str:
         """Every case as aligned text: its peak, then what each system says, relative to it."""
-        systems = [line.system for line in self.summary]
+        systems = list(dict.fromkeys(row.system for row in self.rows))
         said = {(row.label, row.system): row for row in self.rows}
         lines = [("case", "actual", *systems)]
         for case in self.cases:
@@ -154,7 +182,7 @@ class Comparison:
         return aligned(lines)
 
 
-def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) -> Comparison:
+def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None, *, source: str = "given") -> Comparison:
     """Ask each system about each case.
 
     Parameters
@@ -180,23 +208,41 @@ def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None) 
     --------
     >>> case = Case("512x512", Workload(512, 512), 3_294_239_916, predicted_bytes=3_300_000_000)
     >>> print(compare([case], ["sdfit", "accelerate"]).table())
+    1 of 1 cases, for which all of these have a formula; truth: as given
     system            cases  median  median |error|   worst       at  out of memory        over-reserves
     sdfit                 1  +0.2 %           0.2 %  +0.2 %  512x512            0/1  0.2 % =     5.5 MiB
     accelerate x 1.2      1  -0.2 %           0.2 %  -0.2 %  512x512            1/1                    -
+    out of memory: runs that need more than the prediction; over-reserves: the mean of what the others would not have used
     """
     cases = list(cases)
     _check(cases)
-    rows: list[Row] = []
-    summary: list[Summary] = []
+    answers: dict[str, list[Row]] = {}
     for name, title, predict in _asked(cases, systems):
         said = [(case, predict(case)) for case in cases]
         found = [Row(name, case.label, value, case.actual_bytes) for case, value in said if value is not None]
         if found:
-            rows += found
-            summary.append(_summarise(title, found, len(cases)))
-    if not rows:
+            answers[title] = found
+    if not answers:
         raise RecordsError(f"none of the systems asked has a formula for any of the {len(cases)} cases; ask others")
-    return Comparison(tuple(cases), tuple(rows), tuple(summary))
+    most = max(len(found) for found in answers.values())
+    few = {title: len(found) for title, found in answers.items() if 2 * len(found) < most}
+    many = {title: found for title, found in answers.items() if title not in few}
+    common = [c.label for c in cases if all(any(row.label == c.label for row in found) for found in many.values())]
+    if not common:
+        raise RecordsError("no case is one that all of the systems asked have a formula for; ask fewer of them")
+    same = {title: [row for row in found if row.label in set(common)] for title, found in many.items()}
+    rows = tuple(row for found in answers.values() for row in found)
+    summary = tuple(_summarise(title, found, len(cases)) for title, found in same.items())
+    return Comparison(tuple(cases), rows, summary, tuple(common), few, source)
+
+
+TRUTHS = {
+    "published": "published measurements",
+    "measured": "measured records",
+    "simulated": "records that are SIMULATED (a trace): nobody measured them",
+    "given": "as given",
+}
+"""What each source of the truth is called."""
 
 
 def published_cases(
@@ -232,6 +278,11 @@ def published_cases(
         _predicted(Case(_label(row), row.workload(), row.peak_bytes), models.get(row.card), metric, level)
         for row in chosen
     )
+
+
+def published_cards() -> tuple[str, ...]:
+    """The cards whose whole runs were published."""
+    return tuple(sorted({row.card for row in published.rows() if row.whole_pipeline}))
 
 
 def record_cases(

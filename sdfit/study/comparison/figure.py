@@ -50,6 +50,8 @@ def draw(comparison: Comparison, path: Path | str, *, title: str = "Predicted / 
         _points(axes, level, ratios)
         place = (1.015, level)
         axes.annotate(_note(line), place, xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
+    if comparison.source == "simulated":
+        title += " (the actual one simulated)"
     axes.set_title(title, loc="left", fontsize=12, pad=26)
     return save(drawing, path)
 
