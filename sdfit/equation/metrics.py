@@ -105,7 +105,7 @@ def metric_groups(place: Place) -> tuple[str, ...]:
     >>> metric_groups(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))[-3:]
     ('1|unet', 'unet', '')
     """
-    return tuple("|".join(str(getattr(place, name)) for name in names) for names in _WIDENING)
+    return tuple(_name(place, names) for names in _WIDENING)
 
 
 def families(place: Place) -> tuple[str, ...]:
@@ -114,9 +114,14 @@ def families(place: Place) -> tuple[str, ...]:
     Examples
     --------
     >>> families(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))
-    ('2|sdpa|kl|none|False|False|False|False|unet', 'sdpa|none|False|False|False', 'sdpa|False', '')
+    ('2|sdpa|kl|none|0|0|0|0|unet', 'sdpa|none|0|0|0', 'sdpa|0', '')
     """
-    return tuple("|".join(str(getattr(place, name)) for name in names) for names in _FAMILIES)
+    return tuple(_name(place, names) for names in _FAMILIES)
+
+
+def _name(place: Place, fields: tuple[str, ...]) -> str:
+    values = (getattr(place, name) for name in fields)
+    return "|".join(str(int(value) if isinstance(value, bool) else value) for value in values)
 
 
 def place_codes(peaks: Mapping[str, Numbers], sizes: Sizes) -> Numbers:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import sdfit
-from sdfit.equation.sizes import domain_columns, resolution, size_columns
+from sdfit.equation.sizes import Array, domain_columns, resolution, size_columns
 from sdfit.equation.stages import StageKey, stage_key, stages_of
 from sdfit.equation.weights import baseline_label
 from sdfit.errors import FitError
@@ -246,14 +246,19 @@ def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
     return {
         "terms": list(model.terms_),
         "regimes": model.regimes_,
-        "coef": model.coef_.tolist(),
-        "low": low.tolist(),
+        "coef": _short(model.coef_),
+        "low": _short(low),
         "high": [[bound if math.isfinite(bound) else None for bound in row] for row in high.tolist()],
         "unidentified": model.unidentified_,
         "condition": model.condition_,
         "domain": {name: [int(v.min()), int(v.max())] for name, v in columns.items()},
         "rows": len(certain),
     }
+
+
+def _short(rows: Array) -> list[list[float]]:
+    """Rows of numbers; a zero is a whole number, which takes a quarter of the room in the file."""
+    return [[value or 0 for value in row] for row in rows.tolist()]
 
 
 def _evaluation(

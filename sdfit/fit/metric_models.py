@@ -38,6 +38,10 @@ from sdfit.predict.conformal import scale
 from sdfit.records import Record
 
 Peaks = Mapping[str, float]
+DECIDES = "required"
+"""The metric behind every answer to "does it fit"; the others are told less finely, or an artifact would be twice as large."""
+COARSE = 2
+"""The first of `metric_groups` that those others use."""
 FEWEST_ROWS = 8
 """A group with fewer rows leaves its workloads to a wider one."""
 FEWEST_IN_RANGE = 5
@@ -102,19 +106,30 @@ class _Regression:
         The runs, and the metric of each [bytes].
     edges : dict, optional
         Where each group's ranges end, as found on more runs; None: to be found on these.
+    finest : int
+        The first of `metric_groups` that is used: 0 tells most apart.
     """
 
-    def __init__(self, seen: Sequence[_Seen], values: Array, edges: dict[str, list[float]] | None = None) -> None:
-        self.seen, self.values = seen, values
+    def __init__(
+        self,
+        seen: Sequence[_Seen],
+        values: Array,
+        edges: dict[str, list[float]] | None = None,
+        *,
+        finest: int = 0,
+    ) -> None:
+        self.seen, self.values, self.finest = seen, values, finest
         self.members: dict[str, list[int]] = defaultdict(list)
         for i, one in enumerate(seen):
-            for name in metric_groups(one.place):
+            for name in metric_groups(one.place)[finest:]:
                 self.members[name].append(i)
         self._given, self._found = edges, dict[str, tuple[list[float], list[Array]]]()
 
     def group(self, place: Place) -> str:
         """The narrowest group that a place belongs to and that has rows enough."""
-        return next(g for g in metric_groups(place) if not g or len(self.members.get(g, ())) >= FEWEST_ROWS)
+        return next(
+            g for g in metric_groups(place)[self.finest :] if not g or len(self.members.get(g, ())) >= FEWEST_ROWS
+        )
 
     def ranges(self, group: str) -> tuple[list[float], list[Array]]:
         """Where a group's ranges end, and the coefficients of each."""
@@ -211,29 +226,30 @@ def fit_metrics(
             predicted = [one.peak_bytes if (one := unseen[i]) is not None else None for i in rows]
         else:
             mine = [seen[i] for i in rows]
-            model = _Regression(mine, actual)
+            model = _Regression(mine, actual, finest=0 if metric == DECIDES else COARSE)
             metrics[metric] = _fitted(model)
             groups = [resolution(ok[i].workload) for i in rows]
             edges = {name: found["edges"] for name, found in metrics[metric].items()}
-            predicted = _held_out(mine, [unseen[i] for i in rows], actual, groups, edges)
+            predicted = _held_out(mine, [unseen[i] for i in rows], actual, groups, edges, model.finest)
         known = [(unseen[i], a, p) for i, a, p in zip(rows, actual, predicted, strict=True) if p is not None]
-        scores[metric] = by_family((one.place, (a - p) / one.scale_bytes) for one, a, p in known if one is not None)
+        scored = ((one.place, (a - p) / one.scale_bytes) for one, a, p in known if one is not None)
+        scores[metric] = by_family(scored, narrow=metric in ("allocated", DECIDES))
         errors[metric] = np.array([(p - a) / a for _, a, p in known])
     return metrics, scores, errors
 
 
 def _fitted(model: _Regression) -> dict[str, dict[str, Any]]:
-    """Ranges and coefficients of every group with rows enough, and how many."""
+    """Ranges and coefficients of every group with rows enough."""
     found = {}
     for name in (g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS):
         edges, coef = model.ranges(name)
-        found[name] = {"edges": edges, "coef": [_short(row) for row in coef], "rows": len(model.members[name])}
+        found[name] = {"edges": edges, "coef": [_short(row) for row in coef]}
     return found
 
 
 def _short(coef: Iterable[float]) -> list[float]:
-    """To nine digits: a byte of a gigabyte."""
-    return [float(f"{c:.9g}") for c in coef]
+    """To nine digits: a byte of a gigabyte. A zero is a whole number, which takes a quarter of the room in the file."""
+    return [float(f"{c:.9g}") or 0 for c in coef]
 
 
 def _held_out(
@@ -242,6 +258,7 @@ def _held_out(
     values: Array,
     groups: Sequence[str],
     edges: dict[str, list[float]],
+    finest: int,
 ) -> list[float | None]:
     """Predict each run by a regression that never saw its resolution, on stage peaks that did not either.
 
@@ -249,7 +266,7 @@ def _held_out(
     """
     found: list[float | None] = [None] * len(seen)
     for stay, out in left_out(groups):
-        model = _Regression([seen[j] for j in stay], values[stay], edges)
+        model = _Regression([seen[j] for j in stay], values[stay], edges, finest=finest)
         for j in out:
             one = unseen[j]
             if one is not None:

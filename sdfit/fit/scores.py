@@ -55,11 +55,14 @@ class PublishedRow(Protocol):
         """Why the trace misses it, as far as anybody knows."""
 
 
-def by_family(scored: Iterable[tuple[Place, float]]) -> dict[str, Array]:
-    """Sort scores by the families of their places; ``""`` holds all of them, families with too few are left out."""
+def by_family(scored: Iterable[tuple[Place, float]], *, narrow: bool = True) -> dict[str, Array]:
+    """Sort scores by the families of their places; ``""`` holds all of them, families with too few are left out.
+
+    Without ``narrow`` only the two widest are kept: of metrics that decide nothing.
+    """
     table: dict[str, list[float]] = {"": []}
     for place, value in scored:
-        for name in families(place):
+        for name in families(place)[0 if narrow else -2 :]:
             table.setdefault(name, []).append(value)
     return {name: np.sort(values) for name, values in table.items() if not name or len(values) >= FEWEST_SCORES}
 

@@ -52,7 +52,7 @@ class Artifact:
         (95 % bounds), ``unidentified`` (term -> why), ``domain`` (column -> [least, most]), ``rows``.
     metrics : dict
         reserved, device, required, minimum -> group of places -> ``edges`` of ranges of `sdfit.equation.metrics.extent`,
-        for each range a row of ``coef`` on `sdfit.equation.metrics.METRIC_FEATURES`, and how many ``rows`` there were.
+        for each range a row of ``coef`` on `sdfit.equation.metrics.METRIC_FEATURES`.
     scores : dict
         metric -> family -> ``count`` and ``values``, as `sdfit.predict.conformal.Scores` keeps them; the family ``""``
         holds all.

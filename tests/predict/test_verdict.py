@@ -49,7 +49,7 @@ def test_a_traced_model_never_says_that_a_run_fits(noisy: Predictor) -> None:
 
 def test_what_runs_without_workspaces_may_fit_with_slower_kernels(noisy: Predictor) -> None:
     """Where required does not fit and what is needed without workspaces does, the answer is may fit, and says so."""
-    coef = {"": {"edges": [], "coef": [[0.0, 0.5, *[0.0] * 6]], "rows": 1}}  # half of the activations
+    coef = {"": {"edges": [], "coef": [[0.0, 0.5, *[0.0] * 6]]}}  # half of the activations
     scores = {"": {"count": 100, "values": [0.0] * len(Scores.of(range(100)).ranks)}}
     artifact = replace(
         noisy.artifact,
