@@ -6,6 +6,8 @@ answer is no, 130 interrupted.
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from sdfit import __version__
@@ -14,7 +16,7 @@ from sdfit.cli.asking import advise, cards, fits, largest, models, predict, repo
 from sdfit.cli.options import quiet_option
 from sdfit.cli.running import demo, fit, sweep
 from sdfit.cli.study import compare, derive, evaluate, explain, identify
-from sdfit.errors import run_command
+from sdfit.errors import QUIET, run_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,4 +35,11 @@ for _command in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet_libraries()
-    return run_command(cli, arguments, "sdfit")
+    before = os.environ.get(QUIET)
+    try:
+        return run_command(cli, arguments, "sdfit")
+    finally:  # --quiet is of this run
+        if before is None:
+            os.environ.pop(QUIET, None)
+        else:
+            os.environ[QUIET] = before

@@ -277,7 +277,7 @@ def cards(pattern: str, as_json: bool) -> int:
     else:
         lines = [("name", "--gpu", "architecture", "model", "float16", "memory")]
         lines += [(c.name, c.slug, c.architecture, model, c.half, format_bytes(c.memory_bytes)) for c, model in rows]
-        click.echo(aligned(lines, left=5) if rows else f"no card matches '{pattern}'")
+        click.echo(aligned(lines, left=5) if rows else f"sdfit: no card matches '{pattern}'", err=not rows)
     return 0 if rows else 3
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sdfit.cli.options import json_option, note, out_option, records_argument
+from sdfit.cli.options import example, json_option, note, out_option, records_argument
 from sdfit.errors import SdfitError
 from sdfit.units import parse_duration
 
@@ -16,7 +16,12 @@ MOST_FINDINGS = 12
 """Findings of the fit's own judgement that are printed, the gravest first."""
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "sdfit sweep --gpu t4 --backend trace --grid quick --dry-run",
+        "sdfit sweep --gpu mine --backend fake --grid quick",
+    )
+)
 @click.option("--gpu", default="auto", show_default=True, help="The card, as in 't4'; auto takes what is there.")
 @click.option("--grid", default="default", show_default=True, help="Name of a grid, as in quick, or a .toml file.")
 @click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
@@ -85,7 +90,7 @@ def sweep(
     click.echo(outcome.path)
 
 
-@click.command()
+@click.command(epilog=example("sdfit fit"))
 @records_argument
 @click.option("--gpu", default=None, help="Fit only this card's records under ./data.")
 @out_option
@@ -119,7 +124,7 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None, as_json: boo
         click.echo(f"wrote {result.path} and {result.path.with_suffix('.md').name}", err=True)
 
 
-@click.command()
+@click.command(epilog=example("sdfit demo"))
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True, help="A folder."
 )

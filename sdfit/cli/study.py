@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from sdfit.cli.options import (
+    example,
     gpu_option,
     json_option,
     level_option,
@@ -31,7 +32,9 @@ def _tracer(kernels: str | None) -> Any:
     return Tracer(workspaces_for(kernels) if kernels else None)
 
 
-@click.command()
+@click.command(
+    epilog=example("sdfit explain --height 512 --width 512", "sdfit explain --height 512 --width 512 --gpu t4")
+)
 @workload_options
 @kernels_option
 @click.option("--timeline", type=click.Path(path_type=Path), default=None, help="Draw live memory over the run (.png).")
@@ -67,7 +70,7 @@ def explain(
         click.echo(f"wrote {draw(workload, timeline, explanation=told)}", err=True)
 
 
-@click.command()
+@click.command(epilog=example("sdfit derive --attention eager"))
 @workload_options
 @kernels_option
 @click.option("--latex", "as_latex", is_flag=True, help="As an aligned LaTeX block.")
@@ -85,7 +88,7 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
         click.echo(derivation.to_latex() if as_latex else derivation.to_text())
 
 
-@click.command()
+@click.command(epilog=example("sdfit compare", "sdfit compare --gpu t4 data/sm75/2026-11-25-holdout-trace.jsonl.gz"))
 @records_argument
 @click.option("--gpu", default=None, help="The model beside them; without it each published row gets its card's.")
 @click.option("--figure", type=click.Path(path_type=Path), default=None, help="Draw predicted / actual (.png).")
@@ -117,7 +120,12 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
         click.echo(f"wrote {draw(result, figure)}", err=True)
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "sdfit evaluate --gpu t4 data/sm75/2026-11-25-holdout-trace.jsonl.gz",
+        "sdfit evaluate --gpu t4 --decisions data/sm75/2026-11-25-decisions-trace.jsonl.gz",
+    )
+)
 @gpu_option
 @records_argument
 @level_option
@@ -154,7 +162,7 @@ def evaluate(
             click.echo(f"wrote {path}", err=True)
 
 
-@click.command()
+@click.command(epilog=example("sdfit identify data/sm75/2026-11-25-default-trace.jsonl.gz"))
 @records_argument
 @click.option("--gpu", default=None, help="Also say it of this model's coefficients.")
 @json_option

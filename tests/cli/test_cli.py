@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,11 +74,16 @@ def test_predict_answers_on_stdout(run: Run, f: Predictor) -> None:
     """Bytes, interval, stage and breakdown on stdout; that the model is not measured on stderr, once."""
     ran = run("predict", "--gpu", "fake", *SIZE, "--batch-size", "2", "--attention", "eager")
     assert ran.code == 0 and "set by the unet stage" in ran.out and "n·A²" in ran.out
-    assert ran.err.startswith("note: the model 'fake'") and "made-up card" in ran.err and ran.err.count("\n") == 1
+    assert ran.err.startswith("note: fake: not measured") and "made-up card" in ran.err and ran.err.count("\n") == 1
     assert not run("predict", "--gpu", "fake", *SIZE).err
+    first = [line.split()[2] for line in ran.out.splitlines()[:5]]
+    assert first == ["required", "allocated", "reserved", "device", "minimum"]  # what decides comes first
     shown = json.loads(run("predict", "--gpu", "fake", *SIZE, "--json", "--metric", "required", "--level", "0.9").out)
     peak = f(768, 512, metric="required", level=0.9)
-    assert shown == json.loads(json.dumps(peak.to_dict())) and shown["required_bytes"] == round(peak)
+    told = json.loads(json.dumps(peak.to_dict()))
+    assert shown == told | {"metrics": {"required": told}} and shown["required_bytes"] == round(peak)
+    every = json.loads(run("predict", "--gpu", "fake", *SIZE, "--json").out)
+    assert every["metric"] == "required" and set(every["metrics"]) == set(METRICS)
     assert "outside the swept domain" in run("predict", "--gpu", "fake", "--height", "6000", "--width", "6000").out
 
 
@@ -89,7 +96,7 @@ def test_the_parts_that_predict_prints_add_up_to_its_total(run: Run, metric: str
     assert sum(parts.values()) == pytest.approx(shown[f"{metric}_bytes"], abs=len(parts))  # each is rounded
     assert (BEYOND in parts) == (metric != "allocated")
     first, *rest = run(*asked).out.splitlines()
-    assert first.startswith(f"{format_bytes(shown[f'{metric}_bytes'])} {metric} ")
+    assert first.strip().startswith(f"{format_bytes(shown[f'{metric}_bytes'])} {metric} ")
     lines = [line.strip() for line in rest if line.startswith("  ")]
     for line, (name, part) in zip(lines, parts.items(), strict=True):
         assert line.startswith(f"{format_bytes(part)}  {name} ")
@@ -99,7 +106,7 @@ def test_predict_takes_the_size_of_a_picture(run: Run, tmp_path: Path, f: Predic
     """--image stands for height and width; a file that is no picture is a known failure."""
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (512, 768)).save(tmp_path / "photo.png")
-    shown = json.loads(run("predict", "--gpu", "fake", "--image", "photo.png", "--json").out)
+    shown = json.loads(run("predict", "--gpu", "fake", "--image", "photo.png", "--json", "--metric", "allocated").out)
     assert shown["allocated_bytes"] == round(f(768, 512))
     (tmp_path / "x.png").write_text("no picture")
     for name in ("x.png", "none.png"):
@@ -110,7 +117,7 @@ def test_predict_takes_the_size_of_a_picture(run: Run, tmp_path: Path, f: Predic
 def test_fits_says_no_with_exit_code_3(run: Run) -> None:
     """0 if it fits, 3 if not, with the options that would make it fit; both as JSON too."""
     yes = run("fits", "--gpu", "fake", *SIZE, "--memory", "16GiB")
-    assert yes.code == 0 and yes.out.startswith("fits: up to ")
+    assert yes.code == 0 and yes.out.startswith("fits: required ") and "16.000 GiB as given" in yes.out
     eager = ("--height", "1024", "--width", "1024", "--attention", "eager", "--memory", "8GB")
     no = run("fits", "--gpu", "fake", *eager)
     assert no.code == 3 and no.out.startswith("does not fit") and "would fit with attention=sdpa" in no.out
@@ -120,14 +127,68 @@ def test_fits_says_no_with_exit_code_3(run: Run) -> None:
     assert json.loads(run("fits", "--gpu", "fake", *SIZE, "--memory", "16GiB", "--json").out)["options"] == []
 
 
+def test_may_fit_is_a_no_only_where_that_is_asked_for(run: Run, noisy: Predictor, tmp_path: Path) -> None:
+    """Between the bounds the answer is may fit, with its chance in per cent: exit 0, and 3 with --strict."""
+    noisy.artifact.save(tmp_path / "noisy.joblib")
+    peak = noisy(768, 512, metric="required", level=0.9)
+    asked = ("fits", "--gpu", "noisy.joblib", *SIZE, "--memory", f"{round(peak + 1)}B", "--level", "0.9")
+    ran = run(*asked)
+    assert ran.code == 0 and re.match(r"may fit, with a chance of \d\d %: required ", ran.out)
+    assert run(*asked, "--strict").code == 3
+    shown = json.loads(run(*asked, "--json").out)
+    assert shown["answer"] == "may fit" and 0.2 < shown["chance"] < 0.8 and shown["margin_bytes"] < 0
+
+
+def test_notes_are_silenced_by_an_option_and_a_variable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--quiet, or SDFIT_QUIET=1: the answer alone."""
+    monkeypatch.delenv("SDFIT_QUIET", raising=False)
+    asked = ("predict", "--gpu", "fake", *SIZE)
+    monkeypatch.setattr("sdfit.predict.library._warned", set())
+    assert run(*asked, "--quiet").err == ""
+    monkeypatch.setenv("SDFIT_QUIET", "1")
+    monkeypatch.setattr("sdfit.predict.library._warned", set())
+    assert run(*asked).err == ""
+
+
+EXAMPLES = [
+    pytest.param(line.strip(), marks=[pytest.mark.slow] if line.split()[1] in ("demo", "derive", "identify") else [])
+    for command in cli.commands.values()
+    for line in (command.epilog or "").splitlines()
+    if line.strip().startswith("sdfit ")
+]
+
+
+def test_every_command_has_an_example() -> None:
+    """At the end of its help."""
+    assert not [name for name, command in cli.commands.items() if f"sdfit {name}" not in (command.epilog or "")]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_the_examples_of_the_help_run(
+    run: Run, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_records: Path
+) -> None:
+    """As they stand: yes, no, or done, never a failure."""
+    _, name, *words = shlex.split(line)
+    monkeypatch.delenv("SDFIT_MODELS", raising=False)
+    if name in ("fit", "sweep", "demo"):
+        shutil.copytree(fake_records.parent, tmp_path / "data" / "fake")
+    else:
+        monkeypatch.chdir(Path(__file__).parents[2])
+    if "--image" in words:
+        pytest.importorskip("PIL.Image").new("RGB", (640, 512)).save(tmp_path / "photo.jpg")
+        words[words.index("photo.jpg")] = str(tmp_path / "photo.jpg")
+    ran = run(name, *words)
+    assert ran.code in (0, 3) and ran.out, ran.err
+
+
 def test_largest_and_advise(run: Run, f: Predictor) -> None:
     """The same answers as in Python; nothing that fits is exit 3, on stderr."""
     shown = json.loads(run("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "3:2", "--json").out)
     assert (shown["height"], shown["width"]) == f.largest(memory="8GiB", aspect=(3, 2))
     text = run("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "3:2").out
-    assert text == f"{shown['height']}x{shown['width']} (height x width)\n"
+    assert text.startswith(f"{shown['height']}x{shown['width']} (height x width) is sure to fit, ")
     none = run("largest", "--gpu", "fake", "--memory", "1GiB")
-    assert none.code == 3 and not none.out and "no size of 1:1 fits" in none.err
+    assert none.code == 3 and not none.out and "no size of 1:1 is sure to fit" in none.err
     advice = json.loads(run("advise", "--gpu", "fake", *SIZE, "--memory", "8GiB", "--json").out)
     assert advice["max_batch_size"] == f.max_batch_size(768, 512, memory="8GiB") and advice["fits"] is True
     text = run("advise", "--gpu", "fake", *SIZE, "--memory", "1GiB")
@@ -137,7 +198,7 @@ def test_largest_and_advise(run: Run, f: Predictor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("predict", *SIZE), 2, "Missing option '--gpu'"),
+        (("predict", *SIZE), 1, "there is no card in this machine"),
         (("predict", "--gpu", "fake"), 2, "give --height, or --image"),
         (("predict", "--gpu", "fake", "--height", "512"), 2, "give --width, or --image"),
         (("predict", "--gpu", "fake", "--height", "512.5", "--width", "512"), 2, "not a valid integer"),
@@ -154,9 +215,12 @@ def test_largest_and_advise(run: Run, f: Predictor) -> None:
         (("predict", "--gpu", "v9000", *SIZE), 1, "no model for 'v9000'; there are: "),
         (("predict", "--gpu", "none.joblib", *SIZE), 1, "cannot load 'none.joblib': No such file"),
         (("predict", "--gpu", "fake", *SIZE, "--dtype", "float32", "--vae", "tiny"), 1, "never swept"),
-        (("fits", "--gpu", "fake", *SIZE), 2, "Missing option '--memory'"),
+        (("fits", "--gpu", "fake", *SIZE), 2, "give --memory, as in 8GiB"),
+        (("fits", "--gpu", "fake", *SIZE, "--memory", "free"), 2, "no card here whose free memory"),
+        (("fits", "--gpu", "fake", *SIZE, "--memory", "12"), 2, "'12' has no unit; write 12GiB"),
+        (("cards", "voodoo2"), 3, "no card matches 'voodoo2'"),
         (("fits", "--gpu", "fake", *SIZE, "--memory", "much"), 2, "'much' is not an amount of memory"),
-        (("fits", "--gpu", "fake", *SIZE, "--memory", "8GiB", "--level", "0.99999"), 2, "too few for level"),
+        (("fits", "--gpu", "fake", *SIZE, "--memory", "8GiB", "--level", "0.99999"), 2, "too few scores for level"),
         (("largest", "--gpu", "fake", "--memory", "8GiB", "--height", "5"), 2, "--height is what this command finds"),
         (("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "wide"), 2, "--aspect is 'wide'"),
         (("largest", "--gpu", "fake", "--memory", "8GiB", "--step", "7"), 2, "step is 7"),
@@ -164,7 +228,7 @@ def test_largest_and_advise(run: Run, f: Predictor) -> None:
         (("fit",), 1, "there are no records to fit under ./data; type: sdfit sweep --gpu auto"),
         (("fit", "--gpu", "t4"), 1, "under ./data/t4; type: sdfit sweep --gpu t4"),
         (("fit", "none.jsonl"), 1, "cannot read records from 'none.jsonl': No such file"),
-        (("sweep", "--grid", "fast", "--dry-run"), 1, "no grid 'fast'; there are: default, "),
+        (("sweep", "--grid", "fast", "--dry-run"), 1, "no grid 'fast'; there are: breadth, decisions, default, "),
         (("sweep", "--backend", "tpu"), 2, "'tpu' is not one of"),
         (("sweep", "--backend", "fake", "--grid", "quick", "--budget", "soon"), 2, "'soon' is not a time span"),
         (("sweep", "--backend", "fake", "--workers", "0"), 2, "0 is not in the range"),
@@ -197,8 +261,9 @@ def test_the_two_commands_need_no_other_argument(run: Run, tmp_path: Path, f: Pr
     assert "44 of 44 done, 0 out of memory, 0 crashed, 0 were there already" in swept.err
     fitted = run("fit")
     assert fitted.code == 0 and "wrote models/mine.joblib and mine.md" in fitted.err
-    assert "0.0078125" in fitted.out and "on unseen resolutions" in fitted.out
-    shown = json.loads(run("predict", "--gpu", "mine", *SIZE, "--json").out)
+    assert len(fitted.out.splitlines()) <= 25 and "on unseen resolutions" in fitted.out
+    assert "0.0078125" in run("fit", "--json").out
+    shown = json.loads(run("predict", "--gpu", "mine", *SIZE, "--json", "--metric", "allocated").out)
     assert shown["allocated_bytes"] == pytest.approx(f(768, 512), rel=1e-6) and shown["provenance"] == "fake"
     listed = json.loads(run("models", "--json").out)
     assert listed["mine"]["path"] == "models/mine.joblib" and "fake" in listed
