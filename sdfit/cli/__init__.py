@@ -14,6 +14,7 @@ from sdfit import __version__
 from sdfit.backends.environment import quiet_libraries
 from sdfit.cli.asking import advise, cards, fits, largest, models, predict, report
 from sdfit.cli.options import quiet_option
+from sdfit.cli.pictures import check, validate
 from sdfit.cli.running import demo, fit, sweep
 from sdfit.cli.study import compare, derive, evaluate, explain, identify
 from sdfit.errors import QUIET, run_command
@@ -26,7 +27,7 @@ def cli() -> None:
 
 
 for _command in (
-    sweep, fit, predict, fits, largest, advise, cards, explain, derive, compare, evaluate, identify, models, report, demo,
+    sweep, fit, predict, fits, largest, advise, check, validate, cards, explain, derive, compare, evaluate, identify, models, report, demo,
 ):  # fmt: skip
     _command.params.append(quiet_option())
     cli.add_command(_command)

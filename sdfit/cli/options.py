@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from sdfit.errors import QUIET, SdfitError, needs, quiet
+from sdfit.errors import QUIET, SdfitError, quiet
 from sdfit.units import format_bytes
 from sdfit.workload import CHOICES, CHUNK_TOKENS, Workload
 
@@ -27,6 +27,9 @@ def workload_options(command: F) -> F:
         else:
             kind = click.Choice([str(o) for o in options])
             command = click.option(flag, name, type=kind, default=options[0], show_default=True)(command)
+    command = click.option(
+        "--prompt", expose_value=False, help="Any text costs the same: it is padded and cut to 77 tokens."
+    )(command)
     for flag, kind, default, text in reversed(_NUMBERS):
         command = click.option(flag, type=kind, default=default, show_default=default is not None, help=text)(command)
     return command
@@ -85,15 +88,12 @@ def amount(value: float) -> str:
 def workload_from(fields: dict[str, Any], image: Path | None = None) -> Workload:
     """Make a Workload of a command's options, its size from a picture where one is given."""
     if image is not None:
-        try:
-            from PIL import Image, UnidentifiedImageError
-        except ImportError as error:
-            raise needs("sweep", "pillow") from error
-        try:
-            with Image.open(image) as picture:
-                fields |= {"width": picture.width, "height": picture.height}
-        except (OSError, UnidentifiedImageError) as error:
-            raise SdfitError(f"cannot read a picture from '{image}': {error}") from error
+        from sdfit.predict.pictures import look
+
+        picture = look(image)
+        if picture.problem:
+            raise SdfitError(f"cannot read a picture from '{image}': {picture.problem}")
+        fields |= {"width": picture.width, "height": picture.height}
     for name in ("height", "width"):
         if fields.get(name) is None:
             raise click.UsageError(f"give --{name}" + (", or --image" if image is None else ""))

@@ -29,7 +29,7 @@ from sdfit.sweep.workers import run_one
 from sdfit.units import MIB
 from sdfit.workload import Workload
 
-MEASURED = ("boundaries", "capacity", "counters", "cuda", "environment", "kernels", "nvml", "pipeline", "run")
+MEASURED = ("boundaries", "capacity", "counters", "cuda", "environment", "kernels", "pipeline", "run")
 OPTIONS = {"settings": TINY, "counters": CpuCounters, "warm_up_side": 64}
 no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
 

@@ -170,7 +170,11 @@ def test_the_examples_of_the_help_run(
     """As they stand: yes, no, or done, never a failure."""
     _, name, *words = shlex.split(line)
     monkeypatch.delenv("SDFIT_MODELS", raising=False)
-    if name in ("fit", "sweep", "demo"):
+    if name in ("check", "validate"):
+        (tmp_path / "photos").mkdir()
+        for picture in ("photo.jpg", "photos/one.png"):
+            pytest.importorskip("PIL.Image").new("RGB", (96, 64)).save(tmp_path / picture)
+    elif name in ("fit", "sweep", "demo"):
         shutil.copytree(fake_records.parent, tmp_path / "data" / "fake")
     else:
         monkeypatch.chdir(Path(__file__).parents[2])

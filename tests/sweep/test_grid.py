@@ -162,7 +162,7 @@ def test_a_grid_that_cannot_be_run_is_refused(tmp_path: Path, text: str, words: 
 
 def test_a_grid_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     """An unknown name lists the shipped grids; bytes that are no text are refused."""
-    with pytest.raises(GridError, match="no grid 'fast'; there are: default, "):
+    with pytest.raises(GridError, match="no grid 'fast'; there are: breadth, decisions, default, "):
         grid.load("fast")
     path = tmp_path / "bytes.toml"
     path.write_bytes(b"\xff\xfe\x00")

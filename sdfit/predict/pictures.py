@@ -1,0 +1,213 @@
+"""Sizes of pictures, from their headers alone, and what a model says of each.
+
+Pillow reads the headers; no pixel is decoded, so a picture of 200 megapixels costs what a small one does. A rotation that a
+camera noted (EXIF) is applied, as diffusers' `load_image` does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from sdfit.errors import InvalidWorkload, SdfitError, needs
+from sdfit.predict.advise import NothingFits, largest
+from sdfit.predict.verdict import Model, Verdict, verdict
+from sdfit.workload import VAE_SCALE, Workload
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+"""What counts as a picture in a folder; a file that is named counts whatever it is called."""
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+"""What the last bytes of a whole file hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture's size, or why it has none.
+
+    Parameters
+    ----------
+    path : Path
+    height, width : int
+        [pixels], turned as it is shown; 0 where it could not be read.
+    problem : str
+        Why it cannot be run; empty if it can.
+    remark : str
+        What happens to it on the way: only its first frame is taken, and the like.
+    """
+
+    path: Path
+    height: int = 0
+    width: int = 0
+    problem: str = ""
+    remark: str = ""
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The pictures that some files and folders hold: folders with all below them, in order, hidden files left out.
+
+    Raises
+    ------
+    SdfitError
+        If a path does not exist, or there is no picture at all.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            for folder, names, files in os.walk(path):  # which does not follow links to folders
+                names[:] = sorted(name for name in names if not name.startswith("."))
+                pictures = (name for name in sorted(files) if not name.startswith("."))
+                found |= dict.fromkeys(Path(folder, name) for name in pictures if name.lower().endswith(SUFFIXES))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise SdfitError(f"there is no '{path}'; give pictures, or folders that hold some", path=str(path))
+    if not found:
+        raise SdfitError(f"no picture was found; pictures end in {', '.join(SUFFIXES[:5])} and the like")
+    return list(found)
+
+
+def look(path: Path) -> Picture:
+    """Read a picture's header.
+
+    Raises
+    ------
+    DependencyError
+        If Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise needs("sweep", "pillow") from error
+    try:
+        if not path.is_file():
+            return Picture(path, problem="not a file")
+        if not path.stat().st_size:
+            return Picture(path, problem="an empty file")
+        with _any_size(Image), Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            kind, mode, frames = image.format or "", image.mode, getattr(image, "n_frames", 1)
+        if turned:
+            width, height = height, width
+        if _torn(path, kind):
+            return Picture(path, height, width, "truncated: the end of the file is missing")
+    except Exception as error:  # Pillow's readers raise of every kind on damaged files
+        return Picture(path, problem=f"not a picture that can be read ({_reason(error)})")
+    remarks = [f"animated, {frames} frames: the first is taken"] * (frames > 1)
+    remarks += [f"{mode}: becomes RGB with 8 bits"] * (mode not in ("RGB", "RGBA", "L", "P", "LA", "1"))
+    return Picture(path, height, width, remark="; ".join(remarks))
+
+
+@contextmanager
+def _any_size(library: Any) -> Iterator[None]:
+    """Headers of any size are read: the limit is there for those who decode."""
+    before = library.MAX_IMAGE_PIXELS
+    library.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        library.MAX_IMAGE_PIXELS = before
+
+
+def _torn(path: Path, kind: str) -> bool:
+    end = _ENDS.get(kind)
+    if end is None:
+        return False
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 4096), os.SEEK_END)
+        return end not in file.read()
+
+
+def _reason(error: Exception) -> str:
+    name = type(error).__name__
+    return "unknown format" if name == "UnidentifiedImageError" else str(error).splitlines()[0] if str(error) else name
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says of a picture.
+
+    Parameters
+    ----------
+    picture : Picture
+    verdict : Verdict or None
+        None where the picture has a problem.
+    largest : (int, int) or None
+        Height and width [pixels] of the largest size of the same shape that is sure to fit; None where none is, or the
+        picture has a problem.
+    """
+
+    picture: Picture
+    verdict: Verdict | None = None
+    largest: tuple[int, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, amounts in bytes; ``answer`` is null where there is a problem."""
+        p, v = self.picture, self.verdict
+        return {
+            "image": str(p.path),
+            "height": p.height or None,
+            "width": p.width or None,
+            "required_bytes": round(v.prediction) if v else None,
+            "upper_bytes": round(v.prediction.upper) if v else None,
+            "answer": v.answer if v else None,
+            "chance": v.chance if v else None,
+            "margin_bytes": round(v.margin_bytes) if v else None,
+            "largest_height": self.largest[0] if self.largest else None,
+            "largest_width": self.largest[1] if self.largest else None,
+            "problem": p.problem or None,
+            "remark": p.remark or None,
+        }
+
+
+def check(
+    model: Model, pictures: Iterable[Picture], *, memory: float, level: float | None = None, **options: Any
+) -> Iterator[Answer]:
+    """Say of each picture whether its run fits.
+
+    Parameters
+    ----------
+    model : Predictor
+    pictures : iterable of Picture
+    memory : float
+        [bytes]
+    level : float, optional
+        As in `sdfit.predict.verdict.verdict`.
+    **options
+        The workload's fields but height and width.
+    """
+    known: dict[Any, tuple[int, int] | None] = {}
+    for picture in pictures:
+        if picture.problem:
+            yield Answer(picture)
+            continue
+        try:
+            found = verdict(model, Workload(picture.height, picture.width, **options), memory=memory, level=level)
+        except InvalidWorkload as error:
+            yield Answer(Picture(picture.path, picture.height, picture.width, str(error)))
+            continue
+        if found.answer == "fits":
+            size = found.prediction.workload
+            yield Answer(picture, found, (size.effective_height, size.effective_width))
+            continue
+        shape = _shape(picture)
+        if shape not in known:
+            try:
+                sure = largest(model, memory=memory, aspect=shape, step=VAE_SCALE, level=level, **options)
+                known[shape] = (sure[0], sure[1])
+            except (NothingFits, InvalidWorkload):
+                known[shape] = None
+        yield Answer(picture, found, known[shape])
+
+
+def _shape(picture: Picture) -> tuple[int, int]:
+    """Width to height in whole numbers up to 100, as near as they come."""
+    ratio = Fraction(picture.width, picture.height)
+    near = (1 / (1 / ratio).limit_denominator(100)) if ratio > 1 else ratio.limit_denominator(100)
+    return min(max(near.numerator, 1), 100), min(max(near.denominator, 1), 100)

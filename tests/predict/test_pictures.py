@@ -1,0 +1,108 @@
+"""Pictures are measured by their headers; what is wrong with one is told, and the others go on."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+
+image = pytest.importorskip("PIL.Image")
+
+from sdfit.errors import SdfitError  # noqa: E402
+from sdfit.predict.pictures import Picture, check, find, look  # noqa: E402
+from sdfit.predict.predictor import Predictor  # noqa: E402
+from sdfit.units import GIB  # noqa: E402
+
+
+def saved(path: Path, size: tuple[int, int] = (80, 72), mode: str = "RGB", **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new(mode, size).save(path, **options)
+    return path
+
+
+def huge(path: Path, width: int, height: int) -> Path:
+    """A PNG of which there is only the header and the end."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tiff", "a.gif"])
+def test_sizes_come_from_headers(tmp_path: Path, name: str) -> None:
+    """Height and width of every common format."""
+    assert look(saved(tmp_path / name)) == Picture(tmp_path / name, 72, 80)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (72, 80)), (3, (72, 80)), (6, (80, 72)), (8, (80, 72))])
+def test_a_rotation_that_the_camera_noted_is_applied(tmp_path: Path, orientation: int, size: tuple[int, int]) -> None:
+    """As `diffusers.utils.load_image` does: a picture that was turned has its sides exchanged."""
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    found = look(saved(tmp_path / "turned.jpg", exif=exif))
+    assert (found.height, found.width) == size
+    transposed = pytest.importorskip("PIL.ImageOps").exif_transpose(image.open(tmp_path / "turned.jpg"))
+    assert (transposed.height, transposed.width) == size
+
+
+def test_200_megapixels_are_a_header(tmp_path: Path) -> None:
+    """No pixel is decoded and no bomb is suspected; Pillow's own limit is as it was."""
+    before = image.MAX_IMAGE_PIXELS
+    found = look(huge(tmp_path / "huge.png", 20000, 10000))
+    assert (found.height, found.width, found.problem) == (10000, 20000, "")
+    assert before == image.MAX_IMAGE_PIXELS
+
+
+def test_what_is_wrong_is_told(tmp_path: Path) -> None:
+    """Empty, no picture, truncated, a folder: a problem each; animated, 16 bits, CMYK: a remark."""
+    empty, text, torn = (tmp_path / name for name in ("empty.png", "text.png", "torn.jpg"))
+    empty.touch()
+    text.write_text("no picture")
+    whole = saved(tmp_path / "whole.jpg", (256, 256)).read_bytes()
+    torn.write_bytes(whole[: len(whole) // 2])
+    words = [look(path).problem for path in (empty, text, torn, tmp_path)]
+    assert words == [
+        "an empty file", "not a picture that can be read (unknown format)",
+        "truncated: the end of the file is missing", "not a file",
+    ]  # fmt: skip
+    frames = [image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 200)]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    assert look(tmp_path / "moves.gif").remark == "animated, 2 frames: the first is taken"
+    assert look(saved(tmp_path / "deep.png", mode="I;16")).remark == "I;16: becomes RGB with 8 bits"
+    assert look(saved(tmp_path / "print.jpg", mode="CMYK")).remark == "CMYK: becomes RGB with 8 bits"
+
+
+def test_folders_are_searched_in_order_without_hidden_files_and_loops(tmp_path: Path) -> None:
+    """What is named counts whatever its name; in folders what ends as pictures do; a link to a folder above ends nothing."""
+    names = ["b/2.jpg", "b/1.PNG", "a.png", "b/.hidden.png", "b/.git/x.png", "b/notes.txt", "odd.data"]
+    for name in names:
+        saved(tmp_path / name, format="PNG")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    found = [str(p.relative_to(tmp_path)) for p in find([tmp_path / "b", tmp_path, tmp_path / "odd.data"])]
+    assert found == ["b/1.PNG", "b/2.jpg", "a.png", "odd.data"]
+    with pytest.raises(SdfitError, match="there is no ..*none\.png'"):
+        find([tmp_path / "none.png"])
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(SdfitError, match="no picture was found"):
+        find([tmp_path / "bare"])
+
+
+def test_each_picture_gets_an_answer(noisy: Predictor) -> None:
+    """What fits, what does not with the largest of its shape, what is too small: a row each, and the others go on."""
+    pictures = [
+        Picture(Path(n), h, w) for n, h, w in (("a", 512, 512), ("b", 4000, 3000), ("c", 40, 40), ("d", 3000, 4000))
+    ]
+    answers = list(check(noisy, [*pictures, Picture(Path("e"), problem="torn")], memory=8 * GIB, level=0.9))
+    small, big, tiny, other, torn = answers
+    assert small.verdict is not None and small.verdict.answer == "fits" and small.largest == (512, 512)
+    assert big.verdict is not None and big.verdict.answer == "does not fit" and big.largest is not None
+    height, width = big.largest
+    assert abs(height / width - 4 / 3) < 0.02 and noisy.fits(height, width, memory=8 * GIB, level=0.9)
+    assert other.largest is not None and other.largest[1] > other.largest[0]
+    assert tiny.picture.problem.startswith("height is 40") and tiny.verdict is None
+    assert torn.to_dict()["problem"] == "torn" and torn.to_dict()["answer"] is None
