@@ -10,7 +10,7 @@ jumps: a group has coefficients for each range of sizes between such jumps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ QUADRATIC = ("n·A²", "m·P²")
 METRIC_FEATURES = ("1", "peak", *LINEAR, *QUADRATIC)
 """What the metrics are linear in, above the weights: a constant [1 MiB], the run's peak above the weights [B], and terms
 of `sdfit.equation.terms.TERMS`; the quadratic ones only where attention is materialised."""
+FEATURE_COLUMNS = tuple(COLUMN[name] for name in (*LINEAR, *QUADRATIC))
+"""Where those terms stand among `sdfit.equation.terms.products`."""
 CONSTANT_BYTES = 1 << 20
 """Of the feature ``1``, so that all features are of like size."""
 MATERIALISED = ("math", "eager", "sliced")
@@ -184,13 +186,21 @@ def metric_features(peaks: Mapping[str, Numbers], weights: Mapping[str, int], si
     """The columns of `METRIC_FEATURES` from stage peaks and resident weights [bytes], and sizes."""
     top, every = highest(peaks), products(*sizes)
     above = top - weights_at_peak(peaks, weights)
-    rest = [every[COLUMN[name]] + 0.0 * top for name in METRIC_FEATURES[2:]]
+    rest = [every[column] + 0.0 * top for column in FEATURE_COLUMNS]
     return [np.full_like(top, CONSTANT_BYTES), above, *rest]
 
 
 def extent(sizes: Sizes) -> Numbers:
     """What ranges of sizes are told apart by: images times pixels [pixels]; a number or an array."""
     return sizes.B * sizes.A
+
+
+def scalar_code(top: int, stages: Sequence[str], sizes: Sizes) -> int:
+    """`place_codes` of one workload whose highest stage is the one at ``top``: plain numbers, a tenth of the time."""
+    B, n, A, _, m, P, _ = sizes
+    which = regime("vae_decoder_blocks", sizes)
+    flags = 8 * (n > B) + 4 * (m < B) + 2 * (P < A) + (m == 3 and bool(_SPLIT[which]))
+    return int((flags * len(REGIMES) + which) * len(PIECES) + PIECES.index(PIECE[stages[top]]))
 
 
 def metric_value(

@@ -14,22 +14,20 @@ from sdfit.workload import CHUNK_TOKENS, VAE_SCALE, Workload
 LATENT_CHANNELS = 4
 
 
-def arguments(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, defaults included.
+def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, defaults included; ``signature`` without ``self``.
 
     Raises
     ------
     InvalidWorkload
         If the pipeline does not take them; with the reason.
     """
-    signature = inspect.signature(type(pipe).__call__)
     try:
-        bound = signature.bind(pipe, *args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InvalidWorkload(f"the pipeline does not take this call: {error}") from None
     bound.apply_defaults()
     found: dict[str, Any] = dict(bound.arguments)
-    found.pop(next(iter(signature.parameters)), None)
     rest: dict[str, Any] = found.pop("kwargs", {})
     return found | rest
 

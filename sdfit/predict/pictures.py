@@ -17,8 +17,10 @@ from typing import Any
 from sdfit.errors import InvalidWorkload, SdfitError, needs
 from sdfit.predict.advise import NothingFits, largest
 from sdfit.predict.verdict import Model, Verdict, verdict
-from sdfit.workload import VAE_SCALE, Workload
+from sdfit.workload import Workload
 
+STEP = 64
+"""Pixels that the largest sizes are multiples of."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 """What counts as a picture in a folder; a file that is named counts whatever it is called."""
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
@@ -91,8 +93,11 @@ def look(path: Path) -> Picture:
             return Picture(path, problem="an empty file")
         with _any_size(Image), Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-            kind, mode, frames = image.format or "", image.mode, getattr(image, "n_frames", 1)
+            kind = image.format or ""
+            # of a PNG without a note in its header Pillow would decode the pixels to look behind them
+            noted = kind != "PNG" or "exif" in image.info
+            turned = noted and image.getexif().get(_ORIENTATION) in _TURNED
+            mode, frames = image.mode, getattr(image, "n_frames", 1)
         if turned:
             width, height = height, width
         if _torn(path, kind):
@@ -199,7 +204,7 @@ def check(
         shape = _shape(picture)
         if shape not in known:
             try:
-                sure = largest(model, memory=memory, aspect=shape, step=VAE_SCALE, level=level, **options)
+                sure = largest(model, memory=memory, aspect=shape, step=STEP, level=level, **options)
                 known[shape] = (sure[0], sure[1])
             except (NothingFits, InvalidWorkload):
                 known[shape] = None

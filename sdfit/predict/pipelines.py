@@ -45,6 +45,8 @@ ATTENTION = {
 AUTO_SLICE = 4
 """Heads that ``enable_attention_slicing()`` runs at once: half of eight."""
 TILES = {"tile_sample_min_size": 512, "tile_latent_min_size": 64, "tile_overlap_factor": 0.25}
+_WATCHED = ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "processor", "peft_config")
+"""What is found on a module, of what was put there."""
 LIBRARIES = ("torch.", "diffusers.", "transformers.")
 """Where the modules of an unchanged pipeline come from."""
 
@@ -95,36 +97,46 @@ class Reader:
         self._state: Any = None
         self._reading: Reading | None = None
         self._modules: list[Any] = []
+        self._convolutions: list[tuple[dict[str, Any], str]] = []
         self._lock = threading.Lock()
 
     def read(self) -> Reading:
         """The pipeline as it is now."""
         with self._lock:
             if self._reading is None or self._seen() != self._state:
-                self._modules = [m for part in components(self.pipe).values() for m in part.modules()]
+                self._look()
                 self._state = self._seen()
                 self._reading = read(self.pipe)
             return self._with_kernels(self._reading)
 
     def _seen(self) -> list[Any]:
         """All that a reading depends on, quickly; modules and processors by identity."""
-        seen: list[Any] = [type(self.pipe), *map(id, components(self.pipe).values())]
+        pipe = vars(self.pipe)
+        seen: list[Any] = [type(self.pipe), bool(pipe.get("_all_hooks")), *map(id, pipe.values())]
+        take = seen.append
         for module in self._modules:
             own = vars(module)
-            seen.append(own.get("__class__", module.__class__))
+            take(module.__class__)
             seen.extend(map(id, own["_modules"].values()))
-            for tensor in own["_parameters"].values():
+            take(len(own["_parameters"]))
+            for tensor in own["_parameters"].values():  # those of one module are of one dtype, or were changed apart
                 if tensor is not None:
-                    seen.append(tensor.dtype)
-            for name in ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "processor"):
+                    take(tensor.dtype)
+                    break
+            for name in _WATCHED:
                 if name in own:
-                    seen.append(own[name])
+                    take(own[name])
+        for own, name in self._convolutions:
+            take(_is_channels_last(own["_parameters"].get(name)))
         vae = getattr(self.pipe, "vae", None)
-        seen += [getattr(vae, name, None) for name in ("use_slicing", "use_tiling", *TILES)]
-        seen.append(bool(getattr(self.pipe, "_all_hooks", None)))
-        for part in components(self.pipe).values():
-            seen.append(_channels_last(part))
+        seen.extend(getattr(vae, name, None) for name in ("use_slicing", "use_tiling", *TILES))
         return seen
+
+    def _look(self) -> None:
+        """Go through the pipeline anew."""
+        parts = components(self.pipe)
+        self._modules = [m for part in parts.values() for m in part.modules()]
+        self._convolutions = [first for part in parts.values() for first in _first_convolution(part)]
 
     @staticmethod
     def _with_kernels(reading: Reading) -> Reading:
@@ -220,13 +232,21 @@ def _unlike(part: str, module: Any) -> list[str]:
 
 def _channels_last(module: Any) -> bool:
     """Whether convolutions keep their weights channels-last: other kernels run then."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    for tensor in module.parameters():
-        if tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[-1] > 1:  # else both formats are the same
-            return bool(tensor.is_contiguous(memory_format=torch.channels_last))
-    return False
+    return any(_is_channels_last(own["_parameters"].get(name)) for own, name in _first_convolution(module))
+
+
+def _first_convolution(module: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a component's first weight is that the two memory formats lay out differently; empty if it has none."""
+    for one in module.modules():
+        own = vars(one)
+        for name, tensor in own["_parameters"].items():
+            if tensor is not None and tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[-1] > 1:
+                return [(own, name)]
+    return []
+
+
+def _is_channels_last(tensor: Any) -> bool:
+    return tensor is not None and tensor.ndim == 4 and tensor.stride()[1] == 1 and not tensor.is_contiguous()
 
 
 def _dtype(parts: dict[str, Any]) -> tuple[str, list[str]]:

@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.metrics import NEVER_BELOW_LIVE, families, highest, metric_value, place_codes, place_of
+from sdfit.equation.metrics import (
+    CONSTANT_BYTES,
+    FEATURE_COLUMNS,
+    NEVER_BELOW_LIVE,
+    extent,
+    families,
+    highest,
+    metric_groups,
+    metric_value,
+    place_codes,
+    place_of,
+    scalar_code,
+)
 from sdfit.equation.regimes import IMAGES_THAT_MATTER, edges, regime
 from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.equation.stages import resident, stage_key, stages_of
@@ -69,6 +81,7 @@ class Variant:
             for metric, table in artifact.scores.items()
         }
         self._quantiles: dict[Any, float] = {}
+        self._groups: dict[tuple[str, int], Mapping[str, Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Variant, (self.artifact, self.key))
@@ -175,8 +188,27 @@ class Variant:
                 f"'{self.artifact.name}' has no '{metric}'; it has: {listed(['allocated', *self._metrics])}",
                 metric=metric,
             )
+        if isinstance(sizes.A, int):
+            return self._one_metric(peaks, metric, sizes)
         found = metric_value(self._metrics[metric], self.key, peaks, self.weights, sizes)
         return np.maximum(found, highest(peaks)) if metric in NEVER_BELOW_LIVE else found
+
+    def _one_metric(self, peaks: Mapping[str, float], metric: str, sizes: Sizes) -> float:
+        """`metric_value` of one workload, its group looked up once per place."""
+        values = list(peaks.values())
+        peak = max(values)
+        top = values.index(peak)
+        code = scalar_code(top, self.stages, sizes)
+        group = self._groups.get((metric, code))
+        if group is None:
+            groups = self._metrics[metric]
+            group = next(groups[g] for g in metric_groups(place_of(self.key, code)) if g in groups)
+            self._groups[metric, code] = group
+        row = group["coef"][bisect(group["edges"], extent(sizes))]
+        every, base = products(*sizes), self.weights[self.stages[top]]
+        found: float = base + row[0] * CONSTANT_BYTES + row[1] * (peak - base)
+        found += sum(c * every[column] for c, column in zip(row[2:], FEATURE_COLUMNS, strict=True) if c)
+        return max(found, peak) if metric in NEVER_BELOW_LIVE else found
 
     def _basis(self, metric: str) -> str:
         """The metric whose scores a metric takes: simulated records hold no device memory, but reserved memory."""
@@ -197,9 +229,12 @@ class Variant:
 
     def margin(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, *, upper: bool) -> Any:
         """How far above a prediction its one-sided bound lies, or below it [bytes]; numbers or arrays."""
-        codes, unit = place_codes(peaks, sizes), self._unit(peaks, sizes)
-        if np.ndim(codes) == 0:
-            return self._quantile(metric, int(codes), level, upper) * unit
+        unit = self._unit(peaks, sizes)
+        if isinstance(sizes.A, int):
+            values = list(peaks.values())
+            code = scalar_code(values.index(max(values)), self.stages, sizes)
+            return self._quantile(metric, code, level, upper) * unit
+        codes = place_codes(peaks, sizes)
         found = np.empty(np.shape(codes))
         for code in np.unique(codes):
             found[codes == code] = self._quantile(metric, int(code), level, upper)

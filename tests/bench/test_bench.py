@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sdfit.errors import SimulatedModelWarning
 from sdfit.fit import fit as fitting
 from sdfit.records import Record, RecordsFile
 from sdfit.sweep.grid import load as load_grid
+from sdfit.workload import Workload
 
 pytestmark = pytest.mark.bench
 
@@ -137,3 +139,39 @@ def test_explain_of_one_workload(benchmark: Any) -> None:
     explain(workload, tracer=Tracer())
     told = benchmark.pedantic(lambda: explain(workload, tracer=Tracer()), rounds=3)
     assert told.accounted_bytes == told.peak_bytes
+
+
+def test_verdict_and_advice(benchmark: Any, f: sdfit.Predictor) -> None:
+    """The search of all changes for a run that does not fit."""
+    from sdfit.predict.options import options_that_fit
+
+    w = Workload(2048, 2048, batch_size=8)
+    assert benchmark(options_that_fit, f, w, memory="7.5 GiB")
+
+
+def test_a_guarded_call(benchmark: Any, f: sdfit.Predictor) -> None:
+    """What the guard adds to a call of a pipeline that it knows: reading it again, the workload, the bound."""
+    pytest.importorskip("diffusers")
+    from sdfit.backends.pipeline import build_pipeline
+
+    guarded = sdfit.guard(build_pipeline(dtype="float16", device="meta"), f, memory="80 GiB")
+    picture = SimpleNamespace(height=768, width=512)
+    guarded.predict(image=picture, prompt="a cat")
+    assert benchmark(lambda: guarded.predict(image=picture, prompt="a cat").upper) > 0
+
+
+def test_check_of_1000_pictures(benchmark: Any, f: sdfit.Predictor, tmp_path: Path) -> None:
+    """Headers read, a verdict each, and the largest size of those that do not fit."""
+    image = pytest.importorskip("PIL.Image")
+    from sdfit.predict import pictures
+
+    rng = random.Random(0)
+    for i in range(1000):
+        image.new("RGB", (rng.randrange(300, 2400, 20), rng.randrange(300, 2400, 20))).save(
+            tmp_path / f"{i}.jpg", quality=5
+        )
+
+    def check() -> int:
+        return len(list(pictures.check(f, map(pictures.look, pictures.find([tmp_path])), memory=8 << 30)))
+
+    assert benchmark.pedantic(check, rounds=3) == 1000

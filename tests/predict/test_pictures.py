@@ -29,7 +29,9 @@ def huge(path: Path, width: int, height: int) -> Path:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
     return path
 
 
@@ -85,7 +87,7 @@ def test_folders_are_searched_in_order_without_hidden_files_and_loops(tmp_path: 
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     found = [str(p.relative_to(tmp_path)) for p in find([tmp_path / "b", tmp_path, tmp_path / "odd.data"])]
     assert found == ["b/1.PNG", "b/2.jpg", "a.png", "odd.data"]
-    with pytest.raises(SdfitError, match="there is no ..*none\.png'"):
+    with pytest.raises(SdfitError, match=r"there is no ..*none\.png'"):
         find([tmp_path / "none.png"])
     (tmp_path / "bare").mkdir()
     with pytest.raises(SdfitError, match="no picture was found"):
