@@ -1,17 +1,23 @@
 """CUDA cards: what the driver calls them, what people call them, their architecture and their memory.
 
-The table is `cards.csv` beside this file. Names are as NVML and `torch.cuda.get_device_name` write them. Compute
-capabilities are those of NVIDIA's list (developer.nvidia.com/cuda-gpus). Memory is what ``nvidia-smi`` shows as total
-where that was known (``memory_from``), otherwise the nominal GiB of the product's data sheet; it was not checked on the
-cards. ``half``: how a card computes float16: ``fast``, ``slow`` (in float32), or ``wrong`` (GeForce 16 gives black
-images, so people run it in float32).
+The table is `cards.csv` beside this file, a row per name and memory. Names are as NVML and
+`torch.cuda.get_device_name` write them; ``also`` holds others that people write. Compute capabilities are those of
+https://developer.nvidia.com/cuda-gpus and https://developer.nvidia.com/cuda-legacy-gpus, laptop cards those of their
+chip. ``memory_gib`` is the number on the box, from NVIDIA's product pages and
+https://en.wikipedia.org/wiki/List_of_Nvidia_graphics_processing_units. ``cuda_mib`` is what CUDA reports as total, which
+is less: the driver keeps some, and ECC a sixteenth (a T4 of 16 GB has 14,912 MiB). It is the least of what PyTorch
+printed in public logs up to November 2026 (``CUDA:0 (NVIDIA L4, 22563MiB)`` of Ultralytics' tools; "GPU 0 has a total
+capacity of 79.10 GiB" of its out-of-memory messages); empty where none was found. Windows shows more than Linux.
+``half``: how a card computes float16: ``fast``, ``slow`` (no faster than float32), or ``wrong``: black images, so people
+run float32 (the list is ComfyUI's, ``nvidia_16_series`` in comfy/model_management.py).
+
+None of it was checked on the cards.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,15 +25,33 @@ from pathlib import Path
 from sdfit.errors import UnknownModel, listed
 from sdfit.units import GIB, MIB
 
-CONTEXT_BYTES = 450 * MIB
-"""CUDA context and libraries on a card, assumed: published are about 180 MiB (T4), 256 MiB (RTX 3090) and 426 MiB (RTX
-6000 Ada); it grows as kernels load."""
+KINDS = ("geforce", "laptop", "workstation", "data centre")
+"""The last kind usually drives no screen, the others do."""
+LEAST_SHARE = {"data centre": 0.91, "": 0.94}
+"""Of the memory on the box, the share that CUDA is taken to report where no log was found: below the least that was
+found, T4 (14,912 of 16,384 MiB, with ECC) and RTX 3070 (7,753 of 8,192 MiB)."""
 
-_MAKERS = ("nvidia", "tesla", "geforce", "quadro", "amd", "intel", "graphics", "gpu")
+CONTEXT_BYTES = ((17 * GIB, 256 * MIB), (50 * GIB, 600 * MIB), (1 << 50, 750 * MIB))
+"""CUDA context and libraries of a process that runs PyTorch: on a card of up to so much memory, so much [bytes].
+
+Above what PyTorch's out-of-memory messages give, as far as they were found in public logs (memory of this process in use,
+less what PyTorch has allocated and reserved): T4 111 to 151 MiB, 16 GB cards to 249; L4 181 and 251, 24 GB GeForce 315 to
+579, A6000 294 to 491, RTX 5090 489 and 499; A100 501, H200 670, B200 712. It grows with the number of processors on the
+card and as kernels load; programs that load more than PyTorch have more."""
+DESKTOP_BYTES = 1 * GIB
+"""What a desktop, a browser and the like take on a card that drives a screen: assumed, not measured. ComfyUI sets 600 MiB
+aside on Windows and 400 MiB elsewhere, beyond what it finds in use."""
+
+MOST_NAMED = 12
+"""Cards that a message names."""
+
+_MAKERS = ("nvidia", "tesla", "geforce", "quadro", "grid", "amd", "intel", "graphics", "gpu")
 """Words that name a maker or a line of products; the model says enough without them."""
+_BUILT = ("generation", "with", "max", "q", "design", "blackwell", "workstation", "server", "edition")
+"""Words that tell which of several builds of a model it is."""
 _FORM = re.compile(r"(sxm\d*|pcie|pci|nvl|hbm\d*e?|oam|ms|mig|\d+gb|\d+g\..*)$")
 """Words that tell how a card is built or how much memory it has; the first of them ends the name."""
-_AMOUNT = re.compile(r"(\d+)\s*(?:gb|gib|g)\b")
+_AMOUNT = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
 _ARCHITECTURE = re.compile(r"sm_?(\d{2,3})")
 
 KERNELS = {
@@ -38,8 +62,6 @@ KERNELS = {
 }  # fmt: skip
 """The model that answers for an architecture: those whose kernels hold the same memory share one, bit for bit. A test
 holds it to the table of `sdfit.backends.trace.workspaces`."""
-UNSEEN = ("sm60", "sm86", "sm90", "sm100", "sm120")
-"""Architectures with few published rows or none, whose entries rest on a named neighbour (see models/README.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +74,28 @@ class Card:
         As NVML writes it.
     compute_capability : str
         As ``"8.6"``.
+    memory_gib : int
+        What is on the box [GiB].
     memory_bytes : int
-        In all.
-    drives_screen : bool
-        Whether a desktop usually takes some of it.
+        What CUDA reports as total, at least [bytes].
+    kind : str
+        One of `KINDS`.
     half : {'fast', 'slow', 'wrong'}
         How it computes float16.
-    memory_from : {'nvidia-smi', 'nominal'}
+    found : bool
+        Whether ``memory_bytes`` was found in a log; otherwise it is a share of ``memory_gib`` (`LEAST_SHARE`).
+    also : tuple of str
+        Other names.
     """
 
     name: str
     compute_capability: str
+    memory_gib: int
     memory_bytes: int
-    drives_screen: bool
-    half: str
-    memory_from: str
+    kind: str = ""
+    half: str = "fast"
+    found: bool = True
+    also: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -77,6 +106,27 @@ class Card:
     def architecture(self) -> str:
         """As ``"sm86"``."""
         return "sm" + self.compute_capability.replace(".", "")
+
+    @property
+    def drives_screen(self) -> bool:
+        """Whether a desktop usually takes some of it."""
+        return self.kind != "data centre"
+
+    @property
+    def context_bytes(self) -> int:
+        """What a CUDA context on it is taken to need (`CONTEXT_BYTES`)."""
+        return context_bytes(self.memory_bytes)
+
+
+def context_bytes(total_bytes: int) -> int:
+    """What a CUDA context on a card of so much memory is taken to need [bytes], by `CONTEXT_BYTES`.
+
+    Examples
+    --------
+    >>> [context_bytes(gib << 30) >> 20 for gib in (8, 24, 80)]
+    [256, 600, 750]
+    """
+    return next(context for most, context in CONTEXT_BYTES if total_bytes <= most)
 
 
 def card_slug(name: str) -> str:
@@ -101,12 +151,13 @@ def card_slug(name: str) -> str:
     """
     words = re.split(r"[^a-z0-9.]+", name.lower())
     kept: list[str] = []
+    ended = False
     for word in words:
-        if not word or word in _MAKERS or word == "generation":
+        if not word or word in _MAKERS or word in _BUILT:
             continue
-        if kept and _FORM.fullmatch(word):
-            break
-        kept.append(word)
+        ended = ended or bool(kept and _FORM.fullmatch(word))
+        if not ended or word == "laptop":  # a "6GB Laptop GPU" is another card than one of 6 GB
+            kept.append(word)
     return "".join(kept) or "unnamed"
 
 
@@ -114,70 +165,115 @@ def card_slug(name: str) -> str:
 def table() -> tuple[Card, ...]:
     """Every card of the table, in its order."""
     with Path(__file__).with_name("cards.csv").open(encoding="utf-8", newline="") as lines:
-        return tuple(
-            Card(
-                row["name"],
-                row["compute_capability"],
-                int(row["memory_mib"]) * MIB,
-                row["drives_screen"] == "yes",
-                row["half"],
-                row["memory_from"],
-            )
-            for row in csv.DictReader(lines)
-        )
+        return tuple(_card(row) for row in csv.DictReader(lines))
+
+
+def _card(row: dict[str, str]) -> Card:
+    gib, kind = int(row["memory_gib"]), row["kind"]
+    least = int(gib * 1024 * LEAST_SHARE.get(kind, LEAST_SHARE[""]))
+    mib = int(row["cuda_mib"] or least)
+    also = tuple(name for name in row["also"].split(";") if name)
+    return Card(
+        row["name"], row["compute_capability"], gib, mib * MIB, kind, row["half"], bool(row["cuda_mib"]), also
+    )
 
 
 def architecture_of(text: str) -> str | None:
     """The architecture that a name such as ``sm86`` or ``SM_86`` stands for, if a model answers for it; else None.
 
+    One that the table lacks is answered by the highest below it of the same major version, whose code it runs.
+
     Examples
     --------
-    >>> architecture_of("sm86"), architecture_of("t4")
-    ('sm86', None)
+    >>> architecture_of("sm86"), architecture_of("sm87"), architecture_of("t4")
+    ('sm86', 'sm86', None)
     """
     match = _ARCHITECTURE.fullmatch(text.strip().lower())
-    found = f"sm{match[1]}" if match else None
-    return found if found in KERNELS else None
+    if match is None:
+        return None
+    wanted = int(match[1])
+    below = [n for n in (int(known[2:]) for known in KERNELS) if n <= wanted and n // 10 == wanted // 10]
+    return f"sm{max(below)}" if below else None
 
 
 def find_card(text: str) -> Card | None:
     """The card that a name stands for: as the driver writes it, as people do, or its number alone; None if there is none.
 
-    Where cards of one name differ in memory, the first of the table is meant, unless an amount is named too.
+    Of cards that share the name and differ in memory the one with the least is meant, unless an amount is named too.
 
     Raises
     ------
     UnknownModel
-        If the name fits several cards that differ in architecture or memory.
+        If the name fits several cards that differ in architecture, or the card is not sold with the amount named.
 
     Examples
     --------
-    >>> find_card("RTX 3060").memory_bytes >> 30, find_card("NVIDIA GeForce RTX 3060 Laptop GPU").memory_bytes >> 30
-    (12, 6)
-    >>> find_card("4090").name, find_card("a100 80gb").memory_bytes >> 30
+    >>> find_card("RTX 3060").memory_gib, find_card("rtx 3060 12GB").memory_gib
+    (8, 12)
+    >>> find_card("4090").name, find_card("a100 80gb").memory_gib
     ('NVIDIA GeForce RTX 4090', 80)
     """
-    exact = [card for card in table() if card.name.lower() == text.strip().lower()]
-    if exact:
-        return exact[0]
-    slug, amount = card_slug(text), _AMOUNT.search(text.lower().replace("-", " "))
-    cards = [card for card in table() if card.slug == slug]
-    if not cards:
-        known = list(dict.fromkeys(card.slug for card in table()))
-        slugs = [one for one in known if one.endswith(slug)] or [one for one in known if one.startswith(slug)]
-        cards = [card for card in table() if card.slug in slugs] if len(slug) > 1 else []
-    if amount:
-        cards = [card for card in cards if round(card.memory_bytes / GIB) == int(amount[1])] or cards
+    cards = _named(text)
+    amount = _AMOUNT.search(text.lower().replace("-", " "))
+    if amount and len(cards) > 1:
+        known = sorted({card.memory_gib for card in cards})
+        cards = [card for card in cards if card.memory_gib == int(amount[1])]
+        if not cards:
+            raise UnknownModel(
+                f"there is no '{text}' in the table of cards; there are those of {listed(known)} GiB", given=text
+            )
     if not cards:
         return None
-    first = cards[0]
-    if any(card.slug != first.slug for card in cards) and _differ(cards):
+    slugs = dict.fromkeys(card.slug for card in cards)
+    if len(slugs) > 1:
         raise UnknownModel(
-            f"'{text}' fits several cards: {listed(dict.fromkeys(card.slug for card in cards))}; give one of these",
+            f"'{text}' fits several cards: {listed(list(slugs)[:MOST_NAMED])}"
+            f"{' and others' if len(slugs) > MOST_NAMED else ''}; give one of these (sdfit cards lists them)",
             given=text,
-            known=[card.slug for card in cards],
+            known=list(slugs),
         )
-    return first
+    return min(cards, key=lambda card: card.memory_bytes - DESKTOP_BYTES * card.drives_screen)
+
+
+def _named(text: str) -> list[Card]:
+    """Every card that a name may stand for: by its whole name, else by its short one, else by the end or start of that."""
+    whole, slug = _whole(text), card_slug(text)
+    number = len(slug) > 1 and any(map(str.isdigit, slug))
+
+    def ends(name: str) -> bool:
+        return number and name.endswith(slug) and not name[: -len(slug)][-1:].isdigit()
+
+    for known in (
+        lambda card: whole == _whole(card.name),
+        lambda card: slug in _slugs(card),
+        lambda card: any(map(ends, _slugs(card))),
+        lambda card: len(slug) > 3 and card.slug.startswith(slug),
+    ):
+        found = [card for card in table() if known(card)]
+        if found:
+            return found
+    return []
+
+
+@cache
+def _slugs(card: Card) -> tuple[str, ...]:
+    return (card.slug, *map(card_slug, card.also))
+
+
+def _whole(name: str) -> str:
+    """A name without makers, case and spaces, but with its build and memory."""
+    return "".join(word for word in re.split(r"[^a-z0-9.]+", name.lower()) if word not in _MAKERS)
+
+
+def also_sold(card: Card) -> list[int]:
+    """Other amounts of memory that cards of this short name have [GiB].
+
+    Examples
+    --------
+    >>> also_sold(find_card("rtx3060")), also_sold(find_card("rtx3060 12gb")), also_sold(find_card("t4"))
+    ([12], [8], [])
+    """
+    return sorted({other.memory_gib for other in table() if other.slug == card.slug} - {card.memory_gib})
 
 
 def kernels_of(name: str) -> str | None:
@@ -191,9 +287,5 @@ def kernels_of(name: str) -> str | None:
     architecture = architecture_of(name)
     if architecture is None:
         card = find_card(name)
-        architecture = card.architecture if card else ""
-    return KERNELS.get(architecture)
-
-
-def _differ(cards: Sequence[Card]) -> bool:
-    return len({(card.architecture, card.memory_bytes) for card in cards}) > 1
+        architecture = architecture_of(card.architecture) if card else None
+    return KERNELS.get(architecture or "")

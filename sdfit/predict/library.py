@@ -10,9 +10,10 @@ from pathlib import Path
 from sdfit.errors import SimulatedModelWarning, UnknownModel, listed
 from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_card, table
 from sdfit.predict.loading import load_artifact
-from sdfit.predict.nvml import Nvml
+from sdfit.predict.nvml import Here, here
 from sdfit.predict.predictor import Predictor
 from sdfit.shipped import shipped
+from sdfit.units import GIB
 
 AUTO = "auto"
 _warned: set[str] = set()
@@ -33,7 +34,7 @@ def available() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def find_model(name: str | Path) -> tuple[Path, str, Card | None]:
+def find_model(name: str | Path) -> tuple[Path, str | None, Card | None]:
     """Find the model that answers for a name.
 
     Parameters
@@ -45,8 +46,8 @@ def find_model(name: str | Path) -> tuple[Path, str, Card | None]:
     Returns
     -------
     path : Path
-    short : str
-        What to call it: the card, the architecture, or the model's own name.
+    short : str or None
+        What to call it: the card, the architecture, or the model's own name; None for a path: the name in the file.
     card : Card or None
         None where it is no card of the table.
 
@@ -57,43 +58,73 @@ def find_model(name: str | Path) -> tuple[Path, str, Card | None]:
     """
     text = str(name)
     if text.endswith(".joblib") or "/" in text or os.sep in text:
-        return Path(name), Path(name).stem, find_card(Path(name).stem)
+        return Path(name), None, None
     known = available()
     if text.lower() == AUTO:
-        text = _here(known)
+        return _model_of(_card_here(known), known)
     own = next((t for t in (text, text.lower(), card_slug(text)) if t in known), None)
     if own is not None:
-        return known[own], own, None if architecture_of(own) else find_card(own)
-    architecture, card = architecture_of(text), None
-    if architecture is None:
-        card = find_card(text)
-        architecture = card.architecture if card else None
-    if card is not None and card.slug in known:
-        return known[card.slug], card.slug, card
-    model = KERNELS.get(architecture or "")
-    if architecture is None or model not in known:
-        slug = card_slug(text)
-        close = get_close_matches(slug, [*known, *(one.slug for one in table())], n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UnknownModel(
-            f"no model for '{text}'; there are: {listed(known)}, and those of the cards that sdfit cards lists.{hint} Measure "
-            f"one: sdfit sweep --gpu {slug}, then sdfit fit",
-            given=text,
-            known=list(known),
-        )
-    return known[model], card.slug if card else architecture, card
-
-
-def _here(known: dict[str, Path]) -> str:
-    card = Nvml.first()
+        return known[own], own, _row_of(own)
+    architecture = architecture_of(text)
+    if architecture is not None:
+        model = KERNELS[architecture]
+        if model in known:
+            return known[model], architecture, None
+    card = find_card(text)
     if card is None:
+        raise _unknown(text, known)
+    return _model_of(card, known)
+
+
+def _model_of(card: Card, known: dict[str, Path]) -> tuple[Path, str, Card]:
+    """A card's own model, else that of its architecture."""
+    architecture = architecture_of(card.architecture) or ""
+    model = next((m for m in (card.slug, architecture, KERNELS.get(architecture)) if m in known), None)
+    if model is None:
+        raise _unknown(card.slug, known, f"a {card.name} is of the architecture {card.architecture}; ")
+    return known[model], card.slug, card
+
+
+def _row_of(name: str) -> Card | None:
+    """The card that a model is named after, if it is named after one."""
+    try:
+        return None if architecture_of(name) else find_card(name)
+    except UnknownModel:  # fits several
+        return None
+
+
+def _card_here(known: dict[str, Path]) -> Card:
+    """The card in this machine: its row of the table, by name and memory, or one made of what the driver says."""
+    found = here()
+    if found is None:
         raise UnknownModel(
-            f"there is no card in this machine (or NVML is not installed); name one: --gpu {next(iter(known), 't4')}, or one "
-            "of: sdfit cards",
+            f"there is no card in this machine that can be asked (nvidia-ml-py or torch would); name one: --gpu "
+            f"{next(iter(known), 't4')}, or one of: sdfit cards",
             given=AUTO,
             known=list(known),
         )
-    return card.name
+    return card_of(found)
+
+
+def card_of(found: Here) -> Card:
+    """The row of the table that a card in this machine has, or one made of what the driver says of it."""
+    rows = [card for card in table() if card.slug == card_slug(found.name)]
+    if not rows:
+        total = found.total_bytes
+        return Card(found.name, found.compute_capability, round(total / GIB), total)
+    return min(rows, key=lambda card: abs(card.memory_gib * GIB - found.total_bytes))
+
+
+def _unknown(text: str, known: dict[str, Path], why: str = "") -> UnknownModel:
+    slug = card_slug(text)
+    close = get_close_matches(slug, [*known, *dict.fromkeys(card.slug for card in table())], n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close and close[0] != slug else ""
+    return UnknownModel(
+        f"no model for '{text}'; {why}there are: {listed(known)}, and those of the cards that sdfit cards lists.{hint} Measure "
+        f"one: sdfit sweep --gpu {slug}, then sdfit fit",
+        given=text,
+        known=list(known),
+    )
 
 
 def load(name: str | Path = AUTO) -> Predictor:
@@ -120,8 +151,9 @@ def load(name: str | Path = AUTO) -> Predictor:
         Once per name, if the model does not rest on a sweep of that card.
     """
     path, short, card = find_model(name)
-    predictor = Predictor(load_artifact(path), path, short, card)
-    once = f"{short} {path.absolute()}"
+    artifact = load_artifact(path)
+    predictor = Predictor(artifact, path, short, card if short is not None else _row_of(artifact.name))
+    once = f"{predictor.name} {path.absolute()}"
     if predictor.provenance != "measured" and once not in _warned:
         _warned.add(once)
         warnings.warn(predictor.rests_on, SimulatedModelWarning, stacklevel=2)

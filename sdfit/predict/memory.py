@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdfit.errors import InvalidWorkload
-from sdfit.predict.cards import CONTEXT_BYTES, Card, card_slug
-from sdfit.predict.nvml import Nvml
-from sdfit.units import MIB, format_bytes, parse_bytes
+from sdfit.errors import InvalidWorkload, listed
+from sdfit.predict.cards import DESKTOP_BYTES, Card, also_sold, context_bytes
+from sdfit.predict.nvml import Here, here
+from sdfit.units import format_bytes, parse_bytes
 
-DESKTOP_BYTES = 600 * MIB
-"""What a desktop and a browser take on a card that drives a screen: assumed, not measured."""
 FREE = "free"
 
 
@@ -55,29 +53,46 @@ def available(memory: str | float | None, card: Card | None = None) -> Memory:
     >>> available("8g").words
     '8.000 GiB as given'
     >>> from sdfit.predict.cards import find_card
-    >>> available(None, find_card("Tesla P40")).words
-    '23.561 GiB: 24.000 GiB of a Tesla P40 less 450.0 MiB for a CUDA context (assumed)'
+    >>> available(None, find_card("Tesla T4")).words
+    '14.312 GiB: 14.562 GiB that CUDA has on a Tesla T4 less 256.0 MiB for a CUDA context (assumed)'
     """
-    if memory is not None and memory != FREE:
+    if memory is not None and not (isinstance(memory, str) and memory.strip().lower() == FREE):
         amount = parse_bytes(memory)
         return Memory(amount, f"{format_bytes(amount)} as given")
-    here = Nvml.first(card_slug(card.name) if card else None)
-    if here is not None:
-        free = max(here.total() - here.used() - CONTEXT_BYTES, 1)
-        return Memory(
-            free,
-            f"{format_bytes(free)}: {format_bytes(here.total())} of the {here.name} here less {format_bytes(here.used())} in "
-            f"use and {format_bytes(CONTEXT_BYTES)} for a CUDA context (assumed)",
+    found = here(card.slug if card else None)
+    if found is not None:
+        return _free(found)
+    if memory is not None:
+        which = f"no {card.name}" if card else "no card"
+        raise InvalidWorkload(
+            f"there is {which} here whose free memory could be asked for; give --memory, as in 8GiB, or leave it out for "
+            "what the card named by --gpu leaves",
+            given=memory,
         )
-    if memory == FREE:
-        raise InvalidWorkload("there is no card here whose free memory could be asked for; give --memory, as in 8GiB")
     if card is None:
         raise InvalidWorkload(
             "how much memory there is cannot be known; give --memory, as in 8GiB, or a card of: sdfit cards"
         )
-    taken = [(CONTEXT_BYTES, "a CUDA context")] + [(DESKTOP_BYTES, "a desktop")] * card.drives_screen
+    return _left(card)
+
+
+def _free(card: Here) -> Memory:
+    """What is free on a card in this machine."""
+    context = 0 if card.context else context_bytes(card.total_bytes)
+    free = max(card.free_bytes - context, 1)
+    used = card.total_bytes - card.free_bytes
+    less = f"{format_bytes(used)} in use" + (f" and {format_bytes(context)} for a CUDA context (assumed)" if context else "")
+    return Memory(free, f"{format_bytes(free)} free: {format_bytes(card.total_bytes)} of the {card.name} here less {less}")
+
+
+def _left(card: Card) -> Memory:
+    """What a card leaves that nobody is known to use."""
+    taken = [(card.context_bytes, "a CUDA context")] + [(DESKTOP_BYTES, "a desktop")] * card.drives_screen
     left = card.memory_bytes - sum(amount for amount, _ in taken)
+    has = "that CUDA has on" if card.found else f"that CUDA is taken to have of {card.memory_gib} GiB on"
     less = " and ".join(f"{format_bytes(amount)} for {what}" for amount, what in taken)
-    return Memory(
-        left, f"{format_bytes(left)}: {format_bytes(card.memory_bytes)} of a {card.name} less {less} (assumed)"
-    )
+    words = f"{format_bytes(left)}: {format_bytes(card.memory_bytes)} {has} a {card.name} less {less} (assumed)"
+    others = also_sold(card)
+    if others:
+        words += f"; it is sold with {listed(others)} GiB too: --gpu {card.slug}-{others[-1]}gb"
+    return Memory(left, words)

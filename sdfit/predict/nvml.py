@@ -1,7 +1,14 @@
-"""Memory in use on a whole card, as NVML counts it; None of it where there is no driver or no library."""
+"""The cards in this machine: memory in use on a whole card, as NVML counts it, and what is free on one.
+
+None of it where there is no driver or no library: nothing here is imported before it is asked for.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sdfit.predict.cards import card_slug
@@ -43,34 +50,113 @@ class Nvml:
             found[uuid.decode() if isinstance(uuid, bytes) else uuid] = handle
         return found
 
-    @classmethod
-    def first(cls, slug: str | None = None) -> Nvml | None:
-        """The first card of the machine, or the first of a short name; None if there is none."""
-        library = _library()
-        found = [cls(library, handle) for handle in cls._handles().values()] if library is not None else []
-        return next((card for card in found if slug is None or card_slug(card.name) == slug), None)
-
-    @property
-    def name(self) -> str:
-        """As NVML writes it."""
-        name = self._library.nvmlDeviceGetName(self._handle)
-        return name.decode() if isinstance(name, bytes) else str(name)
-
-    def total(self) -> int:
-        """Bytes of the card."""
-        return int(self._library.nvmlDeviceGetMemoryInfo(self._handle).total)
-
     def used(self) -> int:
         """Bytes in use on the card."""
         return _used(self._library, self._handle)
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """A card in this machine, as it is now.
+
+    Parameters
+    ----------
+    name : str
+        As NVML writes it.
+    compute_capability : str
+        As ``"8.6"``.
+    total_bytes : int
+        What CUDA can hand out of it in all, nearly: the driver's own part is left out.
+    free_bytes : int
+        What of it nobody uses, but for this process.
+    context : bool
+        Whether this process has its CUDA context already; if not, that comes off what is free.
+    """
+
+    name: str
+    compute_capability: str
+    total_bytes: int
+    free_bytes: int
+    context: bool = False
+
+
+def here(slug: str | None = None) -> Here | None:
+    """The card in this machine that a process would take, or the first of a short name; None if there is none.
+
+    PyTorch is asked where this process uses it on a card already, otherwise NVML, which starts nothing on the card, and
+    PyTorch again where NVML is not installed. ``CUDA_VISIBLE_DEVICES`` is obeyed.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found = [_of_torch(torch, index) for index in range(torch.cuda.device_count())]
+    else:
+        found = _of_nvml()
+        if found is None:
+            found = _ask_torch()
+    return next((card for card in found if slug is None or card_slug(card.name) == slug), None)
+
+
+def _of_torch(torch: Any, index: int) -> Here:
+    """What PyTorch says of a card; what this process holds of it already is its own to use."""
+    facts = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    own = int(torch.cuda.memory_reserved(index))
+    return Here(facts.name, f"{facts.major}.{facts.minor}", int(total), int(free) + own, context=True)
+
+
+def _ask_torch() -> list[Here]:
+    """The cards by PyTorch, where it is installed: slow, and it starts a context on each."""
+    try:
+        import torch
+
+        return [_of_torch(torch, index) for index in range(torch.cuda.device_count())]
+    except (ImportError, RuntimeError):
+        return []
+
+
+def _of_nvml() -> list[Here] | None:
+    """The cards that a CUDA process would see, by NVML; None if it is not there."""
+    library = _library()
+    if library is None:
+        return None
+    found = []
+    for handle in _visible(Nvml._handles()):
+        memory = _memory(library, handle)
+        major, minor = library.nvmlDeviceGetCudaComputeCapability(handle)
+        kept = int(getattr(memory, "reserved", 0))
+        name = library.nvmlDeviceGetName(handle)
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        found.append(Here(name, f"{major}.{minor}", int(memory.total) - kept, int(memory.free)))
+    return found
+
+
+def _visible(handles: Mapping[str, Any]) -> list[Any]:
+    """The handles that ``CUDA_VISIBLE_DEVICES`` names, in its order: up to the first that names none, as CUDA reads it."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return list(handles.values())
+    found: list[Any] = []
+    for word in chosen.split(","):
+        word = word.strip()
+        if word.isdigit() and int(word) < len(handles):
+            found.append(list(handles.values())[int(word)])
+        elif len(named := [h for uuid, h in handles.items() if word and uuid.startswith(word)]) == 1:
+            found += named
+        else:
+            break
+    return found
+
+
 def _used(library: Any, handle: Any) -> int:
+    return int(_memory(library, handle).used)
+
+
+def _memory(library: Any, handle: Any) -> Any:
     version = getattr(library, "nvmlMemory_v2", None)
     try:  # version 2 leaves out what the driver keeps for itself, as nvidia-smi does
-        return int(library.nvmlDeviceGetMemoryInfo(handle, version=version).used)
+        return library.nvmlDeviceGetMemoryInfo(handle, version=version)
     except (library.NVMLError, TypeError):
-        return int(library.nvmlDeviceGetMemoryInfo(handle).used)
+        return library.nvmlDeviceGetMemoryInfo(handle)
 
 
 def _library() -> Any:

@@ -12,7 +12,7 @@ from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload, listed
 from sdfit.predict import advise, conformal, verdict
 from sdfit.predict.artifact import RESTS_ON, Artifact
-from sdfit.predict.cards import Card, find_card
+from sdfit.predict.cards import CONTEXT_BYTES, Card, find_card
 from sdfit.predict.memory import available
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.table import predict_table
@@ -80,6 +80,11 @@ class Predictor:
         return tuple(name for name in METRICS if name in known)
 
     @property
+    def context_bytes(self) -> int:
+        """The CUDA context that device memory counts where no sweep measured it; of an unknown card the largest one."""
+        return self.card.context_bytes if self.card is not None else CONTEXT_BYTES[-1][1]
+
+    @property
     def rests_on(self) -> str:
         """One line on which model answers for a card, and what its numbers rest on."""
         artifact, card = self.artifact, self.card
@@ -115,7 +120,7 @@ class Predictor:
         found = self._variants.get(key)
         if found is None:
             key = tuple(one_of(n, v) for n, v in zip(VARIANT_FIELDS, key, strict=True))
-            found = self._variants[key] = Variant(self.artifact, key)
+            found = self._variants[key] = Variant(self.artifact, key, self.context_bytes)
         return found
 
     def __call__(

@@ -35,7 +35,6 @@ from sdfit.equation.weights import baseline_label, with_both_baselines
 from sdfit.errors import UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
-from sdfit.predict.cards import CONTEXT_BYTES
 from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -46,6 +45,14 @@ TINY_TILES = "fails in diffusers itself: AutoencoderTiny blends its tiles in flo
 
 class Variant:
     """What one variant takes from an artifact.
+
+    Parameters
+    ----------
+    artifact : Artifact
+    key : tuple
+        Values of `sdfit.workload.VARIANT_FIELDS`.
+    context_bytes : int
+        Of the card's CUDA context, which device memory counts where the records hold none of it.
 
     Attributes
     ----------
@@ -62,8 +69,8 @@ class Variant:
         If a stage was never swept; names what was.
     """
 
-    def __init__(self, artifact: Artifact, key: VariantKey) -> None:
-        self.artifact, self.key = artifact, key
+    def __init__(self, artifact: Artifact, key: VariantKey, context_bytes: int = 0) -> None:
+        self.artifact, self.key, self.context_bytes = artifact, key, context_bytes
         values = dict(zip(VARIANT_FIELDS, key, strict=True))
         self.slicing, self.tiling = bool(values["vae_slicing"]), bool(values["vae_tiling"])
         self._one_pass = not (self.slicing or self.tiling)
@@ -84,7 +91,7 @@ class Variant:
         self._groups: dict[tuple[str, int], Mapping[str, Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Variant, (self.artifact, self.key))
+        return (Variant, (self.artifact, self.key, self.context_bytes))
 
     def _resident(self, stage: str, values: Mapping[str, Any]) -> int:
         """Bytes of weights in a stage."""
@@ -182,7 +189,7 @@ class Variant:
         if metric == "allocated":
             return highest(peaks)
         if metric == "device" and self._basis(metric) == "reserved":
-            return self.metric(peaks, "reserved", sizes) + CONTEXT_BYTES
+            return self.metric(peaks, "reserved", sizes) + self.context_bytes
         if metric not in self._metrics:
             raise UnknownVariant(
                 f"'{self.artifact.name}' has no '{metric}'; it has: {listed(['allocated', *self._metrics])}",

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from sdfit.errors import UnknownModel
-from sdfit.predict.cards import KERNELS, Card, card_slug, find_card, table
-from sdfit.units import GIB, MIB
+from sdfit.predict.cards import DESKTOP_BYTES, KERNELS, KINDS, Card, card_slug, find_card, table
+from sdfit.units import GIB
 
 NAMES = {
     "NVIDIA A100-SXM4-80GB": "a100",
@@ -61,45 +61,73 @@ def test_a_name_of_nothing_but_makers_still_has_a_name() -> None:
 
 
 def test_the_table_holds_the_common_cards() -> None:
-    """At least 80, no name twice, every number plausible, every architecture one that a model answers for."""
-    names = [card.name for card in table()]
-    assert len(names) >= 80 and len(set(names)) == len(names)
+    """At least 80, none twice, every number plausible, every architecture one that a model answers for."""
+    rows = [(card.name, card.memory_gib) for card in table()]
+    assert len({card.slug for card in table()}) >= 80 and len(set(rows)) == len(rows)
+    assert sorted({card.kind for card in table()}) == sorted(KINDS)
     for card in table():
-        assert 2 * GIB <= card.memory_bytes <= 192 * GIB and card.memory_bytes % MIB == 0
-        assert card.half in ("fast", "slow", "wrong") and card.memory_from in ("nvidia-smi", "nominal")
-        assert card.architecture in KERNELS
-        assert (card.half == "wrong") == ("GTX 16" in card.name)
+        assert 2 <= card.memory_gib <= 192 and 0.9 < card.memory_bytes / (card.memory_gib * GIB) < 1, card
+        assert card.half in ("fast", "slow", "wrong") and card.architecture in KERNELS
+        assert (card.half == "slow") == (card.architecture == "sm61")
+        assert card.context_bytes + DESKTOP_BYTES * card.drives_screen < card.memory_bytes
+    wrong = {card.slug for card in table() if card.half == "wrong"}
+    assert wrong == {slug for slug in wrong if re.search("gtx16|t600|t1000|t2000", slug)}
+    assert wrong >= {card.slug for card in table() if "GTX 16" in card.name}
 
 
-@pytest.mark.parametrize("card", table(), ids=lambda card: card.name)
-def test_every_card_is_found_by_its_name(card: Card) -> None:
-    """As the driver writes it, as people do, and by its short name: a card of that architecture."""
-    assert find_card(card.name) == card
+def test_cards_of_one_short_name_are_of_one_architecture() -> None:
+    """Whatever else tells them apart, the same model answers, and float16 is as good."""
+    for slug in {card.slug for card in table()}:
+        assert len({(card.architecture, card.half) for card in table() if card.slug == slug}) == 1, slug
+
+
+def test_no_name_leads_to_another_card() -> None:
+    """No card's other name is a card's short name or another card's other name."""
+    slugs = {card.slug for card in table()}
+    others = [(card_slug(name), card.slug) for card in table() for name in card.also]
+    assert not [pair for pair in others if pair[0] in slugs - {pair[1]}]
+    assert len({name for name, _ in others}) == len(set(others))
+
+
+@pytest.mark.parametrize("card", table(), ids=lambda card: f"{card.name} {card.memory_gib}")
+def test_every_card_is_found_by_its_names(card: Card) -> None:
+    """As the driver writes it, as people do, by its short name, and by its memory: a card of that kind."""
     people = re.sub("NVIDIA |GeForce |Tesla |Quadro | Generation| GPU", "", card.name)
-    for name in (card.slug, people, people.lower(), people.replace(" ", "-")):
+    for name in (card.name, card.slug, people, people.lower(), people.replace(" ", "-"), *card.also):
         found = find_card(name)
         assert found is not None and (found.slug, found.architecture) == (card.slug, card.architecture)
+        alike = [c.memory_gib for c in table() if c.name == card.name]
+        assert name != card.name or (found.name, found.memory_gib) == (card.name, min(alike))
+    named = find_card(f"{card.slug}-{card.memory_gib}gb")
+    assert named is not None and (named.slug, named.memory_gib) == (card.slug, card.memory_gib)
 
 
 @pytest.mark.parametrize(
-    ("text", "name"),
+    ("text", "name", "gib"),
     [
-        ("4090", "NVIDIA GeForce RTX 4090"), ("3060", "NVIDIA GeForce RTX 3060"), ("1080ti", "NVIDIA GeForce GTX 1080 Ti"),
-        ("A6000", "NVIDIA RTX A6000"), ("A100 80GB", "NVIDIA A100-SXM4-80GB"), ("rtx 3060 8gb", "NVIDIA GeForce RTX 3060 8GB"),
-        ("v100-32gb", "Tesla V100-SXM2-32GB"), ("tesla t4", "Tesla T4"), ("rtx 6000 ada", "NVIDIA RTX 6000 Ada Generation"),
+        ("4090", "NVIDIA GeForce RTX 4090", 24), ("3060", "NVIDIA GeForce RTX 3060", 8),
+        ("1080ti", "NVIDIA GeForce GTX 1080 Ti", 11), ("A6000", "NVIDIA RTX A6000", 48),
+        ("A100 80GB", "NVIDIA A100 80GB PCIe", 80), ("a100", "NVIDIA A100-PCIE-40GB", 40),
+        ("rtx 3060 12gb", "NVIDIA GeForce RTX 3060", 12), ("v100-32gb", "Tesla V100-PCIE-32GB", 32),
+        ("tesla t4", "Tesla T4", 16), ("rtx 6000 ada", "NVIDIA RTX 6000 Ada Generation", 48),
+        ("RTX 3060 Laptop", "NVIDIA GeForce RTX 3060 Laptop GPU", 6), ("h100 nvl", "NVIDIA H100 NVL", 94),
+        ("2060 laptop", "NVIDIA GeForce RTX 2060", 6), ("rtx pro 6000", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 96),
+        ("NVIDIA GeForce RTX 2070 with Max-Q Design", "NVIDIA GeForce RTX 2070", 8), ("geforce gtx 1660", "NVIDIA GeForce GTX 1660", 6),
     ],
 )  # fmt: skip
-def test_names_as_people_write_them(text: str, name: str) -> None:
-    """A number alone, an amount beside it, any case."""
+def test_names_as_people_write_them(text: str, name: str, gib: int) -> None:
+    """A number alone, an amount beside it, any case; of several amounts the least."""
     found = find_card(text)
-    assert found is not None and found.name == name
+    assert found is not None and (found.name, found.memory_gib) == (name, gib)
 
 
 def test_a_name_that_fits_several_cards_is_asked_about() -> None:
-    """With those that it fits; and what is no card is None."""
+    """With those that it fits; what is no card is None; an amount that a card is not sold with is refused."""
     with pytest.raises(UnknownModel, match="'5000' fits several cards: "):
         find_card("5000")
-    assert find_card("voodoo2") is None and find_card("a") is None
+    with pytest.raises(UnknownModel, match="no 'rtx 3060 16gb' in the table of cards; there are those of 8, 12 GiB"):
+        find_card("rtx 3060 16gb")
+    assert [find_card(name) for name in ("voodoo2", "a", "rtx", "980 ti", "090", "")] == [None] * 6
 
 
 def test_architectures_that_share_a_model_have_the_same_kernels() -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sdfit.errors import InvalidWorkload
-from sdfit.predict import memory
-from sdfit.predict.cards import CONTEXT_BYTES, find_card
-from sdfit.predict.memory import DESKTOP_BYTES, available
+from sdfit.predict import memory, nvml
+from sdfit.predict.cards import DESKTOP_BYTES, context_bytes, find_card
+from sdfit.predict.memory import available
+from sdfit.predict.nvml import Here
 from sdfit.units import GIB, MIB
 
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without one, whatever this one has."""
-    monkeypatch.setattr(memory.Nvml, "first", classmethod(lambda cls, slug=None: None))
+    monkeypatch.setattr(memory, "here", lambda slug=None: None)
 
 
 @pytest.mark.parametrize(
@@ -33,30 +35,89 @@ def test_a_named_card_leaves_what_context_and_desktop_do_not_take() -> None:
     """A desktop only where there usually is one."""
     t4, rtx = find_card("t4"), find_card("rtx3060")
     assert t4 and rtx
-    assert available(None, t4).memory_bytes == t4.memory_bytes - CONTEXT_BYTES
-    assert available(None, rtx).memory_bytes == rtx.memory_bytes - CONTEXT_BYTES - DESKTOP_BYTES
+    assert available(None, t4).memory_bytes == t4.memory_bytes - 256 * MIB
+    assert available(None, rtx).memory_bytes == rtx.memory_bytes - 256 * MIB - DESKTOP_BYTES
     assert "desktop" in available(None, rtx).words and "desktop" not in available(None, t4).words
 
 
-def test_the_card_here_is_asked_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its total less what is in use and a context, and the words say so."""
-    here = SimpleNamespace(name="Tesla T4", total=lambda: 15 * GIB, used=lambda: 2 * GIB)
-    monkeypatch.setattr(
-        memory.Nvml, "first", classmethod(lambda cls, slug=None: here if slug in (None, "t4") else None)
-    )
+def test_a_name_of_several_cards_means_the_smallest_and_says_how_to_name_the_others() -> None:
+    """An RTX 3060 may have 8 GiB or 12; what is safe on the first is safe on both."""
+    small, large = find_card("rtx3060"), find_card("rtx3060-12gb")
+    assert small and large and small.memory_gib == 8 and large.memory_gib == 12
+    assert "it is sold with 12 GiB too: --gpu rtx3060-12gb" in available(None, small).words
+    assert available(None, large).memory_bytes > available(None, small).memory_bytes + 3 * GIB
+
+
+@pytest.mark.parametrize("asked", [None, "free", " Free"])
+def test_the_card_here_is_asked_what_is_free(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free less a context, or, where the process has one already, what is free; another card is not asked."""
+    t4 = Here("Tesla T4", "7.5", 15 * GIB, 13 * GIB)
+    monkeypatch.setattr(memory, "here", lambda slug=None: t4 if slug in (None, "t4") else None)
     for card in (None, find_card("t4")):
-        for asked in (None, "free"):
-            found = available(asked, card)
-            assert found.memory_bytes == 13 * GIB - CONTEXT_BYTES and "2.000 GiB in use" in found.words
+        found = available(asked, card)
+        assert found.memory_bytes == 13 * GIB - context_bytes(15 * GIB) and "2.000 GiB in use" in found.words
     other = find_card("a100")
-    assert other and available(None, other).memory_bytes == other.memory_bytes - CONTEXT_BYTES
+    assert other and available(None, other).memory_bytes == other.memory_bytes - other.context_bytes
+    running = Here("Tesla T4", "7.5", 15 * GIB, 13 * GIB, context=True)
+    monkeypatch.setattr(memory, "here", lambda slug=None: running)
+    assert available(asked).memory_bytes == 13 * GIB
 
 
 def test_what_cannot_be_known_is_asked_for() -> None:
     """Neither an amount nor a card, or free memory without one; a bare number has no unit."""
     with pytest.raises(InvalidWorkload, match="give --memory, as in 8GiB"):
         available(None)
-    with pytest.raises(InvalidWorkload, match="no card here whose free memory"):
+    with pytest.raises(InvalidWorkload, match="no Tesla T4 here whose free memory"):
         available("free", find_card("t4"))
     with pytest.raises(InvalidWorkload, match="'12' has no unit; write 12GiB"):
         available("12")
+
+
+class Library:
+    """pynvml on a machine with a T4 and an A100, of which the driver keeps some."""
+
+    NVMLError = RuntimeError
+    nvmlMemory_v2 = 2
+    CARDS = ((b"GPU-aa", b"Tesla T4", (7, 5), 15 * GIB), (b"GPU-bb", "NVIDIA A100-SXM4-40GB", (8, 0), 40 * GIB))
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.CARDS)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
+        return self.CARDS[index]
+
+    def nvmlDeviceGetUUID(self, handle: Any) -> Any:
+        return handle[0]
+
+    def nvmlDeviceGetName(self, handle: Any) -> Any:
+        return handle[1]
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Any) -> Any:
+        return handle[2]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any, version: int | None = None) -> Any:
+        total, used, kept = handle[3], GIB, 448 * MIB
+        if version is None:
+            return SimpleNamespace(total=total, used=used + kept, free=total - used - kept)
+        return SimpleNamespace(total=total, used=used, free=total - used - kept, reserved=kept)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"), [(None, "Tesla T4"), ("1,0", "NVIDIA A100-SXM4-40GB"), ("GPU-b", "NVIDIA A100-SXM4-40GB"), ("", None), ("7", None)]
+)  # fmt: skip
+def test_the_card_that_cuda_would_see_is_asked(
+    visible: str | None, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA_VISIBLE_DEVICES chooses; what the driver keeps for itself is neither in the total nor free."""
+    monkeypatch.setattr(nvml, "_library", Library)
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = nvml.here()
+    assert (found and found.name) == name
+    if found:
+        assert found.total_bytes % GIB == 576 * MIB and found.total_bytes - found.free_bytes == GIB
+    only = nvml.here("a100")
+    assert only is None or only.compute_capability == "8.0"

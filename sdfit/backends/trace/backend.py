@@ -27,7 +27,8 @@ class TraceBackend:
     Parameters
     ----------
     gpu : str
-        The card that the trace stands for; ``auto`` and ``none`` stand for no card.
+        The card or architecture that the trace stands for; ``auto`` and ``none`` stand for no card. The records are named
+        after the architecture, which is all that a trace knows of a card.
     workspaces : bool
         Add the kernel workspaces known for that card's architecture; a card without an entry gets the bare trace.
     num_inference_steps : int
@@ -55,7 +56,7 @@ class TraceBackend:
         return {
             "backend": "trace",
             "gpu": f"none (a trace for '{self.gpu}')",
-            "name": self.gpu,
+            "name": self.gpu if self.kernels is None else self.kernels.architecture.name,
             "workspaces": table,
             "num_inference_steps": self.num_inference_steps,
             **software(),

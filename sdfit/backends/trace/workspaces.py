@@ -23,6 +23,7 @@ from sdfit.backends.trace.segments import CachingAllocator
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
+from sdfit.predict.cards import architecture_of, find_card
 from sdfit.workload import Workload
 
 HALF = ("float16", "bfloat16")
@@ -293,7 +294,7 @@ def workspaces_for(name: str) -> Workspaces:
     Parameters
     ----------
     name : str
-        ``sm75``, or a card of the table such as ``t4``.
+        ``sm75``, or a card such as ``t4``, as `sdfit.predict.cards.find_card` takes it.
 
     Raises
     ------
@@ -302,12 +303,18 @@ def workspaces_for(name: str) -> Workspaces:
 
     Examples
     --------
-    >>> workspaces_for("t4").architecture.name, workspaces_for("sm90").standing_bytes
-    ('sm75', 33554432)
+    >>> workspaces_for("t4").architecture.name, workspaces_for("RTX 3060").architecture.name
+    ('sm75', 'sm86')
     """
     for architecture in ARCHITECTURES.values():
         if name.lower() in (architecture.name, *architecture.gpus):
             return Workspaces(architecture)
+    found = architecture_of(name)
+    if found is None:
+        card = find_card(name)
+        found = architecture_of(card.architecture) if card is not None else None
+    if found is not None:
+        return Workspaces(ARCHITECTURES[found])
     known = [*ARCHITECTURES, *(gpu for a in ARCHITECTURES.values() for gpu in a.gpus)]
     raise SdfitError(f"no kernel workspaces are known for '{name}'{nearest(name, known)}", given=name)
 
