@@ -44,7 +44,7 @@ def predict(
 ) -> None:
     """Predict the peak memory of one run: what it requires, then what the counters will show."""
     from sdfit.predict.library import load
-    from sdfit.predict.predictor import DEFAULT_LEVEL
+    from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF
     from sdfit.predict.verdict import best_metric
 
     workload, f = workload_from(fields, image), load(gpu)
@@ -61,6 +61,8 @@ def predict(
         f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)"
     )
     lines += breakdown(next((peak for peak in peaks if peak.metric == "allocated"), peaks[0]))
+    if f.wrong_half and w.dtype == "float16":
+        lines.append(WRONG_HALF)
     click.echo("\n".join(lines))
 
 
@@ -247,38 +249,31 @@ def _options_in_words(options: list[Option], verb: str) -> list[str]:
 @json_option
 def cards(pattern: str, as_json: bool) -> int:
     """List the cards that sdfit knows by name, their memory, and which model answers for each."""
-    from sdfit.predict.cards import KERNELS, card_slug, table
-    from sdfit.predict.library import available
+    from sdfit.predict.cards import matching
+    from sdfit.predict.library import answering, available
+    from sdfit.predict.loading import load_artifact
+    from sdfit.predict.predictor import Predictor
 
-    wanted, models = card_slug(pattern) if pattern else "", available()
-    found = [
-        card
-        for card in table()
-        if wanted in card.slug or pattern.lower() in card.name.lower() or pattern == card.architecture
+    models = available()
+    found = [(card, answering(card, models)) for card in matching(pattern)]
+    artifacts = {name: load_artifact(models[name]) for name in {model for _, model in found if model}}
+    rests = [
+        Predictor(artifacts[model], models[model], card.slug, card).evidence if model else "no model yet"
+        for card, model in found
     ]
-    rows = []
-    for card in found:
-        model = card.slug if card.slug in models else KERNELS.get(card.architecture, "")
-        rows.append((card, model if model in models else "none"))
     if as_json:
-        fields = (
-            "name",
-            "slug",
-            "architecture",
-            "compute_capability",
-            "memory_bytes",
-            "drives_screen",
-            "half",
-            "memory_from",
-        )
-        click.echo(
-            json.dumps([{n: getattr(card, n) for n in fields} | {"model": model} for card, model in rows], indent=2)
-        )
+        rows = [card.to_dict() | {"model": m, "rests_on": why} for (card, m), why in zip(found, rests, strict=True)]
+        click.echo(json.dumps(rows, indent=2))
+    elif found:
+        lines = [("name", "--gpu", "architecture", "float16", "model", "rests on", "memory")]
+        lines += [
+            (c.name, c.typed, c.architecture, c.half, model or "none", why, format_bytes(c.memory_bytes))
+            for (c, model), why in zip(found, rests, strict=True)
+        ]
+        click.echo(aligned(lines, left=6))
     else:
-        lines = [("name", "--gpu", "architecture", "model", "float16", "memory")]
-        lines += [(c.name, c.slug, c.architecture, model, c.half, format_bytes(c.memory_bytes)) for c, model in rows]
-        click.echo(aligned(lines, left=5) if rows else f"sdfit: no card matches '{pattern}'", err=not rows)
-    return 0 if rows else 3
+        click.echo(f"sdfit: no card matches '{pattern}'", err=True)
+    return 0 if found else 3
 
 
 @click.command(epilog=example("sdfit models"))

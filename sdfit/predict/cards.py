@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sdfit.errors import UnknownModel, listed
 from sdfit.units import GIB, MIB
@@ -103,6 +104,11 @@ class Card:
         return card_slug(self.name)
 
     @property
+    def typed(self) -> str:
+        """What to type to mean this card and no other: with its memory where cards of one short name differ in it."""
+        return f"{self.slug}-{self.memory_gib}gb" if also_sold(self) else self.slug
+
+    @property
     def architecture(self) -> str:
         """As ``"sm86"``."""
         return "sm" + self.compute_capability.replace(".", "")
@@ -116,6 +122,16 @@ class Card:
     def context_bytes(self) -> int:
         """What a CUDA context on it is taken to need (`CONTEXT_BYTES`)."""
         return context_bytes(self.memory_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, amounts in bytes."""
+        return asdict(self) | {
+            "slug": self.slug,
+            "typed": self.typed,
+            "architecture": self.architecture,
+            "drives_screen": self.drives_screen,
+            "context_bytes": self.context_bytes,
+        }
 
 
 def context_bytes(total_bytes: int) -> int:
@@ -173,9 +189,7 @@ def _card(row: dict[str, str]) -> Card:
     least = int(gib * 1024 * LEAST_SHARE.get(kind, LEAST_SHARE[""]))
     mib = int(row["cuda_mib"] or least)
     also = tuple(name for name in row["also"].split(";") if name)
-    return Card(
-        row["name"], row["compute_capability"], gib, mib * MIB, kind, row["half"], bool(row["cuda_mib"]), also
-    )
+    return Card(row["name"], row["compute_capability"], gib, mib * MIB, kind, row["half"], bool(row["cuda_mib"]), also)
 
 
 def architecture_of(text: str) -> str | None:
@@ -233,6 +247,19 @@ def find_card(text: str) -> Card | None:
             known=list(slugs),
         )
     return min(cards, key=lambda card: card.memory_bytes - DESKTOP_BYTES * card.drives_screen)
+
+
+def matching(pattern: str) -> list[Card]:
+    """The cards whose name, short name or architecture holds a text, in the order of the table; all for an empty one.
+
+    Examples
+    --------
+    >>> [card.typed for card in matching("3060")]
+    ['rtx3060-8gb', 'rtx3060-12gb', 'rtx3060ti', 'rtx3060laptop']
+    """
+    text = pattern.strip().lower()
+    slug = card_slug(text) if text else ""
+    return [c for c in table() if text in c.name.lower() or slug in c.slug or text in (c.architecture, c.typed)]
 
 
 def _named(text: str) -> list[Card]:

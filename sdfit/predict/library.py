@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Container
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -76,12 +77,16 @@ def find_model(name: str | Path) -> tuple[Path, str | None, Card | None]:
     return _model_of(card, known)
 
 
-def _model_of(card: Card, known: dict[str, Path]) -> tuple[Path, str, Card]:
-    """A card's own model, else that of its architecture."""
+def answering(card: Card, known: Container[str]) -> str | None:
+    """The model that answers for a card: its own, else that of its architecture, else one with the same kernels."""
     architecture = architecture_of(card.architecture) or ""
-    model = next((m for m in (card.slug, architecture, KERNELS.get(architecture)) if m in known), None)
+    return next((m for m in (card.slug, architecture, KERNELS.get(architecture)) if m and m in known), None)
+
+
+def _model_of(card: Card, known: dict[str, Path]) -> tuple[Path, str, Card]:
+    model = answering(card, known)
     if model is None:
-        raise _unknown(card.slug, known, f"a {card.name} is of the architecture {card.architecture}; ")
+        raise _unknown(card.slug, known, f"the {card.name} is of the architecture {card.architecture}; ")
     return known[model], card.slug, card
 
 

@@ -81,8 +81,12 @@ def _free(card: Here) -> Memory:
     context = 0 if card.context else context_bytes(card.total_bytes)
     free = max(card.free_bytes - context, 1)
     used = card.total_bytes - card.free_bytes
-    less = f"{format_bytes(used)} in use" + (f" and {format_bytes(context)} for a CUDA context (assumed)" if context else "")
-    return Memory(free, f"{format_bytes(free)} free: {format_bytes(card.total_bytes)} of the {card.name} here less {less}")
+    less = f"{format_bytes(used)} in use" + (
+        f" and {format_bytes(context)} for a CUDA context (assumed)" if context else ""
+    )
+    return Memory(
+        free, f"{format_bytes(free)} free: {format_bytes(card.total_bytes)} of the {card.name} here less {less}"
+    )
 
 
 def _left(card: Card) -> Memory:
@@ -91,8 +95,12 @@ def _left(card: Card) -> Memory:
     left = card.memory_bytes - sum(amount for amount, _ in taken)
     has = "that CUDA has on" if card.found else f"that CUDA is taken to have of {card.memory_gib} GiB on"
     less = " and ".join(f"{format_bytes(amount)} for {what}" for amount, what in taken)
-    words = f"{format_bytes(left)}: {format_bytes(card.memory_bytes)} {has} a {card.name} less {less} (assumed)"
+    words = f"{format_bytes(left)}: {format_bytes(card.memory_bytes)} {has} {_a(card.name)} less {less} (assumed)"
     others = also_sold(card)
     if others:
-        words += f"; it is sold with {listed(others)} GiB too: --gpu {card.slug}-{others[-1]}gb"
+        words += f"; it is sold with {listed(others)} GiB too: name it {card.slug}-{others[-1]}gb"
     return Memory(left, words)
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name.startswith('N') else 'a'} {name}"

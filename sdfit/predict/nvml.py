@@ -90,9 +90,8 @@ def here(slug: str | None = None) -> Here | None:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         found = [_of_torch(torch, index) for index in range(torch.cuda.device_count())]
     else:
-        found = _of_nvml()
-        if found is None:
-            found = _ask_torch()
+        known = _of_nvml()
+        found = _ask_torch() if known is None else known
     return next((card for card in found if slug is None or card_slug(card.name) == slug), None)
 
 
@@ -136,8 +135,7 @@ def _visible(handles: Mapping[str, Any]) -> list[Any]:
     if chosen is None:
         return list(handles.values())
     found: list[Any] = []
-    for word in chosen.split(","):
-        word = word.strip()
+    for word in map(str.strip, chosen.split(",")):
         if word.isdigit() and int(word) < len(handles):
             found.append(list(handles.values())[int(word)])
         elif len(named := [h for uuid, h in handles.items() if word and uuid.startswith(word)]) == 1:

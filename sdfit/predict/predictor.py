@@ -12,7 +12,7 @@ from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload, listed
 from sdfit.predict import advise, conformal, verdict
 from sdfit.predict.artifact import RESTS_ON, Artifact
-from sdfit.predict.cards import CONTEXT_BYTES, Card, find_card
+from sdfit.predict.cards import CONTEXT_BYTES, Card, architecture_of, find_card
 from sdfit.predict.memory import available
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.table import predict_table
@@ -31,6 +31,8 @@ from sdfit.workload import (
 )
 
 DEFAULT_LEVEL = 0.95
+WRONG_HALF = "This card computes float16 wrongly (black images): run it in float32, and ask with dtype='float32'"
+"""Said of a card of which `sdfit.predict.cards` says so."""
 
 
 class Predictor:
@@ -85,26 +87,42 @@ class Predictor:
         return self.card.context_bytes if self.card is not None else CONTEXT_BYTES[-1][1]
 
     @property
+    def evidence(self) -> str:
+        """How many runs its numbers rest on, and whose: this card's, its architecture's, or those of a neighbour."""
+        evaluation, card = self.artifact.evaluation, self.card
+        if self.provenance != "published":
+            rows = f"{evaluation.get('rows', 0)} runs"
+            return f"{rows} measured" if self.provenance == "measured" else f"{rows}, none of them on a card"
+        published: dict[str, int] = evaluation.get("published", {}).get("cards", {})
+        architecture = card.architecture if card is not None else architecture_of(self.name)
+        own = published.get(card.slug, 0) if card is not None else 0
+        known = {name: find_card(name) for name in published}
+        alike = [name for name, other in known.items() if other is not None and other.architecture == architecture]
+        if own:
+            return f"{own} published measurements of this card"
+        if alike:
+            return f"{sum(published[n] for n in alike)} published measurements of its architecture ({listed(alike)})"
+        if published:
+            return (
+                f"{sum(published.values())} published measurements of cards with the same kernels ({listed(published)})"
+            )
+        return "no published measurement of a card with these kernels: they are taken from neighbours"
+
+    @property
     def rests_on(self) -> str:
         """One line on which model answers for a card, and what its numbers rest on."""
-        artifact, card = self.artifact, self.card
+        artifact = self.artifact
         what = f"{self.name}: " + (f"model '{artifact.name}', " if artifact.name != self.name else "")
         if artifact.provenance == "measured":
-            return f"{what}measured: {artifact.evaluation.get('rows', 0)} runs"
+            return what + self.evidence
         what += f"not measured; it rests on {RESTS_ON[artifact.provenance]}"
-        rows: dict[str, int] = artifact.evaluation.get("published", {}).get("cards", {})
-        if rows:
-            cards = {name: find_card(name) for name in rows}
-            alike = {n for n, other in cards.items() if card and other and other.architecture == card.architecture}
-            own = (
-                f"{rows.get(self.name, 0)} on this card, {sum(rows[n] for n in alike)} on its architecture, "
-                if card
-                else ""
-            )
-            what += f" ({own}{sum(rows.values())} on cards with the same kernels)"
-        if card is not None and card.half == "wrong":
-            what += ". It computes float16 wrongly (black images): run it in float32, and ask with dtype='float32'"
-        return what
+        what += f"; {self.evidence}" if artifact.provenance == "published" else ""
+        return what + (f". {WRONG_HALF}" if self.wrong_half else "")
+
+    @property
+    def wrong_half(self) -> bool:
+        """Whether it is known of the card that it computes float16 wrongly."""
+        return self.card is not None and self.card.half == "wrong"
 
     def __repr__(self) -> str:
         return f"<sdfit model '{self.name}', {self.provenance}, {len(self.artifact.swept)} variants>"

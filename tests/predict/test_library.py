@@ -112,7 +112,9 @@ def test_without_a_card_auto_says_what_to_type() -> None:
 def test_a_card_without_a_model_says_its_architecture(models: Path) -> None:
     """So that one knows what would have to be swept."""
     (models / "sm90.joblib").unlink()
-    with pytest.raises(UnknownModel, match=r"no model for 'h200'; a NVIDIA H200 is of the architecture sm90; there are: sm61"):
+    with pytest.raises(
+        UnknownModel, match=r"no model for 'h200'; the NVIDIA H200 is of the architecture sm90; there are: sm61"
+    ):
         load("H200")
 
 

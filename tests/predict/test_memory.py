@@ -44,7 +44,7 @@ def test_a_name_of_several_cards_means_the_smallest_and_says_how_to_name_the_oth
     """An RTX 3060 may have 8 GiB or 12; what is safe on the first is safe on both."""
     small, large = find_card("rtx3060"), find_card("rtx3060-12gb")
     assert small and large and small.memory_gib == 8 and large.memory_gib == 12
-    assert "it is sold with 12 GiB too: --gpu rtx3060-12gb" in available(None, small).words
+    assert "it is sold with 12 GiB too: name it rtx3060-12gb" in available(None, small).words
     assert available(None, large).memory_bytes > available(None, small).memory_bytes + 3 * GIB
 
 
