@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from sdfit.predict.cards import card_slug
@@ -83,15 +84,15 @@ class Here:
 def here(slug: str | None = None) -> Here | None:
     """The card in this machine that a process would take, or the first of a short name; None if there is none.
 
-    PyTorch is asked where this process uses it on a card already, otherwise NVML, which starts nothing on the card, and
-    PyTorch again where NVML is not installed. ``CUDA_VISIBLE_DEVICES`` is obeyed.
+    PyTorch is asked where this process uses it on a card already, otherwise NVML, which starts nothing on the card; where
+    NVML's library is not installed, PyTorch is imported, if it is. ``CUDA_VISIBLE_DEVICES`` is obeyed.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         found = [_of_torch(torch, index) for index in range(torch.cuda.device_count())]
     else:
         known = _of_nvml()
-        found = _ask_torch() if known is None else known
+        found = known if known is not None else _ask_torch() if find_spec("pynvml") is None else []
     return next((card for card in found if slug is None or card_slug(card.name) == slug), None)
 
 

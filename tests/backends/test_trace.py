@@ -225,6 +225,15 @@ def test_the_backend_gives_a_whole_record() -> None:
     assert record.reserved_bytes is record.required_bytes is record.device_bytes is None
 
 
+@pytest.mark.parametrize(
+    ("gpu", "name"), [("t4", "sm75"), ("RTX 3060", "sm86"), ("sm120", "sm120"), ("voodoo2", "voodoo2")]
+)
+def test_a_trace_is_named_after_the_architecture(gpu: str, name: str) -> None:
+    """Any card of the table can be traced; what the records hold is true of its architecture, so they bear its name."""
+    environment = open_backend("trace", {"gpu": gpu, "workspaces": True}).environment()
+    assert environment["name"] == name and (environment["workspaces"] is None) == (gpu == "voodoo2")
+
+
 PROGRAM = """
 import resource, sys, torch
 torch.set_num_threads(1)

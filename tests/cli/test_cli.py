@@ -285,6 +285,20 @@ def test_out_of_memory_and_crashes_are_counted(run: Run, monkeypatch: pytest.Mon
     assert "not complete: run the same command to go on" in ran.err
 
 
+def test_cards_are_listed_with_what_answers_for_them(run: Run) -> None:
+    """By a part of the name or by architecture, in words and as data; each line can be typed back."""
+    from sdfit.predict.cards import find_card
+
+    rows = json.loads(run("cards", "3060", "--json").out)
+    assert {row["typed"] for row in rows} == {"rtx3060-8gb", "rtx3060-12gb", "rtx3060ti", "rtx3060laptop"}
+    for row in rows:
+        found = find_card(row["typed"])
+        assert found is not None and found.memory_bytes == row["memory_bytes"] and row["architecture"] == "sm86"
+        assert {"model", "rests_on", "half", "drives_screen", "context_bytes"} <= set(row)
+    shown = run("cards", "sm90").out
+    assert "NVIDIA H100 PCIe" in shown and "a100" not in shown and len(shown.splitlines()) > 5
+
+
 def test_one_out_for_two_cards_is_refused(run: Run, tmp_path: Path, fake_records: Path) -> None:
     """The second model would overwrite the first; nothing is written."""
     for name in ("a", "b"):

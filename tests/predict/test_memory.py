@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_the_card_that_cuda_would_see_is_asked(
 ) -> None:
     """CUDA_VISIBLE_DEVICES chooses; what the driver keeps for itself is neither in the total nor free."""
     monkeypatch.setattr(nvml, "_library", Library)
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -121,3 +122,21 @@ def test_the_card_that_cuda_would_see_is_asked(
         assert found.total_bytes % GIB == 576 * MIB and found.total_bytes - found.free_bytes == GIB
     only = nvml.here("a100")
     assert only is None or only.compute_capability == "8.0"
+
+
+def test_a_process_that_uses_pytorch_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the context is there already, and what PyTorch holds of the card is this process's own to use."""
+    facts = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 1,
+        get_device_properties=lambda index: facts,
+        mem_get_info=lambda index: (9 * GIB, 14 * GIB),
+        memory_reserved=lambda index: 2 * GIB,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    found = nvml.here("t4")
+    assert found == Here("Tesla T4", "7.5", 14 * GIB, 11 * GIB, context=True)
+    monkeypatch.setattr(memory, "here", lambda slug=None: found)
+    assert available(None).memory_bytes == 11 * GIB
