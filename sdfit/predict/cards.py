@@ -28,9 +28,9 @@ from sdfit.units import GIB, MIB
 
 KINDS = ("geforce", "laptop", "workstation", "data centre")
 """The last kind usually drives no screen, the others do."""
-LEAST_SHARE = {"data centre": 0.91, "": 0.94}
+LEAST_SHARE = {"data centre": 0.91, "workstation": 0.91, "": 0.94}
 """Of the memory on the box, the share that CUDA is taken to report where no log was found: below the least that was
-found, T4 (14,912 of 16,384 MiB, with ECC) and RTX 3070 (7,753 of 8,192 MiB)."""
+found, T4 (14,912 of 16,384 MiB, with ECC) and RTX PRO 2000 Laptop (7,710 of 8,192 MiB). Workstation cards may have ECC on."""
 
 CONTEXT_BYTES = ((17 * GIB, 256 * MIB), (50 * GIB, 600 * MIB), (1 << 50, 750 * MIB))
 """CUDA context and libraries of a process that runs PyTorch: on a card of up to so much memory, so much [bytes].
