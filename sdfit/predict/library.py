@@ -103,8 +103,8 @@ def _card_here(known: dict[str, Path]) -> Card:
     found = here()
     if found is None:
         raise UnknownModel(
-            f"there is no card in this machine that can be asked (nvidia-ml-py or torch would); name one: --gpu "
-            f"{next(iter(known), 't4')}, or one of: sdfit cards",
+            "there is no card in this machine that can be asked (nvidia-ml-py or torch would); name one, as "
+            "--gpu rtx3060, or another of: sdfit cards",
             given=AUTO,
             known=list(known),
         )

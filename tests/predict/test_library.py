@@ -101,7 +101,9 @@ def test_auto_is_the_card_in_this_machine(
 
 def test_without_a_card_auto_says_what_to_type() -> None:
     """And a name that is no card's names those that are close."""
-    with pytest.raises(UnknownModel, match=r"no card in this machine .* name one: --gpu \w+, or one of: sdfit cards"):
+    with pytest.raises(
+        UnknownModel, match=r"no card in this machine .* name one, as --gpu rtx3060, or another of: sdfit cards"
+    ):
         load()
     with pytest.raises(UnknownModel, match=r"no model for 'rtx3065'; .* Did you mean rtx30\d\d"):
         load("rtx3065")
