@@ -40,7 +40,7 @@ from sdfit.records import Record
 Peaks = Mapping[str, float]
 DECIDES = "required"
 """The metric behind every answer to "does it fit"; the others are told less finely, or an artifact would be twice as large."""
-COARSE = 2
+COARSE = 3
 """The first of `metric_groups` that those others use."""
 FEWEST_ROWS = 8
 """A group with fewer rows leaves its workloads to a wider one."""
