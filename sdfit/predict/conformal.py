@@ -123,18 +123,18 @@ def kept_ranks(count: int) -> list[int]:
     return sorted({*below, *(count + 1 - rank for rank in below)})
 
 
-def scale(peaks: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
+def scale(peaks: Mapping[str, Any], weights: Mapping[str, float], stretch: Any = 1.0) -> Any:
     """What a score is in units of [bytes]: the largest activations of any stage and a share of its weights.
 
     Activations are what lies above the weights that are on the card in that stage: under offload a stage whose weights
-    set the peak may have next to none.
+    set the peak may have next to none. ``stretch`` widens them outside the swept domain; weights are what they are.
 
     Examples
     --------
     >>> scale({"unet": 9 << 20, "vae": 8 << 20}, {"unet": 8 << 20, "vae": 4 << 20}) / 2**20
     6.0
     """
-    above = [peaks[stage] - (1 - WEIGHTS_SHARE) * weights[stage] for stage in peaks]
+    above = [(peaks[stage] - weights[stage]) * stretch + WEIGHTS_SHARE * weights[stage] for stage in peaks]
     if not any(isinstance(a, np.ndarray) for a in above):
         return max(LEAST_SCALE_BYTES, *above)
     return np.maximum.reduce([np.maximum(a, LEAST_SCALE_BYTES) for a in above])

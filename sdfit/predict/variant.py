@@ -43,6 +43,10 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 TINY_TILES = "fails in diffusers itself: AutoencoderTiny blends its tiles in float32 and decodes none in 16 bits"
 
 
+MOST_BELOW = 2.0
+"""How much wider an interval becomes below the swept domain, at most."""
+
+
 class Variant:
     """What one variant takes from an artifact.
 
@@ -222,10 +226,14 @@ class Variant:
         return "reserved" if metric == "device" and metric not in self._metrics else metric
 
     def stretch(self, sizes: Sizes) -> Any:
-        """How far outside the swept domain some sizes lie: 1 inside, otherwise the largest ratio to its edge."""
+        """How far outside the swept domain some sizes lie: 1 inside, otherwise the largest ratio to its edge.
+
+        Below the smallest swept size at most `MOST_BELOW`: there activations shrink, and errors with them.
+        """
         values = domain_columns(sizes.A, sizes.B, sizes.L)
         ratios = [values[c] / high for c, (_, high) in self.domain.items()]
-        ratios += [low / values[c] for c, (low, _) in self.domain.items()]
+        below = [low / values[c] for c, (low, _) in self.domain.items()]
+        ratios += [min(r, MOST_BELOW) if isinstance(sizes.A, int) else np.minimum(r, MOST_BELOW) for r in below]
         return max(1.0, *ratios) if isinstance(sizes.A, int) else np.maximum.reduce([np.ones_like(sizes.A), *ratios])
 
     # -- how sure it is --
@@ -254,7 +262,7 @@ class Variant:
 
     def _unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
         """What a score is in units of [bytes]; outside the swept domain it grows with the distance."""
-        return conformal.scale(peaks, self.weights) * self.stretch(sizes)
+        return conformal.scale(peaks, self.weights, self.stretch(sizes))
 
     def _quantile(self, metric: str, code: int, level: float, upper: bool) -> float:
         known = metric, code, level, upper

@@ -54,7 +54,7 @@ def test_it_is_positive_and_monotone_over_its_domain(path: Path, field: str) -> 
     """Inside the domain the peak is above the weights and does not fall as height, width or batch grows.
 
     Where a regime begins (cuDNN takes other plans: two images, 2^31 elements) a fall may be true: up to 30 % there,
-    nowhere else.
+    nowhere else; on Pascal, whose kernels hold copies in float32, twice as large, up to 35 %.
     """
     f = Predictor(load_artifact(path))
     rng = np.random.default_rng(list(f"{path.stem} {field}".encode()))
@@ -82,7 +82,10 @@ def test_it_is_positive_and_monotone_over_its_domain(path: Path, field: str) -> 
             name,
             {k: v[same][ratio[same].argmin()] for k, v in small.items()},
         )
-        assert ratio.min() >= 0.7, (name, {k: v[ratio.argmin()] for k, v in small.items()})
+        assert ratio.min() >= (0.65 if path.stem == "sm61" else 0.7), (
+            name,
+            {k: v[ratio.argmin()] for k, v in small.items()},
+        )
         judged += int((inside & same).sum())
     assert judged > 100 * len(f.artifact.swept)
 
