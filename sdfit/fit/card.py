@@ -126,7 +126,7 @@ def _evidence(artifact: Artifact) -> list[str]:
     lines = []
     for metric, count in counts.items():
         if metric == "allocated":
-            lines.append(f"- {metric}: {count} published measurements beside their traces")
+            lines.append(f"- {metric}: {count} published whole runs beside their traces")
         else:
             without = " (but for one whose excess is likeliest an optional workspace)" * (
                 metric in ("required", "minimum")
