@@ -60,6 +60,8 @@ class FakeBackend:
         Time that a workload takes.
     crash_batch_size : int
         A workload of this batch size kills the process.
+    hang_after : int, optional
+        The card answers so many workloads of a process and never the next one.
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class FakeBackend:
         noise: float = 0.0,
         delay_s: float = 0.0,
         crash_batch_size: int = 0,
+        hang_after: int | None = None,
         num_inference_steps: int = 2,
     ) -> None:
         self.gpu, self.capacity_bytes, self.noise = gpu, capacity_bytes, noise
         self.delay_s, self.crash_batch_size, self.num_inference_steps = delay_s, crash_batch_size, num_inference_steps
-        self.tainted = False
+        self.tainted, self._left = False, hang_after
 
     def environment(self) -> dict[str, Any]:
         """A made-up card in a made-up environment."""
@@ -102,6 +105,10 @@ class FakeBackend:
     def measure(self, workload: Workload) -> dict[str, Any]:
         """See `sdfit.backends.Backend.measure`."""
         time.sleep(self.delay_s)
+        if self._left is not None:
+            while not self._left:
+                time.sleep(3600)
+            self._left -= 1
         if workload.batch_size == self.crash_batch_size:
             os._exit(9)
         peaks = self.stage_peaks(workload)

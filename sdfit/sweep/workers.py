@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -159,6 +160,7 @@ class _Worker:
 def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> None:
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     quiet_libraries()
     try:
         first: Any
@@ -184,6 +186,12 @@ def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> Non
             return
         if made.tainted:
             return
+
+
+def _end_with(parent: Any) -> None:
+    """A worker that is in the middle of a workload must not hold the card when nobody hears it any more."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def default_workers(backend: str) -> int:

@@ -76,7 +76,7 @@ def test_a_complete_sweep_runs_nothing_again(tmp_path: Path) -> None:
 def test_a_budget_stops_between_workloads_and_the_rest_follows(tmp_path: Path) -> None:
     """After the budget nothing new starts; run again, the file is the uninterrupted one."""
     path = tmp_path / "r.jsonl"
-    first = sweep(PLAN, "fake", {"delay_s": 0.05}, path, budget_s=0.12)
+    first = sweep(PLAN, "fake", {"delay_s": 0.05}, path, budget_s=0.3)
     assert not first.complete and 0 < first.done < 12
     again = sweep(PLAN, "fake", {}, path)
     assert again.complete and again.skipped == first.done and read(path).records == told(PLAN)
@@ -109,25 +109,23 @@ def test_a_worker_that_dies_is_a_crash_row_and_is_tried_again(tmp_path: Path) ->
     assert again.complete and again.skipped == 8 and read(path).records == told(PLAN)
 
 
-def test_a_worker_killed_from_outside_is_a_crash_row(tmp_path: Path) -> None:
+def test_a_worker_killed_from_outside_is_a_crash_row() -> None:
     """As the kernel's out-of-memory killer does it: the signal is named, the sweep goes on."""
-    pool = LocalPool("fake", {"delay_s": 0.3}, 1)
+    pool = LocalPool("fake", {"hang_after": 1}, 1)
+
+    def jobs() -> Iterator[tuple[int, Workload]]:
+        yield 0, PLAN.workloads[0]
+        yield 1, PLAN.workloads[1]
+        pool._live[0].process.kill()  # it has been given the second, which it would never answer
+        yield 2, PLAN.workloads[2]
+
     try:
         pool.environment()
-        process = pool._live[0].process
-
-        def jobs() -> Any:
-            yield 0, PLAN.workloads[0]
-            yield 1, PLAN.workloads[1]
-
-        import threading
-
-        threading.Timer(0.1, process.kill).start()
         results = dict(pool.run(jobs()))
     finally:
         pool.close()
-    assert results[0] == {"outcome": "crash", "message": "the worker process died (signal SIGKILL)"}
-    assert results[1]["outcome"] == "ok"
+    assert results[1] == {"outcome": "crash", "message": "the worker process died (signal SIGKILL)"}
+    assert results[0]["outcome"] == results[2]["outcome"] == "ok"
 
 
 def test_a_worker_that_died_idle_does_not_stop_the_sweep() -> None:
@@ -236,21 +234,21 @@ def test_an_unfinished_file_of_any_date_is_resumed(tmp_path: Path) -> None:
     assert default_path("fake", replace(PLAN, name="other"), tmp_path).name.endswith("-other.jsonl")
 
 
-# -- the real process, killed --
+# -- the real process, killed; the card stops answering after so many rows, so nothing hangs on the machine's speed --
 
 
-def start(folder: Path, delay_s: float, *more: str) -> subprocess.Popen[str]:
-    """`python -m sdfit.cli sweep` on a slow fake card, in a process group of its own."""
+def start(folder: Path, hang_after: int | None = None, *more: str) -> subprocess.Popen[str]:
+    """`python -m sdfit.cli sweep` on a fake card, in a process group of its own."""
     (folder / "grid.toml").write_text(GRID)
     command = [sys.executable, "-m", "sdfit.cli", "sweep", "--backend", "fake", "--gpu", "slow", "--grid", "grid.toml"]
-    environment = os.environ | {"SDFIT_FAKE": json.dumps({"delay_s": delay_s})}
+    environment = os.environ | {"SDFIT_FAKE": json.dumps({"hang_after": hang_after})}
     return subprocess.Popen(
         [*command, *more], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
 
 
-def waited(condition: Callable[[], bool], seconds: float = 30) -> None:
+def waited(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + seconds
     while not condition():
@@ -263,6 +261,14 @@ def rows_of(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") - 1 for path in folder.glob("data/slow/*.jsonl"))
 
 
+def hung(folder: Path, hang_after: int, rows: int) -> subprocess.Popen[str]:
+    """A sweep that has written so many rows and is in the middle of the next workload."""
+    process = start(folder, hang_after)
+    waited(lambda: rows_of(folder) >= rows or process.poll() is not None)
+    assert process.poll() is None and rows_of(folder) == rows
+    return process
+
+
 def test_a_killed_sweep_resumed_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """Killed with SIGKILL three times and torn once, resumed by the same command: the file is, byte for byte, what an
     uninterrupted sweep writes, and no more than the workload under way ran twice."""
@@ -270,31 +276,27 @@ def test_a_killed_sweep_resumed_equals_an_uninterrupted_one(tmp_path: Path) -> N
     killed = tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    done = 0
-    for target in (5, 14, 22):
-        process = start(killed, 0.02)
-        waited(lambda target=target: rows_of(killed) >= target)  # type: ignore[misc]
+    for rows, done in ((5, 5), (9, 14), (8, 22)):
+        process = hung(killed, rows, done)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and done < rows_of(killed) < 40
-        done = rows_of(killed)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL and rows_of(killed) == done
     path = next(killed.glob("data/slow/*.jsonl"))
     with path.open("ab") as file:
         file.write(path.read_bytes().splitlines()[1][:100])  # a line cut off as it was written
-    process = start(killed, 0.0)
-    out, err = process.communicate(timeout=60)
+    process = start(killed)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert f"40 of 40 done, 0 out of memory, 0 crashed, {done} were there already" in err and "torn" in err
+    assert "40 of 40 done, 0 out of memory, 0 crashed, 22 were there already" in err and "torn" in err
     assert out == f"{path.relative_to(killed)}\n"
-    process = start(whole, 0.0)
-    assert process.communicate(timeout=60) and process.returncode == 0
+    process = start(whole)
+    assert process.communicate(timeout=120) and process.returncode == 0
     assert path.read_bytes() == next(whole.glob("data/slow/*.jsonl")).read_bytes()
 
 
 def test_no_worker_outlives_a_killed_sweep(tmp_path: Path) -> None:
-    """When the sweep is killed its worker notices and ends by itself."""
-    process = start(tmp_path, 0.02)
-    waited(lambda: rows_of(tmp_path) >= 2)
+    """When the sweep is killed its worker ends, though it is in the middle of a workload that never ends."""
+    process = hung(tmp_path, 2, 2)
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not listed.exists():
         process.kill()
@@ -302,38 +304,41 @@ def test_no_worker_outlives_a_killed_sweep(tmp_path: Path) -> None:
         pytest.skip("this system does not list a process's children")
     children = [int(pid) for pid in listed.read_text().split()]
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=120)
     assert children
 
     def gone(pid: int) -> bool:
-        stat = Path(f"/proc/{pid}/stat")
-        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
 
-    waited(lambda: all(gone(pid) for pid in children), 10)
+    waited(lambda: all(gone(pid) for pid in children))
 
 
 def test_ctrl_c_keeps_what_was_recorded_and_exits_130(tmp_path: Path) -> None:
     """SIGINT to the whole group, as a terminal sends it: one line, exit 130, whole rows, and the rest follows."""
-    process = start(tmp_path, 0.05)
-    waited(lambda: rows_of(tmp_path) >= 4)
+    process = hung(tmp_path, 4, 4)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.strip().endswith("sdfit: interrupted; what was recorded is kept, run the same command to go on")
     assert "Traceback" not in err
-    kept = rows_of(tmp_path)
-    assert 4 <= kept < 40
-    process = start(tmp_path, 0.0)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"{kept} were there already" in err
+    assert rows_of(tmp_path) == 4
+    process = start(tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "4 were there already" in err and rows_of(tmp_path) == 40
 
 
 def test_a_second_sweep_of_the_same_file_is_refused(tmp_path: Path) -> None:
     """While one writes, another process with the same command stops with one sentence and exit 1, and harms nothing."""
-    first = start(tmp_path, 0.05)
-    waited(lambda: rows_of(tmp_path) >= 2)
-    second = start(tmp_path, 0.0)
-    _, err = second.communicate(timeout=30)
+    first = hung(tmp_path, 2, 2)
+    second = start(tmp_path)
+    _, err = second.communicate(timeout=120)
     assert second.returncode == 1 and "another sweep is writing" in err and "Traceback" not in err
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == 0 and rows_of(tmp_path) == 40
+    assert first.poll() is None and rows_of(tmp_path) == 2
+    os.killpg(first.pid, signal.SIGINT)
+    first.communicate(timeout=120)
+    third = start(tmp_path)
+    third.communicate(timeout=120)
+    assert third.returncode == 0 and rows_of(tmp_path) == 40
