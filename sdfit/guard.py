@@ -161,7 +161,7 @@ class Guard:
             If the pipeline or the call is of a kind that sdfit does not know.
         """
         reading = self._reader.read()
-        found, odd = workload_of(reading, arguments(self.__signature__, args, kwargs))
+        found, odd, _ = workload_of(reading, arguments(self.__signature__, args, kwargs))
         unknown = [*reading.unknown, *odd]
         if unknown:
             raise NotCovered(

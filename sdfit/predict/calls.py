@@ -1,4 +1,8 @@
-"""What a call of an img2img pipeline asks for: its size, batch and prompt, and what of it is not covered."""
+"""What a call of an img2img pipeline asks for: its size, batch and prompt; what of it is not covered; what diffusers refuses.
+
+A run that diffusers itself fails on has no memory: it is an `InvalidWorkload` with diffusers' reason, not a number.
+`tests/predict/test_calls.py` tries each on a real pipeline.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdfit.errors import InvalidWorkload
+from sdfit.predict.inputs import Input, look
 from sdfit.predict.pipelines import Reading
-from sdfit.workload import CHUNK_TOKENS, VAE_SCALE, Workload
+from sdfit.workload import CHUNK_TOKENS, Workload
 
-LATENT_CHANNELS = 4
+TEXT_WIDTH = 768
+"""Channels of the UNet's text embeddings."""
+ONE_STEP_MORE = ("PNDMScheduler",)
+"""Schedulers that have a timestep more than steps: one is left where ``strength`` leaves none."""
 
 
 def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +40,8 @@ def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappi
     return found | rest
 
 
-def workload_of(reading: Reading, call: Mapping[str, Any]) -> tuple[Workload, tuple[str, ...]]:
-    """The workload of a call, and what of it sdfit does not know.
+def workload_of(reading: Reading, call: Mapping[str, Any]) -> tuple[Workload, tuple[str, ...], str]:
+    """The workload of a call, what of it sdfit does not know, and what the caller may not have meant.
 
     Parameters
     ----------
@@ -45,28 +53,24 @@ def workload_of(reading: Reading, call: Mapping[str, Any]) -> tuple[Workload, tu
     Raises
     ------
     InvalidWorkload
-        If no image is there whose size can be read.
+        If diffusers fails on it, or the size is beyond what sdfit takes.
     """
-    unknown = list(_unknown(call))
-    image = call.get("image")
-    pictures = list(image) if isinstance(image, list | tuple) else [image]
-    if not pictures or pictures[0] is None:
-        raise InvalidWorkload("the call has no image; give image=, a PIL image, an array, a tensor or a list of them")
-    sizes = [_size(picture) for picture in pictures]
-    if len({size[:2] for size in sizes}) > 1:
-        unknown.append("images of several sizes in one call")
-    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    prompts, tokens = _prompts(call)
-    each = call.get("num_images_per_prompt") or 1
-    workload = Workload(
-        height,
-        width,
-        tokens,
-        max(prompts * each, sum(size[2] for size in sizes)),
-        float(call.get("guidance_scale", 7.5)),
-        **reading.variant,
-    )
-    return workload, tuple(unknown)
+    unknown = _unknown(call)
+    image = look(call.get("image"), to_rgb=reading.to_rgb)
+    if image.unknown:
+        unknown.append(image.unknown)
+    guidance = _guidance(call)
+    _denoises(call, reading.scheduler)
+    prompts, tokens = _prompts(call, guidance > 1)
+    try:
+        workload = Workload(
+            image.height, image.width, tokens, _batch(call, prompts, image), max(guidance, 0.0), **reading.variant
+        )
+    except InvalidWorkload as error:
+        if not image.remark:
+            raise
+        raise InvalidWorkload(f"{error}; {image.remark}", **error.facts) from None
+    return workload, tuple(unknown), image.remark
 
 
 def _unknown(call: Mapping[str, Any]) -> list[str]:
@@ -84,29 +88,88 @@ def _unknown(call: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _prompts(call: Mapping[str, Any]) -> tuple[int, int]:
-    """Prompts, and tokens of each: the tokenizer pads and cuts to 77, embeddings have as many rows as they have."""
-    embeddings = call.get("prompt_embeds")
-    if embeddings is not None:
-        negative = call.get("negative_prompt_embeds")
-        rows = max(int(embeddings.shape[1]), int(negative.shape[1]) if negative is not None else 0)
-        return int(embeddings.shape[0]), rows
-    prompt = call.get("prompt")
-    return (len(prompt) if isinstance(prompt, list | tuple) else 1), CHUNK_TOKENS
+def _guidance(call: Mapping[str, Any]) -> float:
+    scale = call.get("guidance_scale", 7.5)
+    try:
+        return float(scale)
+    except (TypeError, ValueError):
+        raise InvalidWorkload(f"guidance_scale is {scale!r}; diffusers takes a number") from None
 
 
-def _size(image: Any) -> tuple[int, int, int]:
-    """Height and width [pixels] of an image and how many it holds; of latents, which are eight times smaller, too."""
-    if hasattr(image, "height") and hasattr(image, "width") and not hasattr(image, "shape"):
-        return int(image.height), int(image.width), 1
-    shape = tuple(int(side) for side in getattr(image, "shape", ()))
-    if not 2 <= len(shape) <= 4:
+def _denoises(call: Mapping[str, Any], scheduler: str) -> None:
+    """Refuse a call that leaves no step to run."""
+    strength, steps = call.get("strength", 0.8), call.get("num_inference_steps", 50)
+    for name in ("timesteps", "sigmas"):
+        if call.get(name) is not None:
+            steps = len(call[name])
+    if not (isinstance(strength, int | float) and 0 <= strength <= 1):
+        raise InvalidWorkload(f"strength is {strength!r}; diffusers takes a number from 0 to 1")
+    if not (isinstance(steps, int) and steps > 0):
+        raise InvalidWorkload(f"num_inference_steps is {steps!r}; diffusers takes a whole number from 1")
+    if int(steps * strength) == 0 and scheduler not in ONE_STEP_MORE:
         raise InvalidWorkload(
-            f"cannot read the size of a {type(image).__name__}; give a PIL image, an array or a tensor"
+            f"strength {strength:g} of {steps} steps leaves no step to run, on which diffusers fails with a {scheduler}; "
+            f"give a strength of at least {1 / steps:.2g}, or more steps"
         )
-    count = shape[0] if len(shape) == 4 else 1
-    if type(image).__module__.startswith("numpy"):  # channels last, as pictures are
-        sides = shape[-3:-1] if len(shape) > 2 else shape
-        return sides[0], sides[1], count
-    scale = VAE_SCALE if len(shape) > 2 and shape[-3] == LATENT_CHANNELS else 1
-    return shape[-2] * scale, shape[-1] * scale, count
+
+
+def _prompts(call: Mapping[str, Any], guided: bool) -> tuple[int, int]:
+    """Prompts, and tokens of each: the tokenizer pads and cuts to 77, embeddings have as many rows as they have."""
+    prompt, given = call.get("prompt"), call.get("prompt_embeds")
+    negative, negatives = call.get("negative_prompt"), call.get("negative_prompt_embeds")
+    for pair, names in (((prompt, given), "prompt"), ((negative, negatives), "negative_prompt")):
+        if pair[0] is not None and pair[1] is not None:
+            raise InvalidWorkload(f"diffusers takes {names} or {names}_embeds, not both; leave one out")
+    if given is None:
+        if not isinstance(prompt, str | list) or prompt == []:
+            shown = "no prompt and no prompt_embeds" if prompt is None else f"a prompt of {type(prompt).__name__}"
+            raise InvalidWorkload(f"the call has {shown}; diffusers takes a prompt that is a text or a list of texts")
+        count, rows = (len(prompt) if isinstance(prompt, list) else 1), CHUNK_TOKENS
+    else:
+        shape = tuple(given.shape)
+        if len(shape) != 3 or shape[2] != TEXT_WIDTH:
+            raise InvalidWorkload(
+                f"prompt_embeds has the shape {shape}; the UNet takes (prompts, tokens, {TEXT_WIDTH})"
+            )
+        count, rows = int(shape[0]), int(shape[1])
+    if negatives is not None and (given is not None or guided):
+        wanted = tuple(given.shape) if given is not None else (count, rows, TEXT_WIDTH)
+        if tuple(negatives.shape) != wanted:
+            raise InvalidWorkload(
+                f"negative_prompt_embeds has the shape {tuple(negatives.shape)}; beside this prompt diffusers takes {wanted} only"
+            )
+    if guided and negatives is None:
+        if rows > CHUNK_TOKENS:
+            raise InvalidWorkload(
+                f"prompt_embeds has {rows} tokens, and diffusers would pad the negative prompt to as many, of which the text "
+                f"encoder takes {CHUNK_TOKENS} at most; give negative_prompt_embeds too"
+            )
+        if negative is not None and prompt is not None and type(negative) is not type(prompt):
+            raise InvalidWorkload(
+                f"negative_prompt is a {type(negative).__name__} and prompt a {type(prompt).__name__}; diffusers takes two alike"
+            )
+        if isinstance(negative, list) and len(negative) != count:
+            raise InvalidWorkload(
+                f"there are {len(negative)} negative prompts for {count} prompts; diffusers takes one each"
+            )
+    return count, rows
+
+
+def _batch(call: Mapping[str, Any], prompts: int, image: Input) -> int:
+    """Images that come out: those of the prompts, to which the images given are repeated where they go into them."""
+    each = call.get("num_images_per_prompt", 1)
+    if not (isinstance(each, int) and each > 0):
+        raise InvalidWorkload(f"num_images_per_prompt is {each!r}; diffusers takes a whole number from 1")
+    batch = prompts * each
+    generators: Any = call.get("generator")
+    one_by_one = isinstance(generators, list) and not image.latents
+    if one_by_one and len(generators) != batch:
+        raise InvalidWorkload(
+            f"there are {len(generators)} generators for {batch} images; diffusers takes one for each"
+        )
+    if batch % image.count and not (one_by_one and image.count > batch):
+        raise InvalidWorkload(
+            f"{image.count} images cannot be spread over {prompts} prompt(s) x {each} image(s) each: diffusers takes as many "
+            "images as come out, or a number that divides them"
+        )
+    return batch

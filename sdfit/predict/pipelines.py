@@ -7,12 +7,12 @@ found is named in `Reading.unknown`. torch is not imported here: what is asked o
 
 from __future__ import annotations
 
-import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sdfit.equation.weights import PARAMETERS
+from sdfit.predict import process
 from sdfit.workload import DTYPE_BYTES
 
 PIPELINE = "StableDiffusionImg2ImgPipeline"
@@ -38,7 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What Stable Diffusion v1.5's configuration says of those settings that memory depends on beside the parameter count."""
 ATTENTION = {
     "AttnProcessor2_0": "sdpa",
-    "XFormersAttnProcessor": "sdpa",  # a fused kernel too: it holds no scores
     "AttnProcessor": "eager",
     "SlicedAttnProcessor": "sliced",
 }
@@ -61,6 +60,10 @@ class Reading:
         As in `sdfit.workload.Workload`; where something is unknown, the nearest.
     unknown : tuple of str
         What was found and is not covered, each in words; empty if all is.
+    to_rgb : bool
+        Whether its image processor converts pictures to RGB, which it does not by default.
+    scheduler : str
+        Name of the scheduler's class.
     """
 
     dtype: str
@@ -71,6 +74,8 @@ class Reading:
     offload: str
     safety_checker: bool
     unknown: tuple[str, ...] = ()
+    to_rgb: bool = False
+    scheduler: str = ""
 
     @property
     def variant(self) -> dict[str, Any]:
@@ -140,15 +145,19 @@ class Reader:
 
     @staticmethod
     def _with_kernels(reading: Reading) -> Reading:
-        """The same, with attention as `torch.nn.attention.sdpa_kernel` or the global switches have it at this moment."""
-        torch = sys.modules.get("torch")
-        if reading.attention != "sdpa" or torch is None:
+        """The same, with what PyTorch is set to at this moment: attention kernels, cuDNN, the allocator."""
+        odd = process.unknown(reading.dtype)
+        attention = reading.attention
+        if attention != "eager":  # which alone calls no fused kernel; with slices the VAE's attention does
+            kind, why = process.fused(reading.vae)
+            if attention == "sdpa":
+                attention = kind
+            elif kind != "sdpa" and reading.vae == "kl":
+                why = why or "sliced attention in the UNet beside math attention in the VAE"
+            odd += [why] * bool(why)
+        if attention == reading.attention and not odd:
             return reading
-        switches = torch.backends.cuda
-        fused = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
-        if any(getattr(switches, name, lambda: False)() for name in fused):
-            return reading
-        return Reading(**(reading.variant | {"attention": "math"}), unknown=reading.unknown)
+        return replace(reading, attention=attention, unknown=(*reading.unknown, *odd))
 
 
 def components(pipe: Any) -> dict[str, Any]:
@@ -184,6 +193,8 @@ def read(pipe: Any) -> Reading:
     dtype, mixed = _dtype(parts)
     attention, odd = _attention(parts)
     offload, hooks = _offload(pipe, parts)
+    to_rgb, processing = _image_processor(pipe)
+    unknown += processing
     vae = parts.get("vae")
     tiling = bool(getattr(vae, "use_tiling", False))
     tiles = [f"{k}={getattr(vae, k)}" for k, v in TILES.items() if tiling and hasattr(vae, k) and getattr(vae, k) != v]
@@ -198,7 +209,23 @@ def read(pipe: Any) -> Reading:
         offload=offload,
         safety_checker="safety_checker" in parts,
         unknown=(*unknown, *mixed, *odd, *hooks, *(f"VAE tiles of another size ({tile})" for tile in tiles)),
+        to_rgb=to_rgb,
+        scheduler=type(getattr(pipe, "scheduler", None)).__name__,
     )
+
+
+def _image_processor(pipe: Any) -> tuple[bool, list[str]]:
+    """Whether pictures are converted to RGB, and what else its settings do to their size or channels."""
+    processor = getattr(pipe, "image_processor", None)
+    if processor is None:
+        return False, []
+    if type(processor).__name__ != "VaeImageProcessor":
+        return False, [f"an image processor of class {type(processor).__name__}"]
+    config = processor.config
+    expected = {"do_resize": True, "do_convert_grayscale": False, "vae_scale_factor": 8, "vae_latent_channels": 4}
+    given = {name: config.get(name, value) for name, value in expected.items()}
+    odd = [f"an image processor with {name}={given[name]}" for name, value in expected.items() if given[name] != value]
+    return bool(config.get("do_convert_rgb", False)), odd
 
 
 def _unlike(part: str, module: Any) -> list[str]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,7 @@ def test_a_guarded_call(benchmark: Any, f: sdfit.Predictor) -> None:
     from sdfit.backends.pipeline import build_pipeline
 
     guarded = sdfit.guard(build_pipeline(dtype="float16", device="meta"), f, memory="80 GiB")
-    picture = SimpleNamespace(height=768, width=512)
+    picture = pytest.importorskip("PIL.Image").new("RGB", (512, 768))
     guarded.predict(image=picture, prompt="a cat")
     assert benchmark(lambda: guarded.predict(image=picture, prompt="a cat").upper) > 0
 

@@ -1,0 +1,120 @@
+"""What PyTorch is set to in this process, as far as a run's memory depends on it: attention kernels, cuDNN, the allocator.
+
+These settings can change between two calls without a change of the pipeline, so they are asked for at each call. torch is
+not imported: where it is not loaded there is no pipeline either.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
+"""PyTorch's numbers of the attention kernels (`torch.nn.attention.SDPBackend`)."""
+ORDER = (FLASH, EFFICIENT, MATH, CUDNN)
+"""The order in which they are tried where PyTorch does not tell."""
+_SWITCHES = {
+    FLASH: "flash_sdp_enabled", EFFICIENT: "mem_efficient_sdp_enabled", MATH: "math_sdp_enabled", CUDNN: "cudnn_sdp_enabled",
+}  # fmt: skip
+VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": "cuBLAS workspaces of another size",
+    "CUBLASLT_WORKSPACE_SIZE": "cuBLASLt workspaces of another size",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "no caching of memory",
+    "TORCH_CUDNN_V8_API_DISABLED": "cuDNN's old interface",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B": "cuDNN's other heuristic",
+    "CUDNN_CONV_WSCAP_DBG": "a cap on cuDNN's workspaces",
+}
+"""Environment variables that change how much a run takes, and what they do."""
+ALLOCATOR = ("backend", "max_split_size_mb", "roundup_power2_divisions", "max_non_split_rounding_mb")
+"""Settings of PyTorch's allocator under which blocks are cut otherwise than the models assume."""
+
+
+def fused(vae: str) -> tuple[str, str]:
+    """Which attention `scaled_dot_product_attention` gives at this moment.
+
+    Parameters
+    ----------
+    vae : {'kl', 'tiny'}
+        Only the first has attention of its own: one head of 512 channels.
+
+    Returns
+    -------
+    attention : {'sdpa', 'math'}
+        ``sdpa`` if no scores are materialised anywhere.
+    unknown : str
+        Empty, or why it is neither.
+
+    Notes
+    -----
+    PyTorch takes the first kernel, in the order of priority, that is allowed and can do the shapes. The
+    memory-efficient one can do all of Stable Diffusion's. Flash attention takes heads of up to 256 channels in 16 bits on
+    sm80 and newer, cuDNN's fewer: the VAE's head of 512 goes past both to what is next.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "sdpa", ""
+    switches = torch.backends.cuda
+    ask = getattr(torch._C, "_get_sdp_priority_order", None)
+    allowed = {kernel for kernel, name in _SWITCHES.items() if getattr(switches, name, bool)()}
+    order = [kernel for kernel in (ask() if ask else ORDER) if kernel in allowed]
+    certain = [kernel for kernel in order if kernel in (EFFICIENT, MATH)]
+    if certain[:1] == [EFFICIENT]:
+        return "sdpa", ""
+    if order[:1] == [MATH]:
+        allowed_16 = getattr(switches, "fp16_bf16_reduction_math_sdp_allowed", bool)()
+        return "math", "math attention that sums in 16 bits (allow_fp16_bf16_reduction_math_sdp)" if allowed_16 else ""
+    where = (
+        "all of it on cards that lack them" if vae == "tiny" else "the VAE's, whose head of 512 is too wide for them"
+    )
+    falls = "is materialised" if certain else "fails"
+    return "sdpa", (
+        f"attention kernels without the memory-efficient one before math ({where}, {falls}); allow it in sdpa_kernel([...])"
+    )
+
+
+def unknown(dtype: str) -> list[str]:
+    """Settings of this process under which a run takes another amount than the models say, each in words."""
+    found = [
+        f"{words} ({name} is set)" for name, words in VARIABLES.items() if os.environ.get(name, "") not in ("", "0")
+    ]
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return found
+    cudnn = torch.backends.cudnn
+    if not cudnn.enabled:
+        found.append("cuDNN switched off (torch.backends.cudnn.enabled=False)")
+    if cudnn.benchmark:
+        found.append(
+            "cuDNN's search for the fastest kernel (torch.backends.cudnn.benchmark=True), which may take any workspace"
+        )
+    if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        found.append("deterministic kernels only (use_deterministic_algorithms, or cudnn.deterministic=True)")
+    if dtype == "float32" and not _tf32(cudnn):
+        found.append("float32 convolutions without TF32 (torch.backends.cudnn)")
+    if torch.nn.modules.module._has_any_global_hook():
+        found.append("hooks on all modules (register_module_forward_hook)")
+    settings = allocator()
+    found += [f"an allocator set otherwise ({name}:{settings[name]})" for name in ALLOCATOR if _matters(name, settings)]
+    return found
+
+
+def allocator() -> dict[str, str]:
+    """PyTorch's allocator settings by name, from the environment or as set since."""
+    torch = sys.modules.get("torch")
+    ask: Any = getattr(torch and torch._C, "_accelerator_getAllocatorSettings", None)
+    text = ask() if ask else os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    pairs = (pair.partition(":") for pair in text.split(",")) if text else ()
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _matters(name: str, settings: dict[str, str]) -> bool:
+    return name in settings and (name, settings[name]) != ("backend", "native")
+
+
+def _tf32(cudnn: Any) -> bool:
+    """Whether convolutions may use TF32, as they do by default; asking fails where two ways of setting it were mixed."""
+    try:
+        return bool(cudnn.allow_tf32)
+    except RuntimeError:
+        return False
