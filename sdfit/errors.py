@@ -51,6 +51,10 @@ class RecordsError(SdfitError, ValueError):
     """Records that cannot be read or cannot be pooled."""
 
 
+class SnapshotError(SdfitError, ValueError):
+    """A memory snapshot that cannot be read, or is of another run."""
+
+
 class GridError(SdfitError, ValueError):
     """A grid file that does not say what to run."""
 

@@ -1,0 +1,1 @@
+"""One recorded run of a card beside its trace: what its kernels hold, to the byte."""

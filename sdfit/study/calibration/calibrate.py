@@ -1,0 +1,421 @@
+"""What one recorded run tells of a card: every kernel's workspace, its segments, and where trace and card part.
+
+`calibrate` sets a memory snapshot beside the trace of the same workload, allocation by allocation
+(`sdfit.study.calibration.align`). What the card allocates beyond the trace belongs to operations: to the one that made the
+block before it if the frames say so, or, without frames, if it is freed before the next one makes its own.
+
+What it does not know: memory that a kernel takes without asking PyTorch's allocator. A block of a kernel that has the size
+of the operation's own result, and lives as long, cannot be told from it; both are counted, whichever is called the result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdfit.equation.stages import STAGES
+from sdfit.equation.weights import rounded
+from sdfit.errors import SnapshotError
+from sdfit.study.calibration.align import Allocations, Indices, Numbers, align
+from sdfit.study.calibration.operations import Ran, Shapes, TracedRun
+from sdfit.study.calibration.snapshot import Event, Held, Snapshot, Stack
+from sdfit.units import MIB
+from sdfit.workload import Workload
+
+CONVOLUTIONS = ("convolution",)
+PRODUCTS = ("addmm", "mm", "bmm", "baddbmm")
+FEWEST = 0.5
+"""Share of the trace's allocations that must be found; a foreign run shares small ones by chance."""
+FEWEST_LARGE = 0.6
+"""The same of those of `LARGE_BYTES` and more, which chance gives rarely."""
+LARGE_BYTES = 1 * MIB
+CUBLAS_BYTES = (8_519_680, 33_554_432)
+"""What PyTorch gives a cuBLAS handle unless told otherwise (`getChosenWorkspaceSize`)."""
+
+
+class Kernel(NamedTuple):
+    """An operation on some shapes, and what its kernel holds while it runs.
+
+    Attributes
+    ----------
+    shapes : Shapes
+    times : int
+        How often it was seen.
+    held_bytes : int
+        The most that was live of the card's own blocks, rounded as the allocator rounds [bytes].
+    requested : tuple of int
+        The blocks that were live then, as asked for [bytes].
+    always : bool
+        Whether it was the same each time.
+    path : str
+        The first module that ran it.
+    """
+
+    shapes: Shapes
+    times: int
+    held_bytes: int
+    requested: tuple[int, ...]
+    always: bool
+    path: str
+
+
+class Parting(NamedTuple):
+    """Blocks that one side has and the other has not; ``whose`` is card or trace."""
+
+    whose: str
+    operation: str
+    place: str
+    times: int
+    largest_bytes: int
+
+
+class Standing(NamedTuple):
+    """Blocks that are there beside the weights all the time."""
+
+    what: str
+    count: int
+    requested_bytes: int
+    counted_bytes: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a snapshot tells. All amounts in bytes.
+
+    Attributes
+    ----------
+    workload : Workload
+    card : str
+    found, of : int
+        Allocations of the trace that the card has too, and all.
+    frames : bool
+        Whether the recording has Python frames; otherwise sizes and order alone decided.
+    kernels : tuple of Kernel
+        Convolutions, matrix products, and whatever else held something.
+    standing : tuple of Standing
+        What stays around the weights.
+    weights_bytes, unsplit_bytes : int
+        The weights, each rounded up to 512 B, and what the allocator counts beyond that: remainders it did not split.
+    cublas_bytes : int
+        What cuBLAS keeps; 0 where nothing such was seen.
+    card_peaks : dict of str to int
+        The most that was live in each stage on the card.
+    partings : tuple of Parting
+        The largest first.
+    reserved_bytes : int
+        The most that was reserved during the run.
+    segments : dict of int to int
+        Segments by size at the end.
+    failures : int
+        Requests that found no memory during the run: then kernels took other plans.
+    live : list of (int, int)
+        For the figure: the place in the run (an operation's number) and the live bytes, at each change.
+    """
+
+    workload: Workload
+    card: str
+    found: int
+    of: int
+    frames: bool
+    kernels: tuple[Kernel, ...]
+    standing: tuple[Standing, ...]
+    weights_bytes: int
+    unsplit_bytes: int
+    cublas_bytes: int
+    card_peaks: dict[str, int]
+    partings: tuple[Parting, ...]
+    reserved_bytes: int
+    segments: dict[int, int]
+    failures: int
+    live: list[tuple[int, int]] = field(repr=False, default_factory=list)
+
+
+def calibrate(snapshot: Snapshot, run: TracedRun, *, card: str = "") -> Calibration:
+    """Set a snapshot beside the trace of the workload that ran.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    run : TracedRun
+        Of a trace without workspaces.
+    card : str
+        Its name, for the text.
+
+    Raises
+    ------
+    SnapshotError
+        If the snapshot is of another workload or another model.
+    """
+    return _Sides(snapshot, run).calibration(card)
+
+
+@dataclass
+class _Alloc:
+    """An allocation on the card: when it comes and goes, by place in the events."""
+
+    at: int
+    event: Event
+    gone: int
+    owner: int = -1
+    made: bool = False
+
+
+class _Sides:
+    """Both lists, and what follows from their pairs."""
+
+    def __init__(self, snapshot: Snapshot, run: TracedRun) -> None:
+        self.snapshot, self.run = snapshot, run
+        self.card = list(_allocations(snapshot.events))
+        self.made = [(i, made) for i, ran in enumerate(run.operations) for made in ran.made]
+        self.pairs = self._paired()
+        self.first, self.last = self._bounds()
+        self._own()
+
+    def _paired(self) -> Indices:
+        numbers = Numbers()
+        ends = [a.at for a in self.card[1:]] + [len(self.snapshot.events)]
+        passing = [a.gone < end for a, end in zip(self.card, ends, strict=True)]
+        card = numbers.sequence([a.event.size_bytes for a in self.card], [a.event.stack for a in self.card], passing)
+        operations = self.run.operations
+        trace = numbers.sequence(
+            [made.requested_bytes for _, made in self.made],
+            [operations[i].stack for i, _ in self.made],
+            _passing(self.run.events, {made.block for _, made in self.made}),
+        )
+        self.frames = bool((card.function >= 0).any())
+        pairs = align(trace, card)
+        self._check(pairs, trace)
+        return pairs
+
+    def _check(self, pairs: Indices, trace: Allocations) -> None:
+        found = float(np.mean(pairs >= 0))
+        large = trace.size >= LARGE_BYTES
+        found_large = float(np.mean(pairs[large] >= 0)) if large.any() else found
+        if found < FEWEST or found_large < FEWEST_LARGE:
+            w = self.run.workload
+            raise SnapshotError(
+                f"this is no run of {w.effective_height}x{w.effective_width} with {w.batch_size} image(s), {w.dtype}, "
+                f"{w.attention}: of the trace's {len(pairs):,} allocations {found:.0%} are in it, of the large ones "
+                f"{found_large:.0%}; say what ran (--height, --width, --batch-size, ...), or it is another model",
+                found=found,
+            )
+
+    def _bounds(self) -> tuple[int, int]:
+        """The card's allocations from the run's first to its last."""
+        there = self.pairs[self.pairs >= 0]
+        return int(there[0]), int(there[-1])
+
+    def _own(self) -> None:
+        """Say to which operation each block of the card belongs, its result or not."""
+        before: tuple[int, _Alloc] | None = None
+        queue = [(i, int(j)) for (i, _), j in zip(self.made, self.pairs, strict=True) if j >= 0]
+        for i, j in queue:
+            self.card[j].owner, self.card[j].made = i, True
+        for (i, j), (following, k) in zip(queue, [*queue[1:], (queue[-1][0], len(self.card))], strict=True):
+            before = (i, self.card[j])
+            after = self.card[k] if k < len(self.card) else None
+            for alone in self.card[j + 1 : k]:
+                alone.owner = self._owner(alone, before, (following, after) if after is not None else None)
+            if after is None:
+                break
+
+    def _owner(self, alone: _Alloc, before: tuple[int, _Alloc], after: tuple[int, _Alloc] | None) -> int:
+        stack = alone.event.stack
+        if after is None or (stack and stack == before[1].event.stack):
+            return before[0]
+        if stack and stack == after[1].event.stack:
+            return after[0]
+        return before[0] if alone.gone < after[1].at else after[0]
+
+    # -- what follows --
+
+    def calibration(self, card: str) -> Calibration:
+        run = self.run
+        begins = self.card[self.first].at
+        weights, standing, unsplit, cublas = self._standing(begins)
+        ends = max(a.at for a in self.card[self.first : self.last + 1])
+        live, peaks, reserved = self._live(begins, ends)
+        return Calibration(
+            run.workload,
+            card,
+            int((self.pairs >= 0).sum()),
+            len(self.pairs),
+            self.frames,
+            tuple(self._kernels()),
+            standing,
+            weights,
+            unsplit,
+            cublas,
+            peaks,
+            self._partings(),
+            reserved,
+            dict(sorted(Counter(s.size_bytes for s in self.snapshot.end.segments).items())),
+            sum(e.action == "oom" for e in self.snapshot.events[begins : ends + 1]),
+            live,
+        )
+
+    def _inside(self) -> list[_Alloc]:
+        """The card's own blocks of the run that belong to an operation."""
+        return [a for a in self.card[self.first :] if a.owner >= 0 and not a.made]
+
+    def _kernels(self) -> Iterator[Kernel]:
+        blocks: dict[int, list[_Alloc]] = defaultdict(list)
+        nexts = self._next_operation()
+        for a in self._inside():
+            if a.gone < nexts[a.owner]:
+                blocks[a.owner].append(a)
+        seen = {a.owner for a in self.card if a.made}
+        by_shapes: dict[Shapes, list[tuple[int, tuple[int, ...], str]]] = defaultdict(list)
+        for i in sorted(seen):
+            ran = self.run.operations[i]
+            if ran.shapes.operation in (*CONVOLUTIONS, *PRODUCTS) or blocks.get(i):
+                by_shapes[ran.shapes].append((*_most(blocks.get(i, [])), ran.path))
+        for shapes, times in by_shapes.items():
+            held, requested, path = max(times, key=lambda t: t[0])
+            yield Kernel(shapes, len(times), held, requested, len({t[:2] for t in times}) == 1, path)
+
+    def _next_operation(self) -> dict[int, int]:
+        """When the operation after each one makes its result: what goes before that passes."""
+        made = [(a.at, a.owner) for a in self.card if a.made]
+        found = {owner: after for (_, owner), (after, other) in pairwise(made) if other != owner}
+        found.setdefault(made[-1][1], len(self.snapshot.events))
+        return found
+
+    def _standing(self, begins: int) -> tuple[int, tuple[Standing, ...], int, int]:
+        """What is there when the run begins, and what its products leave."""
+        counted = {block.address: block for block in self.snapshot.end.held}
+        held: dict[int, Held] = {block.address: block for block in self.snapshot.start.held}
+        for event in self.snapshot.events[:begins]:
+            if event.action == "alloc":
+                size = rounded(event.size_bytes)
+                held[event.address] = Held(event.address, size, event.size_bytes, event.stack)
+            elif event.action == "free_completed":
+                held.pop(event.address, None)
+        freed = {e.address for e in self.snapshot.events[begins:] if e.action == "free_completed"}
+        there = [counted.get(a, b) if a not in freed else b for a, b in held.items()]
+        missing = Counter(self.run.weights)
+        rest: list[Held] = []
+        weights = unsplit = 0
+        for block in there:
+            unsplit += block.size_bytes - rounded(block.requested_bytes)
+            if missing[block.requested_bytes] > 0:
+                missing[block.requested_bytes] -= 1
+                weights += rounded(block.requested_bytes)
+            else:
+                rest.append(block)
+        nexts = self._next_operation()
+        for a in self._inside():
+            if self.run.operations[a.owner].shapes.operation in PRODUCTS and a.gone >= len(self.snapshot.events):
+                if a.gone >= nexts[a.owner]:
+                    size = a.event.size_bytes
+                    rest.append(Held(a.event.address, rounded(size), size, a.event.stack))
+        return weights, tuple(_grouped(rest)), unsplit, max((s for b in rest if (s := _cublas(b))), default=0)
+
+    def _live(self, begins: int, ends: int) -> tuple[list[tuple[int, int]], dict[str, int], int]:
+        """Live bytes over the run, its stages' peaks, and the most that was reserved."""
+        start = self.snapshot.start
+        live, reserved = start.allocated_bytes, start.reserved_bytes
+        owners = {a.at: a.owner for a in self.card if a.owner >= 0}
+        gone = {}
+        points: list[tuple[int, int]] = []
+        peaks: dict[str, int] = {}
+        most_reserved, now, stage = reserved, 0, ""
+        for at, event in enumerate(self.snapshot.events[: ends + 1]):
+            if event.action == "alloc":
+                gone[event.address] = rounded(event.size_bytes)
+                live += gone[event.address]
+            elif event.action == "free_completed":
+                live -= gone.pop(event.address, rounded(event.size_bytes))
+            elif event.action in ("segment_alloc", "segment_map"):
+                reserved += event.size_bytes
+            elif event.action in ("segment_free", "segment_unmap"):
+                reserved -= event.size_bytes
+            if at < begins:
+                continue
+            now = max(owners.get(at, now), now)
+            most_reserved = max(most_reserved, reserved)
+            stage = self.run.operations[now].stage
+            peaks[stage] = max(peaks.get(stage, 0), live)
+            points.append((now, live))
+        return points, {s: peaks[s] for s in STAGES if s in peaks}, most_reserved
+
+    def _partings(self) -> tuple[Parting, ...]:
+        found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+        nexts = self._next_operation()
+        for a in self._inside():
+            ran = self.run.operations[a.owner]
+            known = ran.shapes.operation in (*CONVOLUTIONS, *PRODUCTS) and a.gone < nexts[a.owner]
+            if not known:
+                found["card", ran.shapes.operation, _place(ran, a.event.stack)].append(a.event.size_bytes)
+        for (i, made), j in zip(self.made, self.pairs, strict=True):
+            if j < 0:
+                ran = self.run.operations[i]
+                found["trace", ran.shapes.operation, _place(ran, ())].append(made.requested_bytes)
+        rows = [Parting(*key, len(sizes), max(sizes)) for key, sizes in found.items()]
+        return tuple(sorted(rows, key=lambda p: -p.largest_bytes))
+
+
+def _allocations(events: Sequence[Event]) -> Iterator[_Alloc]:
+    """Every allocation, with the place of its end in the events."""
+    live: dict[int, _Alloc] = {}
+    found = []
+    for at, event in enumerate(events):
+        if event.action == "alloc":
+            live[event.address] = _Alloc(at, event, len(events))
+            found.append(live[event.address])
+        elif event.action == "free_completed" and event.address in live:
+            live.pop(event.address).gone = at
+    return iter(found)
+
+
+def _passing(events: Sequence[tuple[int, int]], blocks: set[int]) -> list[bool]:
+    """Whether each block of the trace, in order, is freed before any other is made."""
+    last, found = 0, {}
+    for block, size in events:
+        if size > 0:
+            last = block
+            found[block] = False
+        elif size < 0 and block == last:
+            found[block] = True
+    return [found[block] for block in found if block in blocks]
+
+
+def _most(blocks: Iterable[_Alloc]) -> tuple[int, tuple[int, ...]]:
+    """The most that some blocks hold at once, and which they are then."""
+    moments = sorted([(a.at, 1, a) for a in blocks] + [(a.gone, 0, a) for a in blocks], key=lambda m: m[:2])
+    live: list[_Alloc] = []
+    best: tuple[int, tuple[int, ...]] = (0, ())
+    for _, comes, a in moments:
+        if comes:
+            live.append(a)
+            held = sum(rounded(b.event.size_bytes) for b in live)
+            if held > best[0]:
+                best = held, tuple(b.event.size_bytes for b in live)
+        else:
+            live.remove(a)
+    return best
+
+
+def _cublas(block: Held) -> int:
+    """The size of a block that is cuBLAS's, by its frames or, without any, by its size; 0 if it is not."""
+    named = any("cublas" in frame.name.lower() for frame in block.stack)
+    return block.requested_bytes if named or block.requested_bytes in CUBLAS_BYTES else 0
+
+
+def _grouped(blocks: Iterable[Held]) -> Iterator[Standing]:
+    groups: dict[str, list[Held]] = defaultdict(list)
+    for block in blocks:
+        inner = f"{block.stack[0].filename.rsplit('/', 1)[-1]} {block.stack[0].name}" if block.stack else "no frames"
+        groups["cuBLAS" if _cublas(block) else inner].append(block)
+    for what, group in sorted(groups.items(), key=lambda g: -sum(b.size_bytes for b in g[1])):
+        yield Standing(what, len(group), sum(b.requested_bytes for b in group), sum(b.size_bytes for b in group))
+
+
+def _place(ran: Ran, stack: Stack) -> str:
+    frames = stack or ran.stack
+    return f"{frames[0].filename.rsplit('/', 1)[-1]}:{frames[0].line}" if frames else ran.path

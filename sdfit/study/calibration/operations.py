@@ -1,0 +1,209 @@
+"""A traced run as the list of its operations: what each allocates, how long that lives, and which code asked for it.
+
+The same pipeline runs on meta tensors as on the card, so its operations come in the same order and from the same lines of
+diffusers. `operations_of` writes them down in the form that a memory snapshot has: requested bytes, order, Python frames.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+
+from sdfit.backends.trace.meter import Meter, Operation
+from sdfit.backends.trace.tracer import Traced, Tracer
+from sdfit.equation.stages import COMPONENTS
+from sdfit.study.calibration.snapshot import Frame, Stack
+from sdfit.workload import Workload
+
+PACKAGES = ("diffusers/", "transformers/")
+"""Whose frames tell one operation from another; those of PyTorch and of who called the pipeline vary."""
+
+
+class Shapes(NamedTuple):
+    """What a kernel is chosen by: the operation, the dtype and shapes of its tensors, and of its first result."""
+
+    operation: str
+    dtype: str
+    inputs: tuple[tuple[int, ...], ...]
+    out: tuple[int, ...]
+
+
+class Made(NamedTuple):
+    """A block that an operation made. ``block`` as in the events of the trace."""
+
+    block: int
+    requested_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One operation of a traced run."""
+
+    stage: str
+    path: str
+    shapes: Shapes
+    made: tuple[Made, ...]
+    stack: Stack
+
+
+@dataclass(slots=True)
+class TracedRun:
+    """The operations of a run in order, and its events.
+
+    Attributes
+    ----------
+    workload : Workload
+    operations : list of Ran
+    events : list of (int, int)
+        As `sdfit.backends.trace.meter.Meter.events`; the weights first.
+    weights : tuple of int
+        Requested bytes of every weight.
+    traced : Traced
+    """
+
+    workload: Workload
+    operations: list[Ran]
+    events: list[tuple[int, int]]
+    weights: tuple[int, ...]
+    traced: Traced
+
+
+@dataclass
+class _Writer:
+    """Told of every operation by the tracer."""
+
+    pipe: Any
+    operations: list[Ran] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+    seen: dict[int, Any] = field(default_factory=dict)
+    places: dict[CodeType, str | None] = field(default_factory=dict)
+    meter: Meter | None = None
+    at: int = 0
+
+    def attach(self, meter: Meter) -> Operation:
+        self.meter = meter
+        return self.see
+
+    def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        assert self.meter is not None and self.meter.events is not None
+        events = self.meter.events
+        blocks = [block for block, size in events[self.at :] if size > 0]
+        self.at = len(events)
+        fresh = []
+        for part in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(part, torch.Tensor) and part.is_meta:
+                storage = part.untyped_storage()
+                key = storage._cdata
+                if key not in self.seen:
+                    self.seen[key] = weakref.ref(storage, lambda _, key=key: self.seen.pop(key, None))
+                    if storage.nbytes():
+                        fresh.append(storage.nbytes())
+        made = tuple(Made(*pair) for pair in zip(blocks[len(blocks) - len(fresh) :], fresh, strict=True))
+        self.operations.append(
+            Ran(self.meter.stage, self.path[-1] if self.path else "pipeline", _shapes(func, args, out), made, self.stack())
+        )
+
+    def stack(self) -> Stack:
+        found = []
+        frame = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            if code not in self.places:
+                self.places[code] = place(code.co_filename)
+            where = self.places[code]
+            if where is not None:
+                found.append(Frame(code.co_name, where, frame.f_lineno))
+            frame = frame.f_back  # type: ignore[assignment]
+        return tuple(found)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Follow which module runs."""
+        handles = []
+        for component in COMPONENTS:
+            module = getattr(self.pipe, component)
+            if module is None:
+                continue
+            self.seen |= {t.untyped_storage()._cdata: t for t in (*module.parameters(), *module.buffers())}
+            for name, part in module.named_modules(prefix=component):
+                handles.append(part.register_forward_pre_hook(self._enter(name), prepend=True))
+                handles.append(part.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.path.append(name)
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self.path.pop()
+
+
+def place(filename: str) -> str | None:
+    """The part of a path that is the same on every machine; None outside of `PACKAGES`.
+
+    Examples
+    --------
+    >>> place("/usr/lib/python3/dist-packages/diffusers/models/resnet.py")
+    'diffusers/models/resnet.py'
+    >>> place("/home/me/run.py")
+    """
+    for package in PACKAGES:
+        at = filename.rfind(f"/{package}")
+        if at >= 0:
+            return filename[at + 1 :]
+        if filename.startswith(package):
+            return filename
+    return None
+
+
+def operations_of(tracer: Tracer, workload: Workload) -> TracedRun:
+    """Trace a workload, every step, slice and tile of it, and write its operations down.
+
+    Parameters
+    ----------
+    tracer : Tracer
+        Best one without workspaces: what kernels hold is what a snapshot is asked for.
+    workload : Workload
+    """
+    writer = _Writer(tracer.pipeline(workload))
+    with writer.hooked():
+        traced = tracer.run(workload, keep_events=True, observe=writer.attach, full=True)
+    assert traced.events is not None
+    parts = [getattr(writer.pipe, name) for name in COMPONENTS]
+    weights = tuple(
+        t.untyped_storage().nbytes() for part in parts if part is not None for t in (*part.parameters(), *part.buffers())
+    )
+    return TracedRun(workload, writer.operations, traced.events, weights, traced)
+
+
+def _shapes(func: Any, args: tuple[Any, ...], out: Any) -> Shapes:
+    tensors = [a for a in _flat(args) if isinstance(a, torch.Tensor)]
+    results = [a for a in _flat((out,)) if isinstance(a, torch.Tensor)]
+    first = tensors[0] if tensors else results[0] if results else None
+    return Shapes(
+        func._schema.name.removeprefix("aten::"),
+        "" if first is None else str(first.dtype).removeprefix("torch."),
+        tuple(tuple(t.shape) for t in tensors),
+        tuple(results[0].shape) if results else (),
+    )
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
