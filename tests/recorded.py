@@ -78,11 +78,15 @@ class Recorder:
         """What `torch.cuda.memory._snapshot` returns."""
         segments = []
         for start, size in sorted(self.segments.items()):
-            inside = sorted((b.address, b.size_bytes, r, f) for b, r, f in self.live.values() if start <= b.address < start + size)
+            inside = sorted(
+                (b.address, b.size_bytes, r, f) for b, r, f in self.live.values() if start <= b.address < start + size
+            )
             blocks, at = [], start
             for address, taken, requested, frames in [*inside, (start + size, 0, 0, [])]:
                 if address > at:
-                    blocks.append({"address": at, "size": address - at, "requested_size": 0, "state": "inactive", "frames": []})
+                    blocks.append(
+                        {"address": at, "size": address - at, "requested_size": 0, "state": "inactive", "frames": []}
+                    )
                 if taken:
                     blocks.append({"address": address, "size": taken, "requested_size": requested,
                                    "state": "active_allocated", "frames": frames})  # fmt: skip
@@ -130,7 +134,9 @@ def run_on(
         if block not in of_block:
             requested = next(weights)
             assert rounded(requested) == size
-            numbers[block] = recorder.alloc(requested, stack_of([("convert", "torch/nn/modules/module.py", 1343)], frames, known))
+            numbers[block] = recorder.alloc(
+                requested, stack_of([("convert", "torch/nn/modules/module.py", 1343)], frames, known)
+            )
             continue
         ran, made = of_block[block]
         stack = stack_of([*_inner(ran), *ran.stack], frames, known)
@@ -144,7 +150,9 @@ def run_on(
             passing += [recorder.alloc(s, stack) for s in holds(ran)]
             while passing:
                 recorder.free(passing.pop())
-    for number in [n for b, n in numbers.items() if b in of_block]:  # what outlives the run in the trace, as a result does
+    for number in [
+        n for b, n in numbers.items() if b in of_block
+    ]:  # what outlives the run in the trace, as a result does
         recorder.free(number)
 
 
@@ -162,7 +170,8 @@ def stack_of(lines: Iterable[tuple[str, str, int]], on: bool, known: dict[Any, l
     if key not in known:
         frames = [*((n, SITE + f, i) for n, f, i in key), ("<module>", "/home/somebody/img2img.py", 42)]
         known[key] = [
-            known.setdefault(f, {"name": f[0], "filename": f[1], "line": f[2]}) for f in frames  # type: ignore[arg-type]
+            known.setdefault(f, {"name": f[0], "filename": f[1], "line": f[2]})
+            for f in frames  # type: ignore[arg-type]
         ]
     return known[key]
 

@@ -31,6 +31,7 @@ MOST_FINDINGS = 12
 @click.option("--budget", default=None, help="Start nothing new after this time, for example 5m.")
 @click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
 @click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
+@click.option("--kernels", default=None, help="Trace: another card's workspaces, or a file of sdfit calibrate (.json).")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 def sweep(
     gpu: str,
@@ -42,6 +43,7 @@ def sweep(
     budget: str | None,
     weights: str,
     workspaces: bool,
+    kernels: str | None,
     dry_run: bool,
 ) -> None:
     """Run a grid on a card and record the peaks."""
@@ -58,9 +60,11 @@ def sweep(
         options["weights"] = weights
     elif weights != "architecture":
         raise click.UsageError(f"--weights is '{weights}'; the backend {backend} loads none, leave it out")
+    if kernels and backend != "trace":
+        raise click.UsageError("--kernels is for --backend trace: a card brings its own kernels")
     if backend == "trace":
-        options["workspaces"] = workspaces
-        if workspaces and gpu != "auto":
+        options |= {"workspaces": workspaces} | ({"kernels": kernels} if kernels else {})
+        if workspaces and gpu != "auto" and not kernels:
             from sdfit.backends.trace.workspaces import workspaces_for
 
             try:

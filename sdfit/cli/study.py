@@ -21,15 +21,17 @@ from sdfit.cli.options import (
 )
 
 kernels_option = click.option(
-    "--kernels", default=None, help="Add the kernel workspaces of a card, for example t4; otherwise the bare trace."
+    "--kernels",
+    default=None,
+    help="Add the kernel workspaces of a card, as t4, or of a file of sdfit calibrate (.json).",
 )
 
 
 def _tracer(kernels: str | None) -> Any:
+    from sdfit.backends.trace.tables import workspaces_of
     from sdfit.backends.trace.tracer import Tracer
-    from sdfit.backends.trace.workspaces import workspaces_for
 
-    return Tracer(workspaces_for(kernels) if kernels else None)
+    return Tracer(workspaces_of(kernels) if kernels else None)
 
 
 @click.command(

@@ -7,13 +7,13 @@ Nothing here is measured, and the records say so.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from sdfit.backends.environment import software
 from sdfit.backends.trace.replay import replay, smallest_cap, without
+from sdfit.backends.trace.tables import workspaces_of
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
 from sdfit.errors import SdfitError
@@ -31,16 +31,22 @@ class TraceBackend:
         after the architecture, which is all that a trace knows of a card.
     workspaces : bool
         Add the kernel workspaces known for that card's architecture; a card without an entry gets the bare trace.
+    kernels : str, optional
+        Take the workspaces of another card, or of a file that ``sdfit calibrate`` wrote, instead.
     num_inference_steps : int
     """
 
-    def __init__(self, gpu: str = "none", *, workspaces: bool = False, num_inference_steps: int = 2) -> None:
+    def __init__(
+        self, gpu: str = "none", *, workspaces: bool = False, kernels: str | None = None, num_inference_steps: int = 2
+    ) -> None:
         torch.set_num_threads(1)
         self.gpu = "none" if gpu == "auto" else gpu.lower()
         self.num_inference_steps = num_inference_steps
         self.tainted = False
         self.kernels: Workspaces | None = None
-        if workspaces and self.gpu != "none":
+        if kernels is not None:
+            self.kernels = workspaces_of(kernels)
+        elif workspaces and self.gpu != "none":
             try:
                 self.kernels = workspaces_for(self.gpu)
             except SdfitError:
@@ -52,8 +58,7 @@ class TraceBackend:
         table = None
         if self.kernels is not None:
             architecture = self.kernels.architecture
-            rules = [asdict(replace(rule, evidence="")) for rule in architecture.rules]  # words are not what runs
-            table = f"{architecture.name} {fingerprint([rules, architecture.cublas_bytes])}"
+            table = f"{architecture.name} {fingerprint(architecture.facts())}"
         return {
             "backend": "trace",
             "gpu": f"none (a trace for '{self.gpu}')",

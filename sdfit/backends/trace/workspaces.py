@@ -16,10 +16,11 @@ the entries' evidence: nothing was measured by this project on the cards of this
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from sdfit.backends.trace.segments import CachingAllocator
+from sdfit.backends.trace.shapes import Shapes, shapes_of
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
@@ -61,6 +62,14 @@ class Rule:
         once both are cut into Winograd's tiles.
     element_bytes : int, optional
         Bytes per element of the copies, where they are not of the operands' own dtype.
+    side : int, optional
+        Only filters of this side.
+    strided : bool, optional
+        Only convolutions that make their feature maps smaller, or only those that do not.
+    max_batch, max_pixels : int, optional
+        Only up to so many images, and pixels of the result.
+    pad_bytes : int
+        What is in the workspace beside the copies.
     """
 
     dtypes: tuple[str, ...]
@@ -70,11 +79,20 @@ class Rule:
     channels: tuple[int, int] | None = None
     element_bytes: int | None = None
     only: str = "all"
+    side: int | None = None
+    strided: bool | None = None
+    max_batch: int | None = None
+    max_pixels: int | None = None
+    pad_bytes: int = PAD_BYTES
 
     def holds(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> bool:
         """Whether a convolution of these shapes falls under the rule."""
         outs, ins = weight[0], image[1]
         if dtype not in self.dtypes or image[0] < self.min_batch or self.channels not in (None, (ins, outs)):
+            return False
+        if self.side not in (None, weight[-1]) or self.strided not in (None, is_strided(image, out)):
+            return False
+        if image[0] > (self.max_batch or image[0]) or out[2] * out[3] > (self.max_pixels or out[2] * out[3]):
             return False
         if self.only == "all":
             return True
@@ -83,6 +101,24 @@ class Rule:
         if self.only == "heavy":
             return image[2:] == out[2:] and ins * outs > winograd_tiles(out) * (ins + outs)
         return ins % 8 == outs % 8 == 0 if self.only == "aligned" else ins == outs
+
+
+def is_strided(image: tuple[int, ...], out: tuple[int, ...]) -> bool:
+    """Whether a convolution makes its feature maps smaller by more than its margins.
+
+    Examples
+    --------
+    >>> is_strided((1, 128, 513, 513), (1, 128, 256, 256)), is_strided((1, 4, 64, 64), (1, 4, 62, 62))
+    (True, False)
+    """
+    return 4 * out[2] < 3 * image[2]
+
+
+class Measured(NamedTuple):
+    """What a kernel held on a card, to the byte as the allocator rounds: the evidence, and for these shapes the answer."""
+
+    shapes: Shapes
+    held_bytes: int
 
 
 _BATCHED_UPSAMPLER = Rule(
@@ -141,6 +177,10 @@ class Architecture:
         capability is 9, 10, 11 or 12. A later source leaves it to cuBLAS unless TORCH_CUBLAS_WORKSPACE_CACHE is set.
     note : str
         What the entries rest on, where it is less than the rows of their rules.
+    products : tuple of (str, int)
+        What a matrix product of this aten operation holds while it runs, whatever its shapes [bytes].
+    measured : tuple of Measured
+        Operations whose kernels were seen on a card (`sdfit.study.calibration`); they come before rules and products.
     """
 
     name: str
@@ -148,6 +188,17 @@ class Architecture:
     rules: tuple[Rule, ...]
     cublas_bytes: int
     note: str = ""
+    products: tuple[tuple[str, int], ...] = ()
+    measured: tuple[Measured, ...] = ()
+
+    def facts(self) -> list[Any]:
+        """All that changes what a trace adds, as plain values; words about it, and what is not used, left out."""
+        plain = Rule((), (), "")
+        late = ("side", "strided", "max_batch", "max_pixels", "pad_bytes")
+        rules = [asdict(replace(rule, evidence="")) for rule in self.rules]
+        rules = [{k: v for k, v in rule.items() if k not in late or v != getattr(plain, k)} for rule in rules]
+        found: list[Any] = [rules, self.cublas_bytes]
+        return found + ([self.products, self.measured] if self.products or self.measured else [])
 
 
 _CUBLAS, _CUBLAS_SM90 = 8_519_680, 33_554_432
@@ -208,6 +259,8 @@ class Workspaces:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
+        self._products = dict(architecture.products)
+        self._measured = dict(architecture.measured)
 
     @property
     def standing_bytes(self) -> int:
@@ -216,8 +269,12 @@ class Workspaces:
 
     def __call__(self, workload: Workload, func: Any, args: tuple[Any, ...], out: Any) -> int:
         """Bytes that the kernel of one aten operation holds while it runs."""
+        if self._measured:
+            held = self._measured.get(shapes_of(func, args, out))
+            if held is not None:
+                return held
         if func.name() != "aten::convolution":
-            return 0
+            return self._products.get(func.name().removeprefix("aten::"), 0)
         image, weight = args[0], args[1]
         dtype = str(image.dtype).removeprefix("torch.")
         return convolution_bytes(self.architecture, dtype, tuple(image.shape), tuple(weight.shape), tuple(out.shape))
@@ -260,7 +317,7 @@ def convolution_bytes(
         return rounded(36 * 4 * (ins * outs + tiles * (ins + outs)))
     each = {"input": _elements(image[1:]) * images, "output": _elements(out[1:]) * images, "weight": _elements(weight)}
     size = rule.element_bytes or (4 if dtype == "float32" else 2)
-    return rounded(sum(each[name] for name in rule.copies) * size) + PAD_BYTES
+    return rounded(sum(each[name] for name in rule.copies) * size) + rule.pad_bytes
 
 
 def winograd_tiles(out: tuple[int, ...]) -> int:

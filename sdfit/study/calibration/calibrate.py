@@ -14,15 +14,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from sdfit.backends.trace.shapes import Shapes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.weights import rounded
 from sdfit.errors import SnapshotError
 from sdfit.study.calibration.align import Allocations, Indices, Numbers, align
-from sdfit.study.calibration.operations import Ran, Shapes, TracedRun
+from sdfit.study.calibration.operations import Ran, TracedRun
 from sdfit.study.calibration.snapshot import Event, Held, Snapshot, Stack
 from sdfit.units import MIB
 from sdfit.workload import Workload
@@ -78,7 +79,7 @@ class Standing(NamedTuple):
     """Blocks that are there beside the weights all the time."""
 
     what: str
-    count: int
+    blocks: int
     requested_bytes: int
     counted_bytes: int
 
@@ -310,10 +311,10 @@ class _Sides:
                 rest.append(block)
         nexts = self._next_operation()
         for a in self._inside():
-            if self.run.operations[a.owner].shapes.operation in PRODUCTS and a.gone >= len(self.snapshot.events):
-                if a.gone >= nexts[a.owner]:
-                    size = a.event.size_bytes
-                    rest.append(Held(a.event.address, rounded(size), size, a.event.stack))
+            product = self.run.operations[a.owner].shapes.operation in PRODUCTS
+            if product and a.gone >= max(len(self.snapshot.events), nexts[a.owner]):
+                size = a.event.size_bytes
+                rest.append(Held(a.event.address, rounded(size), size, a.event.stack))
         return weights, tuple(_grouped(rest)), unsplit, max((s for b in rest if (s := _cublas(b))), default=0)
 
     def _live(self, begins: int, ends: int) -> tuple[list[tuple[int, int]], dict[str, int], int]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdfit.backends.trace.meter import Meter, Operation
+from sdfit.backends.trace.shapes import Shapes, shapes_of
 from sdfit.backends.trace.tracer import Traced, Tracer
 from sdfit.equation.stages import COMPONENTS
 from sdfit.study.calibration.snapshot import Frame, Stack
@@ -24,15 +25,6 @@ from sdfit.workload import Workload
 
 PACKAGES = ("diffusers/", "transformers/")
 """Whose frames tell one operation from another; those of PyTorch and of who called the pipeline vary."""
-
-
-class Shapes(NamedTuple):
-    """What a kernel is chosen by: the operation, the dtype and shapes of its tensors, and of its first result."""
-
-    operation: str
-    dtype: str
-    inputs: tuple[tuple[int, ...], ...]
-    out: tuple[int, ...]
 
 
 class Made(NamedTuple):
@@ -102,13 +94,25 @@ class _Writer:
                 storage = part.untyped_storage()
                 key = storage._cdata
                 if key not in self.seen:
-                    self.seen[key] = weakref.ref(storage, lambda _, key=key: self.seen.pop(key, None))
+                    self.seen[key] = weakref.ref(storage, self._gone(key))
                     if storage.nbytes():
                         fresh.append(storage.nbytes())
         made = tuple(Made(*pair) for pair in zip(blocks[len(blocks) - len(fresh) :], fresh, strict=True))
         self.operations.append(
-            Ran(self.meter.stage, self.path[-1] if self.path else "pipeline", _shapes(func, args, out), made, self.stack())
+            Ran(
+                self.meter.stage,
+                self.path[-1] if self.path else "pipeline",
+                shapes_of(func, args, out),
+                made,
+                self.stack(),
+            )
         )
+
+    def _gone(self, key: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            self.seen.pop(key, None)
+
+        return gone
 
     def stack(self) -> Stack:
         found = []
@@ -184,26 +188,9 @@ def operations_of(tracer: Tracer, workload: Workload) -> TracedRun:
     assert traced.events is not None
     parts = [getattr(writer.pipe, name) for name in COMPONENTS]
     weights = tuple(
-        t.untyped_storage().nbytes() for part in parts if part is not None for t in (*part.parameters(), *part.buffers())
+        t.untyped_storage().nbytes()
+        for part in parts
+        if part is not None
+        for t in (*part.parameters(), *part.buffers())
     )
     return TracedRun(workload, writer.operations, traced.events, weights, traced)
-
-
-def _shapes(func: Any, args: tuple[Any, ...], out: Any) -> Shapes:
-    tensors = [a for a in _flat(args) if isinstance(a, torch.Tensor)]
-    results = [a for a in _flat((out,)) if isinstance(a, torch.Tensor)]
-    first = tensors[0] if tensors else results[0] if results else None
-    return Shapes(
-        func._schema.name.removeprefix("aten::"),
-        "" if first is None else str(first.dtype).removeprefix("torch."),
-        tuple(tuple(t.shape) for t in tensors),
-        tuple(results[0].shape) if results else (),
-    )
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _flat(value)
-        else:
-            yield value

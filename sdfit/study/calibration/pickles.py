@@ -20,12 +20,13 @@ PIECE_BYTES = 1 << 20
 LONGEST_TEXT_BYTES = 16 << 20
 MOST_ON_THE_STACK = 1 << 16
 """Lists are pickled a thousand items at a time, and snapshots are four tables deep."""
+MOST_MARKS = 1000
 MOST_OBJECTS = 12_000_000
 """Tables, lists and texts in one file; two for each event."""
 
-_U16, _I32, _U32, _U64 = struct.Struct("<H"), struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<Q")
+_U8, _U16, _I32, _U32, _U64 = (struct.Struct(kind) for kind in ("<B", "<H", "<i", "<I", "<Q"))
 _F64 = struct.Struct(">d")
-_MARK = object()
+_STOP, _LONG_BINGET = 0x2E, 0x6A
 
 _NAMES = {
     b"c"[0]: "GLOBAL", b"R"[0]: "REDUCE", b"b"[0]: "BUILD", b"i"[0]: "INST", b"o"[0]: "OBJ", 0x81: "NEWOBJ",
@@ -112,7 +113,12 @@ class _Machine:
         self.at += count
         return piece
 
+    def skip(self, count: int) -> None:
+        """Pass over some bytes."""
+        self.take(count)
+
     def more(self) -> None:
+        """Read on."""
         piece = self.stream.read(PIECE_BYTES)
         if not piece:
             raise SnapshotError("it is torn: it ends in the middle")
@@ -125,90 +131,61 @@ class _Machine:
             raise SnapshotError("it is damaged: its instructions do not fit together") from error
 
     def _run(self) -> Any:
-        stack, memo, take = self.stack, self.memo, self.take
-        push = stack.append
+        stack, memo, actions = self.stack, self.memo, _ACTIONS
         while True:
             if self.at == len(self.buffer):
                 self.more()
             code = self.buffer[self.at]
             self.at += 1
-            if code == 0x68:  # BINGET
-                push(memo[take(1)[0]])
-            elif code == 0x6A:  # LONG_BINGET
-                push(memo[_U32.unpack(take(4))[0]])
-            elif code == 0x4B:  # BININT1
-                push(take(1)[0])
-            elif code == 0x8A:  # LONG1
-                push(int.from_bytes(take(take(1)[0]), "little", signed=True))
-            elif code == 0x4A:  # BININT
-                push(_I32.unpack(take(4))[0])
-            elif code == 0x4D:  # BININT2
-                push(_U16.unpack(take(2))[0])
-            elif code == 0x94:  # MEMOIZE
-                self._remember(len(memo))
-            elif code == 0x75:  # SETITEMS
-                self._set_items(self._since_mark())
-            elif code == 0x65:  # APPENDS
-                self._append(self._since_mark())
-            elif code == 0x28:  # MARK
-                self.marks.append(len(stack))
-                self._count()
-            elif code == 0x7D:  # EMPTY_DICT
-                push(Table())
-                self._count()
-            elif code == 0x5D:  # EMPTY_LIST
-                push(Row())
-                self._count()
-            elif code == 0x8C:  # SHORT_BINUNICODE
-                self._text(take(take(1)[0]))
-            elif code == 0x58:  # BINUNICODE
-                self._text(take(_U32.unpack(take(4))[0]))
-            elif code == 0x4E:  # NONE
-                push(None)
-            elif code == 0x88:  # NEWTRUE
-                push(True)
-            elif code == 0x89:  # NEWFALSE
-                push(False)
-            elif code == 0x47:  # BINFLOAT
-                push(_F64.unpack(take(8))[0])
-            elif code == 0x95:  # FRAME: a hint that this reader does not need
-                take(8)
-            elif code == 0x61:  # APPEND
-                self._append([stack.pop()])
-            elif code == 0x73:  # SETITEM
-                value, key = stack.pop(), stack.pop()
-                self._set_items([key, value])
-            elif code == 0x71:  # BINPUT
-                self._remember(take(1)[0])
-            elif code == 0x72:  # LONG_BINPUT
-                self._remember(_U32.unpack(take(4))[0])
-            elif code in (0x85, 0x86, 0x87):  # TUPLE1, TUPLE2, TUPLE3
-                self._tuple([stack.pop() for _ in range(code - 0x84)][::-1])
-            elif code == 0x74:  # TUPLE
-                self._tuple(self._since_mark())
-            elif code == 0x29:  # EMPTY_TUPLE
-                push(())
-            elif code == 0x8D:  # BINUNICODE8
-                self._text(take(_U64.unpack(take(8))[0]))
-            elif code == 0x43:  # SHORT_BINBYTES
-                self._bytes(take(take(1)[0]))
-            elif code == 0x42:  # BINBYTES
-                self._bytes(take(_U32.unpack(take(4))[0]))
-            elif code == 0x80:  # PROTO
-                take(1)
-            elif code == 0x2E:  # STOP
-                if len(stack) != 1 or self.marks:
-                    raise SnapshotError("it is damaged: it stops in the middle")
-                return stack[0]
+            if code == _LONG_BINGET:  # nine of ten instructions: the frames of the stacks
+                stack.append(memo[self.number(_U32)])
+            elif code in actions:
+                actions[code](self)
+            elif code == _STOP:
+                break
             else:
-                name = _NAMES.get(code)
                 raise SnapshotError(
-                    f"it holds the pickle instruction {name}, and plain values have none such"
-                    if name
+                    f"it holds the pickle instruction {_NAMES[code]}, and plain values have none such"
+                    if code in _NAMES
                     else "it is no pickle, or a damaged one"
                 )
             if len(stack) > MOST_ON_THE_STACK:
                 raise SnapshotError("it is nested more deeply than any snapshot")
+        if len(stack) != 1 or self.marks:
+            raise SnapshotError("it is damaged: it stops in the middle")
+        return stack[0]
+
+    def number(self, of: struct.Struct) -> int:
+        """The next number of the file."""
+        while len(self.buffer) - self.at < of.size:
+            self.more()
+        found: int = of.unpack_from(self.buffer, self.at)[0]
+        self.at += of.size
+        return found
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self.stack.append(value)
+
+    def container(self, value: Any) -> None:
+        """Put a table or a list on the stack."""
+        self._count()
+        self.stack.append(value)
+
+    def mark(self) -> None:
+        """Remember where the items of what comes next begin."""
+        self._count()
+        self.marks.append(len(self.stack))
+        if len(self.marks) > MOST_MARKS:
+            raise SnapshotError("it is nested more deeply than any snapshot")
+
+    def last(self, count: int) -> list[Any]:
+        """Take the last values off the stack."""
+        values = self.stack[-count:]
+        if len(values) < count:
+            raise IndexError
+        del self.stack[-count:]
+        return values
 
     def _count(self) -> None:
         self.made += 1
@@ -217,28 +194,33 @@ class _Machine:
                 f"it holds more than {MOST_OBJECTS:,} tables; record one run alone, or fewer events with max_entries"
             )
 
-    def _text(self, content: bytes) -> None:
+    def text(self, content: bytes) -> None:
+        """Put a text on the stack."""
         self._count()
         try:
             self.stack.append(content.decode("utf-8", "surrogatepass"))
         except UnicodeDecodeError as error:
             raise SnapshotError("it is damaged: it holds text that is none") from error
 
-    def _bytes(self, content: bytes) -> None:
+    def bytes(self, content: bytes) -> None:
+        """Put bytes on the stack."""
         self._count()
         self.stack.append(content)
 
-    def _tuple(self, values: list[Any]) -> None:
+    def tuple(self, values: list[Any]) -> None:
+        """Put a tuple on the stack."""
         self._count()
         self.stack.append(tuple(values))
 
-    def _since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[Any]:
+        """Take the items since the last mark off the stack."""
         mark = self.marks.pop()
         values = self.stack[mark:]
         del self.stack[mark:]
         return values
 
-    def _remember(self, at: int) -> None:
+    def remember(self, at: int) -> None:
+        """Keep the top of the stack in the memo."""
         value = self.stack[-1]
         if len(self.memo) > self.made:
             raise SnapshotError("it is damaged: it remembers more than it has made")
@@ -252,7 +234,8 @@ class _Machine:
             if value.at is not None:
                 self.memo[value.at] = new
 
-    def _append(self, values: list[Any]) -> None:
+    def append(self, values: list[Any]) -> None:
+        """Put items into the list on top of the stack."""
         target = self.stack[-1]
         if type(target) is not Row:
             raise SnapshotError("it is damaged: it puts an item into what is no list")
@@ -260,7 +243,8 @@ class _Machine:
         if len(values) > 1:
             self._replaced(target, self.row(target))
 
-    def _set_items(self, values: list[Any]) -> None:
+    def set_items(self, values: list[Any]) -> None:
+        """Put keys and values, in turn, into the table on top of the stack."""
         target = self.stack[-1]
         if type(target) is not Table or len(values) % 2:
             raise SnapshotError("it is damaged: it puts an item into what is no table")
@@ -270,3 +254,39 @@ class _Machine:
             target[values[i]] = values[i + 1]
         if len(values) > 2:
             self._replaced(target, self.table(target))
+
+
+_ACTIONS: dict[int, Callable[[_Machine], None]] = {
+    0x28: lambda m: m.mark(),
+    0x29: lambda m: m.push(()),  # EMPTY_TUPLE
+    0x42: lambda m: m.bytes(m.take(m.number(_U32))),  # BINBYTES
+    0x43: lambda m: m.bytes(m.take(m.number(_U8))),  # SHORT_BINBYTES
+    0x47: lambda m: m.push(_F64.unpack(m.take(8))[0]),  # BINFLOAT
+    0x4A: lambda m: m.push(m.number(_I32)),  # BININT
+    0x4B: lambda m: m.push(m.number(_U8)),  # BININT1
+    0x4D: lambda m: m.push(m.number(_U16)),  # BININT2
+    0x4E: lambda m: m.push(None),  # NONE
+    0x58: lambda m: m.text(m.take(m.number(_U32))),  # BINUNICODE
+    0x5D: lambda m: m.container(Row()),  # EMPTY_LIST
+    0x61: lambda m: m.append(m.last(1)),  # APPEND
+    0x65: lambda m: m.append(m.since_mark()),  # APPENDS
+    0x68: lambda m: m.push(m.memo[m.number(_U8)]),  # BINGET
+    0x71: lambda m: m.remember(m.number(_U8)),  # BINPUT
+    0x72: lambda m: m.remember(m.number(_U32)),  # LONG_BINPUT
+    0x73: lambda m: m.set_items(m.last(2)),  # SETITEM
+    0x74: lambda m: m.tuple(m.since_mark()),  # TUPLE
+    0x75: lambda m: m.set_items(m.since_mark()),  # SETITEMS
+    0x7D: lambda m: m.container(Table()),  # EMPTY_DICT
+    0x80: lambda m: m.skip(1),  # PROTO
+    0x85: lambda m: m.tuple(m.last(1)),  # TUPLE1
+    0x86: lambda m: m.tuple(m.last(2)),  # TUPLE2
+    0x87: lambda m: m.tuple(m.last(3)),  # TUPLE3
+    0x88: lambda m: m.push(True),  # NEWTRUE
+    0x89: lambda m: m.push(False),  # NEWFALSE
+    0x8A: lambda m: m.push(int.from_bytes(m.take(m.number(_U8)), "little", signed=True)),  # LONG1
+    0x8C: lambda m: m.text(m.take(m.number(_U8))),  # SHORT_BINUNICODE
+    0x8D: lambda m: m.text(m.take(m.number(_U64))),  # BINUNICODE8
+    0x94: lambda m: m.remember(len(m.memo)),  # MEMOIZE
+    0x95: lambda m: m.skip(8),  # FRAME: a hint that this reader does not need
+}
+"""What is let through, by the opcodes of `pickletools`."""
