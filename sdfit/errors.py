@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -162,22 +163,62 @@ def run_command(command: Any, arguments: Sequence[str] | None, program: str) -> 
     import click  # not here before: predicting needs no command line
 
     try:
+        _streams()
         return int(command.main(arguments, prog_name=program, standalone_mode=False) or 0)
-    except SdfitError as error:
-        click.echo(f"sdfit: {error}", err=True)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        lacking = missing(error)
-        if lacking is None:
-            raise
-        click.echo(f"sdfit: {lacking}", err=True)
-        return lacking.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("sdfit: interrupted; what was recorded is kept, run the same command to go on", err=True)
-        return 130
     except BrokenPipeError:  # the reader of our output went away, as head does
         sys.stderr.close()
         return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, words = _ending(error)
+        with suppress(OSError):
+            if isinstance(error, click.ClickException):
+                error.show()
+            else:
+                click.echo(f"sdfit: {words}", err=True)
+        return code
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the words of a known failure; any other is raised again."""
+    import click
+
+    if isinstance(error, SdfitError):
+        return error.exit_code, str(error)
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message()
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return 130, "interrupted; what was recorded is kept, run the same command to go on"
+    if isinstance(error, OSError):
+        _discard(sys.stdout)  # what it still holds would fail again when the process ends
+        what = f"'{error.filename}'" if error.filename else "the answer cannot be written"
+        return 1, f"{what}: {error.strerror or error}"
+    lacking = missing(error) if isinstance(error, ModuleNotFoundError) else None
+    if lacking is None:
+        raise error
+    return lacking.exit_code, str(lacking)
+
+
+def _streams() -> None:
+    """See that the three streams are there: where one is closed, the next file that is opened would take its place.
+
+    Raises
+    ------
+    SdfitError
+        If there is nowhere to write an answer to.
+    """
+    closed = sys.stdout is None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if closed:
+        raise SdfitError("standard output is closed; open it, for example with > answer.txt")
+
+
+def _discard(stream: Any) -> None:
+    """Let a stream take what is left without writing it anywhere."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -7,8 +7,10 @@ appends them is `sdfit.sweep.journal`; other rows that are kept the same way are
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
+import io
 import json
 import math
 import zlib
@@ -20,12 +22,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sdfit.equation.metrics import METRICS
 from sdfit.equation.stages import COMPONENTS, STAGES, resident
 from sdfit.errors import RecordsError, listed
+from sdfit.files import read_bytes
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+GZIP = b"\x1f\x8b"
+MOST_BYTES = 256 << 20
+"""Of a file of records, decompressed: some 400,000 rows."""
 OUTCOMES = ("ok", "oom", "crash")
 
 MATTERS = (
@@ -236,16 +242,29 @@ def read(path: Path | str) -> RecordsFile:
     return RecordsFile(environment, [records[i] for i in sorted(records)], notes)
 
 
-def decoded(content: bytes) -> bytes:
-    """What a file holds: itself, or what was compressed by gzip, as large sweeps are kept."""
-    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+def content_of(path: Path) -> bytes:
+    """What a file of records holds: itself, or what was compressed by gzip, as large sweeps are kept.
+
+    Raises
+    ------
+    OSError, EOFError, zlib.error
+        If it cannot be read, is damaged, or is larger than any sweep.
+    """
+    content = read_bytes(path, MOST_BYTES)
+    if not content.startswith(GZIP):
+        return content
+    with gzip.open(io.BytesIO(content)) as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
+    return content
 
 
 def read_rows(path: Path | str, kind: Kind[Row]) -> tuple[dict[str, Any], list[Row], list[str]]:
     """Read a JSON Lines file of any kind, as `read` does: its environment, all its rows in order, notes."""
     path = Path(path)
     try:
-        text = decoded(path.read_bytes()).decode("utf-8")
+        text = content_of(path).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text, or damaged"
         raise RecordsError(f"cannot read {kind.noun}s from '{path}': {reason}", path=str(path)) from error

@@ -16,11 +16,11 @@ import sdfit
 
 PACKAGE = Path(sdfit.__file__).resolve().parent
 ROOMS = (
-    "errors", "shipped", "units", "workload", "equation", "predict", "guard", "records", "backends", "sweep", "fit",
+    "errors", "files", "units", "workload", "equation", "predict", "guard", "records", "backends", "sweep", "fit",
     "judging", "study", "cli",
 )  # fmt: skip
 """From the ground up."""
-LIGHT = ("errors", "shipped", "units", "workload", "equation", "predict", "guard")
+LIGHT = ("errors", "files", "units", "workload", "equation", "predict", "guard")
 """What predicting needs: numpy and the standard library only."""
 MOST_MODULES, MOST_FOLDERS = 6, 8
 

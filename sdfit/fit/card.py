@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sdfit.equation.regimes import REGIMES
@@ -165,13 +164,6 @@ def _cells(cells: tuple[str, ...]) -> str:
 
 def _shown(value: Any) -> str:
     return str(value).replace("|", "\\|")
-
-
-def write_card(artifact: Artifact, model_path: Path) -> Path:
-    """Write the card beside the artifact."""
-    path = model_path.with_suffix(".md")
-    path.write_text(model_card(artifact), encoding="utf-8")
-    return path
 
 
 def models_table(models: dict[str, Predictor]) -> str:

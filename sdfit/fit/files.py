@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdfit.errors import RecordsError, listed
-from sdfit.fit.card import write_card
+from sdfit.files import CARD, MODEL, Output, file_name, write
+from sdfit.fit.card import model_card
 from sdfit.fit.scores import PublishedRow
 from sdfit.predict.artifact import Artifact
-from sdfit.records import Record, RecordsFile, decoded, pool, read
+from sdfit.records import Record, RecordsFile, content_of, pool, read
 
 JUDGES = ("holdout", "decisions")
 """Records of the grids of these names judge models, and are never fitted."""
@@ -60,8 +61,8 @@ def swept_files(folder: Path, gpu: str | None = None) -> dict[str, list[Path]]:
 def _environment(path: Path) -> dict[str, object] | None:
     """The environment in a file's first line; None for a file of another kind, such as a proof."""
     try:
-        head = json.loads(decoded(path.read_bytes()).split(b"\n", 1)[0])
-    except (ValueError, EOFError, zlib.error):
+        head = json.loads(content_of(path).split(b"\n", 1)[0])
+    except (ValueError, OSError, EOFError, zlib.error):
         return None
     return head.get("environment") if isinstance(head, dict) and "sdfit_records" in head else None
 
@@ -87,6 +88,8 @@ def fit_files(
     Raises
     ------
     RecordsError, FitError
+    SdfitError
+        If the model or its card cannot be written; see `sdfit.files.write`.
     """
     from sdfit.fit.fit import fit
 
@@ -97,9 +100,9 @@ def fit_files(
             raise RecordsError(f"'{path}' is of the grid '{grid}', which judges models and is never fitted")
     data = pool(files)
     artifact = fit(data, name, [_source(p, f) for p, f in zip(paths, files, strict=True)], published)
-    path = out or Path("models", f"{artifact.name}.joblib")
-    artifact.save(path)
-    write_card(artifact, path)
+    path = out or Path("models", f"{file_name(artifact.name)}.joblib")
+    card = Output(path.with_suffix(".md"), model_card(artifact).encode(), CARD)
+    write(Output(path, artifact.to_bytes(), MODEL), card, inputs=paths)
     return Fitted(artifact, path, data.notes, data.records)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdfit.errors import SdfitError, needs
+from sdfit.errors import needs
+from sdfit.files import FIGURE, Output, write
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,13 +32,10 @@ def save(figure: Figure, path: Path | str) -> Path:
     Raises
     ------
     SdfitError
-        If the file cannot be written, or the ending names no format.
+        If the file cannot be written, or the ending names no format; see `sdfit.files.write`.
     """
-    path = Path(path)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise SdfitError(
-            f"cannot write the figure {path}: {error}; name a .png, .svg or .pdf file", path=str(path)
-        ) from error
+    path, drawn = Path(path), io.BytesIO()
+    kind = path.suffix.lower()
+    figure.savefig(drawn, format=kind[1:] if kind in FIGURE.suffixes else "svg")
+    write(Output(path, drawn.getvalue(), FIGURE))
     return path

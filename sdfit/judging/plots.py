@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from sdfit.errors import RecordsError, SdfitError
+from sdfit.errors import RecordsError
 from sdfit.judging.evaluate import evaluate
 from sdfit.judging.evaluation import Evaluation, Point
 from sdfit.judging.figures import blank, save
@@ -129,15 +129,9 @@ def draw_all(predictor: Predictor, data: RecordsFile, folder: Path | str, level:
     RecordsError
         If the artifact can be held against none of the rows.
     SdfitError
-        If the folder cannot be made or written to.
+        If they cannot be written; see `sdfit.files.write`.
     """
     evaluation, folder = evaluate(predictor, data, level), Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SdfitError(
-            f"cannot make the folder {folder}: {error.strerror}; name another", path=str(folder)
-        ) from error
     paths = []
     for metric in dict.fromkeys(point.metric for point in evaluation.points):
         stem = f"{evaluation.artifact}-{metric}"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdfit.errors import ArtifactError
+from sdfit.files import MODEL, Output, write
 
 FORMAT = 2
 RESTS_ON = {
@@ -77,29 +77,24 @@ class Artifact:
     evaluation: dict[str, Any]
     format: int = FORMAT
 
+    def to_bytes(self) -> bytes:
+        """The content of its file; the same model gives the same bytes."""
+        import joblib
+
+        buffer = io.BytesIO()
+        joblib.dump(canonical(asdict(self)), buffer, compress=0, protocol=4)
+        return buffer.getvalue()
+
     def save(self, path: Path | str) -> Path:
-        """Write the artifact; the same model gives the same bytes.
+        """Write the artifact, as `sdfit.files.write` does.
 
         Raises
         ------
-        ArtifactError
-            If the file cannot be written.
+        SdfitError
+            If the file cannot be written, or is there and no model.
         """
-        import joblib
-
-        path = Path(path)
-        buffer = io.BytesIO()
-        joblib.dump(canonical(asdict(self)), buffer, compress=0, protocol=4)
-        partial = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(buffer.getvalue())
-            partial.replace(path)  # a reader sees the old file or the new one, never half of it
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write the model to '{path}': {error.strerror}; choose another file with --out", path=str(path)
-            ) from error
-        return path
+        write(Output(Path(path), self.to_bytes(), MODEL))
+        return Path(path)
 
 
 def canonical(value: dict[str, Any]) -> dict[str, Any]:

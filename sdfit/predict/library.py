@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sdfit.errors import SimulatedModelWarning, UnknownModel, listed
+from sdfit.files import shipped
 from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_card, table
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.nvml import Here, here
 from sdfit.predict.predictor import Predictor
-from sdfit.shipped import shipped
 from sdfit.units import GIB
 
 AUTO = "auto"

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, Generic
 
 from sdfit.errors import RecordsError
-from sdfit.records import FORMAT, MATTERS, Kind, Row, differences, read_rows
+from sdfit.files import open_regular
+from sdfit.records import FORMAT, GZIP, MATTERS, MOST_BYTES, Kind, Row, differences, read_rows
+
+SUFFIX = ".jsonl"
 
 
 class Journal(Generic[Row]):
@@ -38,17 +41,22 @@ class Journal(Generic[Row]):
     Raises
     ------
     RecordsError
-        If the file is of another kind or environment, has a broken line, cannot be written, or another process has
-        it open. Then no byte of it was changed.
+        If the file is of another kind or environment, is compressed, has a broken line, cannot be written, or another
+        process has it open. Then no byte of it was changed.
     """
 
     def __init__(self, path: Path | str, environment: Mapping[str, Any], kind: Kind[Row]) -> None:
         self.path, self.kind = Path(path), kind
+        if self.path.suffix != SUFFIX:
+            raise RecordsError(
+                f"'{self.path}' cannot hold {kind.noun}s: their files end in {SUFFIX}; choose another file with --out",
+                path=str(self.path),
+            )
         self.rows: list[Row] = []
         self.notes: list[str] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
+            self._file = os.fdopen(open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -76,9 +84,9 @@ class Journal(Generic[Row]):
     def _resume(self, environment: Mapping[str, Any]) -> None:
         """Read what is there; only a file that proves to be one of ours is touched."""
         self._file.seek(0)
-        content = self._file.read()
+        content = self._file.read(MOST_BYTES + 1)
         whole = content.rfind(b"\n") + 1
-        if not whole:
+        if not whole or content.startswith(GZIP):  # nothing can be appended to a compressed file
             head = f'{{"{self.kind.key}":'.encode()
             if not (content.startswith(head) or head.startswith(content)):
                 raise RecordsError(

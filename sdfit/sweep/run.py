@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.errors import RecordsError, SdfitError
+from sdfit.files import file_name
 from sdfit.records import RECORDS, Record, read
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
@@ -55,7 +56,7 @@ def default_path(name: str, plan: Plan, folder: Path | str = "data", backend: st
 
     An unfinished file of the same grid is resumed, whatever its date.
     """
-    home = Path(folder, name)
+    home = Path(folder, file_name(name))
     grid = f"{plan.name}-trace" if backend == "trace" else plan.name
     for path in sorted(home.glob(f"*-{grid}.jsonl"), reverse=True):
         if _finished(path) < len(plan.workloads):

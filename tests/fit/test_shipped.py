@@ -10,10 +10,10 @@ import pytest
 
 from sdfit.equation.regimes import regime
 from sdfit.equation.sizes import Sizes, domain_columns
+from sdfit.files import shipped
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.variant import Variant
-from sdfit.shipped import shipped
 from sdfit.workload import CHOICES, VARIANT_FIELDS, WORKLOAD_FIELDS, Workload, effective, variant_name
 
 PATHS = sorted(shipped("models").glob("*.joblib"))

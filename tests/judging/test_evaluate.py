@@ -184,11 +184,12 @@ def test_many_variants_share_a_colour(predictor: Predictor, fresh: RecordsFile, 
 
 
 def test_figures_that_cannot_be_drawn(predictor: Predictor, fresh: RecordsFile, tmp_path: Path) -> None:
-    """A metric without points, an unknown ending and a folder that is not there are one sentence each."""
+    """A metric without points, an unknown ending and a folder that is none are one sentence each."""
     found = evaluate(predictor, fresh)
     bare = replace(found, points=tuple(p for p in found.points if p.metric == "allocated"))
     with pytest.raises(RecordsError, match="no run has 'required' to draw; there are: allocated"):
         plots.residuals(bare, tmp_path / "a.png", metric="required")
-    for path in (tmp_path / "a.xyz", tmp_path / "nowhere" / "a.png"):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "a.xyz", tmp_path / "file" / "a.png"):
         with pytest.raises(SdfitError, match="cannot write the figure"):
             plots.residuals(found, path)

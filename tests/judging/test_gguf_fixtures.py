@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdfit.files import shipped
 from sdfit.fit.stage_model import nonnegative
 from sdfit.judging.findings import Verdict
 from sdfit.judging.judge import judge_table
-from sdfit.shipped import shipped
 from sdfit.units import MIB
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -41,7 +41,7 @@ def test_a_second_time_goes_on_in_the_same_file(f: Predictor, tmp_path: Path) ->
     for count in (1, 2):
         list(validate(f, FakeBackend("fake"), PICTURES[:1], path, memory=8 * GIB, level=0.95))
         assert len(read(path).records) == count
-    other = tmp_path / "other.txt"
+    other = tmp_path / "other.jsonl"
     other.write_text("mine")
     with pytest.raises(RecordsError, match="is no records file"):
         list(validate(f, FakeBackend("fake"), PICTURES[:1], other, memory=8 * GIB, level=0.95))

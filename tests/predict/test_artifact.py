@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from sdfit.equation.regimes import REGIMES
-from sdfit.errors import ArtifactError, UnknownVariant
+from sdfit.errors import ArtifactError, SdfitError, UnknownVariant
+from sdfit.files import shipped
 from sdfit.predict.artifact import FORMAT, Artifact, canonical
 from sdfit.predict.loading import PLAIN, load_artifact
 from sdfit.predict.predictor import Predictor
-from sdfit.shipped import shipped
 
 PROTO = b"\x80\x04"
 
@@ -321,5 +321,5 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """Saving below a file is a known failure, not a traceback."""
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(ArtifactError, match="cannot write the model to"):
+    with pytest.raises(SdfitError, match="cannot write the model to"):
         load_artifact(shipped("models") / "sm75.joblib").save(blocked / "sm75.joblib")

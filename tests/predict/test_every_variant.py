@@ -13,9 +13,9 @@ from worlds import far_and_wide, with_regimes
 
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import UnknownVariant
+from sdfit.files import shipped
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
-from sdfit.shipped import shipped
 from sdfit.workload import CHOICES, VARIANT_FIELDS, Workload
 
 MODELS = ["fake with regimes", *sorted(path.stem for path in shipped("models").glob("*.joblib"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,11 +134,19 @@ def test_a_torn_first_line_is_written_again(tmp_path: Path, kind: Kind[Any], row
 
 @KINDS
 @pytest.mark.parametrize(
-    "content", [b"my notes", b"first\nsecond", b"a,b\n1,2\n3", b"\x80\x04pickle", b'{"a": 1}\n{"torn']
+    "content",
+    [
+        b"my notes",
+        b"first\nsecond",
+        b"a,b\n1,2\n3",
+        b"\x80\x04pickle",
+        gzip.compress(b"first\nsecond"),
+        b'{"a": 1}\n{"torn',
+    ],
 )
 def test_a_foreign_file_is_not_touched(tmp_path: Path, kind: Kind[Any], rows: Rows, content: bytes) -> None:
     """A file that is of no kind is refused, and stays as it was to the byte."""
-    path = tmp_path / "notes.txt"
+    path = tmp_path / "notes.jsonl"
     path.write_bytes(content)
     for _ in range(2):  # and the refused writer holds no lock
         with pytest.raises(RecordsError, match=rf"no {kind.noun}s file|not the environment|not text"):

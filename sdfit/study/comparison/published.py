@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdfit.errors import RecordsError, listed
-from sdfit.shipped import shipped
+from sdfit.files import shipped
 from sdfit.workload import Workload
 
 PIPELINES = ("txt2img", "img2img")

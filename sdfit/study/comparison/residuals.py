@@ -14,8 +14,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdfit.files import shipped
 from sdfit.predict.conformal import scale
-from sdfit.shipped import shipped
 
 FILE = "residuals.csv"
 REASONS = {"COL-003": "see `T4_EXCESS` in sdfit/backends/trace/workspaces.py"}

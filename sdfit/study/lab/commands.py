@@ -11,7 +11,7 @@ import click
 
 from sdfit.backends.environment import a_card_is_there, quiet_libraries
 from sdfit.errors import GridError, listed, run_command
-from sdfit.shipped import shipped
+from sdfit.files import shipped
 from sdfit.units import parse_duration
 
 gpu_option = click.option(

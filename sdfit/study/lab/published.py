@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import astuple, fields
 from pathlib import Path
 
 from sdfit.backends.trace.tracer import Traced, Tracer
 from sdfit.backends.trace.workspaces import workspaces_for
+from sdfit.files import Kind, Output, shipped
+from sdfit.files import write as write_files
 from sdfit.predict.conformal import LEAST_SCALE_BYTES
-from sdfit.shipped import shipped
 from sdfit.study.comparison import published
 from sdfit.study.comparison.residuals import Residual
 from sdfit.workload import DTYPE_BYTES, Workload
@@ -83,7 +85,8 @@ def trace_all() -> tuple[Residual, ...]:
 
 def write(found: tuple[Residual, ...], file: Path) -> None:
     """Write residuals as CSV."""
-    with file.open("w", encoding="utf-8", newline="") as lines:
-        writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow([f.name for f in fields(Residual)])
-        writer.writerows(astuple(r) for r in found)
+    lines, names = io.StringIO(), [f.name for f in fields(Residual)]
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(astuple(r) for r in found)
+    write_files(Output(file, lines.getvalue().encode(), Kind("table", (".csv",), ",".join(names).encode())))

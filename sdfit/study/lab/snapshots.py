@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sdfit.backends.trace.segments import SMALL_BYTES, Block, CachingAllocator
 from sdfit.errors import RecordsError, nearest
-from sdfit.shipped import shipped
+from sdfit.files import shipped
 from sdfit.units import aligned, format_bytes, percent
 
 RELEASES = ("segment_free", "segment_unmap")
