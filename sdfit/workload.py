@@ -2,7 +2,7 @@
 
 A `Workload` is validated once, where it is born, and frozen. Everything that the memory depends on is a field;
 everything that it does not depend on (the number of steps, the strength, the seed, the values of the weights) is
-not. The discrete fields together are the *variant*: each variant has coefficients of its own.
+not, nor is the scheduler, which changes the peak by a few latents at most (``tests/backends/test_strategies.py`` holds it). The discrete fields together are the *variant*: each variant has coefficients of its own.
 """
 
 from __future__ import annotations
@@ -32,17 +32,24 @@ LIMITS = {
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "dtype": ("float16", "bfloat16", "float32"),
-    "attention": ("sdpa", "math", "eager", "sliced"),
+    "attention": ("sdpa", "math", "eager", "sliced", "sliced_max", "sliced_2", "sliced_8"),
     "vae": ("kl", "tiny"),
     "vae_slicing": (False, True),
     "vae_tiling": (False, True),
-    "offload": ("none", "model"),
+    "offload": ("none", "model", "sequential", "group_block", "group_leaf"),
     "safety_checker": (True, False),
+    "execution": ("default", "channels_last", "tf32", "compiled"),
 }
 """The discrete fields and what each may be; the first is the default."""
+SLICES = {"sliced": 4, "sliced_max": 1, "sliced_2": 2, "sliced_8": 8}
+"""Heads that each kind of sliced attention computes at once, of eight: ``"auto"`` takes half of them, ``"max"`` one."""
+STREAMED = ("sequential", "group_block", "group_leaf")
+"""Kinds of offload that bring weights to the card module by module: of a component only what runs is there."""
+CARD_ALONE = "which kernels then run, and what memory they hold, a card alone can tell; a trace has no number for it"
+"""Of every execution but the default."""
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 VARIANT_FIELDS = tuple(CHOICES)
-VariantKey = tuple[str, str, str, bool, bool, str, bool]
+VariantKey = tuple[str, str, str, bool, bool, str, bool, str]
 
 
 def effective(
@@ -138,15 +145,20 @@ class Workload:
     guidance_scale : float
         Above 1 classifier-free guidance is on, which doubles the UNet's batch; its value is otherwise irrelevant.
     dtype : {'float16', 'bfloat16', 'float32'}
-    attention : {'sdpa', 'math', 'eager', 'sliced'}
+    attention : {'sdpa', 'math', 'eager', 'sliced', 'sliced_max', 'sliced_2', 'sliced_8'}
         ``sdpa``: `AttnProcessor2_0` with a fused kernel (the default since torch 2); ``math``: the same processor with
-        the fused kernels switched off; ``eager``: `AttnProcessor`; ``sliced``: `enable_attention_slicing`.
+        the fused kernels switched off; ``eager``: `AttnProcessor`; ``sliced``: `enable_attention_slicing`, with
+        ``"auto"``; ``sliced_max``: with ``"max"``; ``sliced_2`` and ``sliced_8``: with that number (see `SLICES`).
     vae : {'kl', 'tiny'}
         `AutoencoderKL`, or `AutoencoderTiny` (TAESD).
     vae_slicing, vae_tiling : bool
-    offload : {'none', 'model'}
-        ``model``: `enable_model_cpu_offload`.
+    offload : {'none', 'model', 'sequential', 'group_block', 'group_leaf'}
+        ``model``: `enable_model_cpu_offload`; ``sequential``: `enable_sequential_cpu_offload`; ``group_block`` and
+        ``group_leaf``: `enable_group_offload` of one block a group, or of leaves, without streams.
     safety_checker : bool
+    execution : {'default', 'channels_last', 'tf32', 'compiled'}
+        How the UNet's kernels are chosen: its weights in channels-last format, TF32 for float32 matrix products, or
+        ``unet.compile()``. Which kernels run then, and what they hold, a card alone can tell.
 
     Raises
     ------
@@ -176,6 +188,7 @@ class Workload:
     vae_tiling: bool = False
     offload: str = "none"
     safety_checker: bool = True
+    execution: str = "default"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -245,6 +258,7 @@ class Workload:
             self.vae_tiling,
             self.offload,
             self.safety_checker,
+            self.execution,
         )
 
 

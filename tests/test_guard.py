@@ -181,13 +181,13 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "compiled": (done(lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet))), "a compiled unet"),
     "compiled in place": (done(lambda pipe: pipe.unet.compile()), "a compiled unet"),
     "channels last": (done(lambda pipe: pipe.unet.to(memory_format=torch.channels_last)), "channels-last"),
-    "sequential offload": (done(sequential), "sequential offload"),
-    "group offload": (done(group), "GroupOffloadingHook"),
+    "sequential offload of a part": (done(sequential), "sequential offload"),
+    "group offload of a part": (done(group), "group offload with streams"),
     "xFormers": (
         done(lambda pipe: pipe.unet.set_attn_processor(XFormersAttnProcessor())),
         "processors of the UNet: XFormersAttnProcessor",
     ),
-    "slices of one head": (done(lambda pipe: pipe.enable_attention_slicing("max")), r"slices of \[1\] heads"),
+    "slices of three heads": (done(lambda pipe: pipe.enable_attention_slicing(3)), r"slices of \[3\] heads"),
     "mixed attention": (
         done(lambda pipe: pipe.vae.set_attn_processor(AttnProcessor())),
         "attention in the VAE of another kind",
@@ -227,6 +227,8 @@ STATES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
         {"attention": "eager"},
     ),
     "sliced": (lambda p: p.enable_attention_slicing(), {"attention": "sliced"}),
+    "sliced by 'max'": (lambda p: p.enable_attention_slicing("max"), {"attention": "sliced_max"}),
+    "sliced by 2": (lambda p: p.enable_attention_slicing(2), {"attention": "sliced_2"}),
     "slicing": (lambda p: p.vae.enable_slicing(), {"vae_slicing": True}),
     "tiling": (lambda p: p.vae.enable_tiling(), {"vae_tiling": True}),
     "bfloat16": (lambda p: p.to(torch.bfloat16), {"dtype": "bfloat16"}),
@@ -243,7 +245,7 @@ def test_a_change_of_the_pipeline_is_seen_at_the_next_call(pipe: Any, f: Predict
     change(pipe)
     after = guarded.workload(image=PICTURE, prompt="a")
     assert {name: getattr(after, name) for name in expected} == expected and after != before
-    if state in ("sliced", "eager"):
+    if state.startswith("sliced") or state == "eager":
         pipe.unet.set_attn_processor(AttnProcessor2_0())
         pipe.vae.set_attn_processor(AttnProcessor2_0())
         assert guarded.workload(image=PICTURE, prompt="a") == before

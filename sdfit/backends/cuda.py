@@ -23,7 +23,7 @@ from sdfit.backends.capacity import STEP_BYTES, smallest_capacity
 from sdfit.backends.counters import ANY_CARD, Counters, CudaCounters
 from sdfit.backends.environment import software
 from sdfit.backends.kernels import kernels_noted
-from sdfit.backends.pipeline import ARCHITECTURE, build_pipeline, call_arguments, variant_applied
+from sdfit.backends.pipeline import ARCHITECTURE, build_pipeline, call_arguments, place, variant_applied
 from sdfit.backends.run import Run, is_out_of_memory
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
@@ -200,7 +200,7 @@ class CudaBackend:
 
     def _prepared(self, workload: Workload) -> Any:
         """The workload's pipeline, its variant warmed up, the allocator settled."""
-        key = (workload.dtype, workload.vae, workload.safety_checker, workload.offload)
+        key = (workload.dtype, workload.vae, workload.safety_checker, workload.offload, workload.execution)
         if key != self._pipe_key:
             self._drop()
             self._build(workload)
@@ -228,8 +228,7 @@ class CudaBackend:
                 settings=self.settings,
             )
             self._component_bytes = component_bytes(self._pipe)
-            if workload.offload == "model":
-                self._pipe.enable_model_cpu_offload(device=self.counters.device)
+            place(self._pipe, workload, self.counters.device)
         self.counters.settle()
         self._baseline_bytes = self.counters.allocated()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdfit.errors import SdfitError, needs
-from sdfit.workload import CHUNK_TOKENS, Workload
+from sdfit.workload import CHUNK_TOKENS, SLICES, Workload
 
 try:
     import torch
@@ -68,6 +68,13 @@ SCHEDULER = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+
+
+GROUPS: dict[str, dict[str, Any]] = {
+    "group_block": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "group_leaf": {"offload_type": "leaf_level"},
+}
+"""What each kind of group offload gives `enable_group_offload`."""
 
 
 def offline_tokenizer() -> Any:
@@ -158,7 +165,7 @@ def build_pipeline(
     dtype, vae, safety_checker
         As in `Workload`.
     device : str
-        Where the components go. ``offload="model"`` is the caller's to switch on.
+        Where the components go. Offload is switched on by `place`.
     seed : int
         For the random values; peak memory does not depend on it.
 
@@ -214,6 +221,22 @@ def _feature_extractor() -> Any:
     return Processor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
 
 
+def place(pipe: StableDiffusionImg2ImgPipeline, workload: Workload, device: str) -> None:
+    """Switch on what outlasts a run: the workload's offload to host memory, and how its UNet is executed."""
+    if workload.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif workload.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif workload.offload in GROUPS:
+        pipe.to("cpu")
+        pipe.enable_group_offload(torch.device(device), **GROUPS[workload.offload])
+    torch.backends.cuda.matmul.allow_tf32 = workload.execution == "tf32"
+    if workload.execution == "channels_last":
+        pipe.unet.to(memory_format=torch.channels_last)
+    elif workload.execution == "compiled":
+        pipe.unet.compile()
+
+
 @contextmanager
 def variant_applied(pipe: StableDiffusionImg2ImgPipeline, workload: Workload) -> Iterator[None]:
     """Switch the pipeline's attention, VAE slicing and VAE tiling to the workload's for the time of a ``with`` block."""
@@ -225,8 +248,8 @@ def variant_applied(pipe: StableDiffusionImg2ImgPipeline, workload: Workload) ->
     pipe.unet.set_attn_processor(processor())
     if hasattr(vae, "set_attn_processor"):
         vae.set_attn_processor(processor())
-    if workload.attention == "sliced":
-        pipe.enable_attention_slicing()
+    if workload.attention in SLICES:
+        pipe.enable_attention_slicing(SLICES[workload.attention])
     (vae.enable_slicing if workload.vae_slicing else vae.disable_slicing)()
     (vae.enable_tiling if workload.vae_tiling else vae.disable_tiling)()
     with sdpa_kernel(SDPBackend.MATH) if workload.attention == "math" else nullcontext():

@@ -11,6 +11,7 @@ import click
 from sdfit.cli.options import example, json_option, note, out_option, records_argument
 from sdfit.errors import SdfitError
 from sdfit.units import parse_duration
+from sdfit.workload import CARD_ALONE
 
 MOST_FINDINGS = 12
 """Findings of the fit's own judgement that are printed, the gravest first."""
@@ -64,6 +65,9 @@ def sweep(
         raise click.UsageError("--kernels is for --backend trace: a card brings its own kernels")
     if backend == "trace":
         options |= {"workspaces": workspaces} | ({"kernels": kernels} if kernels else {})
+        whole, plan = plan, plan.for_the_trace()
+        if len(plan.workloads) < len(whole.workloads):
+            note(f"{len(whole.workloads) - len(plan.workloads)} of {len(whole.workloads)} runs left out: {CARD_ALONE}")
         if workspaces and gpu != "auto" and not kernels:
             from sdfit.backends.trace.workspaces import workspaces_for
 

@@ -19,7 +19,7 @@ from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Numbers, Sizes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.terms import COLUMN, products
-from sdfit.workload import DTYPE_BYTES, VARIANT_FIELDS, VariantKey
+from sdfit.workload import DTYPE_BYTES, SLICES, VARIANT_FIELDS, VariantKey
 
 METRICS = ("allocated", "reserved", "device", "required", "minimum")
 """What the README's glossary explains; each a peak over one run [bytes]."""
@@ -34,7 +34,7 @@ FEATURE_COLUMNS = tuple(COLUMN[name] for name in (*LINEAR, *QUADRATIC))
 """Where those terms stand among `sdfit.equation.terms.products`."""
 CONSTANT_BYTES = 1 << 20
 """Of the feature ``1``, so that all features are of like size."""
-MATERIALISED = ("math", "eager", "sliced")
+MATERIALISED = ("math", "eager", *SLICES)
 """Kinds of attention that hold score matrices."""
 
 PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid") for stage in STAGES}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdfit.workload import VARIANT_FIELDS, VariantKey
+from sdfit.workload import CHOICES, SLICES, STREAMED, VARIANT_FIELDS, VariantKey
 
 StageKey = tuple[str, ...]
 """A stage and the values of the fields that reach it: what one set of coefficients belongs to."""
@@ -82,6 +82,11 @@ accelerate's `CpuOffload`.
 """
 
 
+RESIDENT_WHEN_STREAMED = {"sequential": ("safety_checker",), "group_block": (), "group_leaf": ()}
+"""Which components are on the card as a whole when weights come module by module: sequential offload leaves the checker
+there (`_exclude_from_cpu_offload`), group offload nothing. What comes and goes counts to the stage's coefficients."""
+
+
 def resident(stage: str, offload: str) -> tuple[str, ...]:
     """The components whose weights are on the card while a stage runs.
 
@@ -90,13 +95,16 @@ def resident(stage: str, offload: str) -> tuple[str, ...]:
     >>> resident("unet", "model")
     ('unet', 'vae', 'safety_checker')
     """
+    if offload in STREAMED:
+        return RESIDENT_WHEN_STREAMED[offload]
     return COMPONENTS if offload == "none" else RESIDENT_WHEN_OFFLOADED[stage]
 
 
 def stage_key(stage: str, variant: VariantKey) -> StageKey:
     """Name the coefficients that a stage of a variant uses: the stage and the fields that reach it.
 
-    ``enable_attention_slicing`` does not reach the VAE, so its mid block runs ``sdpa`` there.
+    ``enable_attention_slicing`` does not reach the VAE, so its mid block runs ``sdpa`` there. Where weights come module by
+    module the peak may lie elsewhere, so every stage then has coefficients of its own; so it has where other kernels run.
 
     Examples
     --------
@@ -105,9 +113,30 @@ def stage_key(stage: str, variant: VariantKey) -> StageKey:
     ('unet', 'float16', 'sdpa')
     """
     values = dict(zip(VARIANT_FIELDS, variant, strict=True))
-    if stage.startswith("vae") and values["attention"] == "sliced":
+    if stage.startswith("vae") and values["attention"] in SLICES:
         values["attention"] = "sdpa"
-    return (stage, *(str(values[name]) for name in STAGE[stage].fields))
+    key = (stage, *(str(values[name]) for name in STAGE[stage].fields))
+    if values["offload"] in STREAMED:
+        key += (str(values["offload"]),)
+    if values["execution"] != "default" and (stage == "unet" or values["execution"] == "tf32"):
+        key += (str(values["execution"]),)
+    return key
+
+
+def is_stage_key(key: StageKey) -> bool:
+    """Whether a key is one that `stage_key` can give.
+
+    Examples
+    --------
+    >>> is_stage_key(("unet", "float16", "sdpa", "sequential")), is_stage_key(("unet", "float16", "sdpa", "none"))
+    (True, False)
+    """
+    if not key or key[0] not in STAGE or len(key) < 1 + len(STAGE[key[0]].fields):
+        return False
+    rest = key[1 + len(STAGE[key[0]].fields) :]
+    offloads = rest[:1] if rest and rest[0] in STREAMED else ()
+    executions = rest[len(offloads) :]
+    return len(executions) <= 1 and all(e in CHOICES["execution"][1:] for e in executions)
 
 
 def stages_of(variant: VariantKey) -> tuple[str, ...]:

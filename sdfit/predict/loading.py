@@ -16,7 +16,7 @@ from typing import Any
 from sdfit.equation.metrics import METRIC_FEATURES
 from sdfit.equation.regimes import REGIMES
 from sdfit.equation.sizes import domain_columns
-from sdfit.equation.stages import STAGE
+from sdfit.equation.stages import is_stage_key
 from sdfit.equation.terms import terms_of
 from sdfit.errors import ArtifactError
 from sdfit.predict.artifact import FORMAT, RESTS_ON, Artifact
@@ -124,7 +124,7 @@ def _checked(value: Any) -> Artifact:
 
 def _check_stage(key: str, stage: Any) -> None:
     parts = tuple(key.split("|"))
-    if parts[0] not in STAGE or len(parts) != 1 + len(STAGE[parts[0]].fields):
+    if not is_stage_key(parts):
         raise ArtifactError(f"it has an unknown stage '{key}'")
     try:
         fits = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from sdfit.equation.weights import PARAMETERS
 from sdfit.predict import process
-from sdfit.workload import DTYPE_BYTES
+from sdfit.workload import DTYPE_BYTES, SLICES, VARIANT_FIELDS
 
 PIPELINE = "StableDiffusionImg2ImgPipeline"
 CLASSES = {
@@ -41,8 +41,6 @@ ATTENTION = {
     "AttnProcessor": "eager",
     "SlicedAttnProcessor": "sliced",
 }
-AUTO_SLICE = 4
-"""Heads that ``enable_attention_slicing()`` runs at once: half of eight."""
 TILES = {"tile_sample_min_size": 512, "tile_latent_min_size": 64, "tile_overlap_factor": 0.25}
 _WATCHED = ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "processor", "peft_config")
 """What is found on a module, of what was put there."""
@@ -56,7 +54,7 @@ class Reading:
 
     Parameters
     ----------
-    dtype, attention, vae, vae_slicing, vae_tiling, offload, safety_checker
+    dtype, attention, vae, vae_slicing, vae_tiling, offload, safety_checker, execution
         As in `sdfit.workload.Workload`; where something is unknown, the nearest.
     unknown : tuple of str
         What was found and is not covered, each in words; empty if all is.
@@ -73,6 +71,7 @@ class Reading:
     vae_tiling: bool
     offload: str
     safety_checker: bool
+    execution: str = "default"
     unknown: tuple[str, ...] = ()
     to_rgb: bool = False
     scheduler: str = ""
@@ -80,8 +79,7 @@ class Reading:
     @property
     def variant(self) -> dict[str, Any]:
         """The discrete fields, by name."""
-        names = ("dtype", "attention", "vae", "vae_slicing", "vae_tiling", "offload", "safety_checker")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in VARIANT_FIELDS}
 
 
 class Reader:
@@ -304,9 +302,12 @@ def _attention(parts: dict[str, Any]) -> tuple[str, list[str]]:
     if len(kinds) > 1:
         unknown.append(f"several kinds of attention in the UNet ({', '.join(sorted(kinds))})")
     kind = next(iter(sorted(kinds)), "sdpa")
-    sizes = {getattr(p, "slice_size", AUTO_SLICE) for p in unet if type(p).__name__ == "SlicedAttnProcessor"}
-    if sizes - {AUTO_SLICE}:
-        unknown.append(f"attention slices of {sorted(sizes)} heads where {AUTO_SLICE} ('auto') are covered")
+    sizes: set[Any] = {getattr(p, "slice_size", None) for p in unet if type(p).__name__ == "SlicedAttnProcessor"}
+    named: dict[Any, str] = {heads: name for name, heads in SLICES.items()}
+    if len(sizes) > 1 or sizes - set(named):
+        unknown.append(f"attention slices of {sorted(sizes, key=str)} heads where one of {sorted(named)} is covered")
+    elif sizes:
+        kind = named[sizes.pop()]
     expected = "eager" if kind == "eager" else "sdpa"
     theirs = {ATTENTION.get(type(p).__name__, type(p).__name__) for p in vae}
     if theirs - {expected}:
@@ -320,7 +321,10 @@ def _processors(module: Any) -> list[Any]:
 
 
 def _offload(pipe: Any, parts: dict[str, Any]) -> tuple[str, list[str]]:
-    """Which offload the hooks make up; sequential, group and others are named."""
+    """Which offload the hooks make up; others are named."""
+    streamed = _streamed(parts)
+    if streamed:
+        return streamed, []
     hooks: set[str] = set()
     for module in parts.values():
         for one in module.modules():
@@ -335,9 +339,46 @@ def _offload(pipe: Any, parts: dict[str, Any]) -> tuple[str, list[str]]:
     unknown = []
     if hooks - {"CpuOffload"}:
         kinds = {
-            "AlignDevicesHook": "sequential offload, or layers placed by a device map",
+            "AlignDevicesHook": "sequential offload of a part of it, or layers placed by a device map",
             "SequentialHook": "chained hooks",
+            "GroupOffloadingHook": "group offload with streams, of several blocks a group, or of a part of it",
         }
         words = sorted({kinds.get(name, name) for name in hooks - {"CpuOffload"}})
         unknown.append(f"hooks on its modules: {', '.join(words)}")
     return ("model" if getattr(pipe, "_all_hooks", None) or "CpuOffload" in hooks else "none"), unknown
+
+
+def _streamed(parts: dict[str, Any]) -> str | None:
+    """The kind of offload that brings weights module by module, if all of the pipeline is under the same one.
+
+    Sequential offload leaves the safety checker on the card; group offload has streams and groups of one size only.
+    """
+    kinds = {
+        name: {_kind_of(own) for m in module.modules() if (own := vars(m))["_parameters"]}
+        for name, module in parts.items()
+    }
+    checker = kinds.pop("safety_checker", None)
+    found = set().union(*kinds.values()) if kinds else set()
+    if found == {"sequential"}:
+        return "sequential" if checker in (None, {None}) else None
+    hooks = [h for module in parts.values() for m in module.modules() for h in _group_hooks(vars(m))]
+    if not hooks or not all(any(_group_hooks(vars(m)) for m in module.modules()) for module in parts.values()):
+        return None
+    types = {
+        (str(getattr(h.config.offload_type, "value", "")), h.config.stream, h.config.num_blocks_per_group)
+        for h in hooks
+    }
+    return {("block_level", None, 1): "group_block", ("leaf_level", None, None): "group_leaf"}.get(
+        types.pop() if len(types) == 1 else ("", None, None)
+    )
+
+
+def _kind_of(own: dict[str, Any]) -> str | None:
+    hook = own.get("_hf_hook")
+    every: tuple[Any, ...] = getattr(hook, "hooks", (hook,))
+    return "sequential" if any(type(h).__name__ == "AlignDevicesHook" and h.offload for h in every) else None
+
+
+def _group_hooks(own: dict[str, Any]) -> list[Any]:
+    registry = own.get("_diffusers_hook")
+    return [h for h in getattr(registry, "hooks", {}).values() if type(h).__name__ == "GroupOffloadingHook"]

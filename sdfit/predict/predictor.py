@@ -155,6 +155,7 @@ class Predictor:
         vae_tiling: bool = False,
         offload: str = "none",
         safety_checker: bool = True,
+        execution: str = "default",
         metric: str = "allocated",
         level: float = DEFAULT_LEVEL,
         **unknown: Any,
@@ -164,7 +165,7 @@ class Predictor:
         Parameters
         ----------
         height, width, prompt_length, batch_size, guidance_scale, dtype, attention, vae, vae_slicing, vae_tiling, \
-offload, safety_checker
+offload, safety_checker, execution
             As in `Workload`.
         metric : {'allocated', 'reserved', 'device', 'required'}
         level : float
@@ -181,7 +182,7 @@ offload, safety_checker
         """
         if unknown:
             check_keywords(unknown, ("metric", "level"))
-        key = (dtype, attention, vae, vae_slicing, vae_tiling, offload, safety_checker)
+        key = (dtype, attention, vae, vae_slicing, vae_tiling, offload, safety_checker, execution)
         # the common case without a Workload: a variant that was used before, plain numbers, the default metric
         try:
             found = self._variants.get(key)

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ class Plan:
     workloads: tuple[Workload, ...]
     sha256: str
     blocks: tuple[tuple[str, int], ...]
+
+    def for_the_trace(self) -> Plan:
+        """The same without the runs that a card alone can tell about (`sdfit.workload.CARD_ALONE`)."""
+        left = tuple(w for w in self.workloads if w.execution == "default")
+        if len(left) == len(self.workloads):
+            return self
+        digest = fingerprint([[w.to_dict() for w in left], self.num_inference_steps])
+        return replace(self, workloads=left, sha256=digest)
 
     def summary(self) -> str:
         """A few lines: how many runs, of what."""
@@ -113,7 +121,7 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     workloads = list(seen)
     rng.shuffle(workloads)
     # one pipeline after the other: building one takes longer than running a workload
-    workloads.sort(key=lambda w: (w.dtype, w.vae, w.safety_checker, w.offload))
+    workloads.sort(key=lambda w: (w.dtype, w.vae, w.safety_checker, w.offload, w.execution))
     digest = fingerprint([[w.to_dict() for w in workloads], steps])
     return Plan(name, str(content.get("description", "")), seed, steps, tuple(workloads), digest, tuple(counts))
 

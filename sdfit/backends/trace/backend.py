@@ -16,9 +16,9 @@ from sdfit.backends.trace.replay import replay, smallest_cap, without
 from sdfit.backends.trace.tables import workspaces_of
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
-from sdfit.errors import SdfitError
+from sdfit.errors import InvalidWorkload, SdfitError
 from sdfit.records import fingerprint
-from sdfit.workload import Workload
+from sdfit.workload import CARD_ALONE, Workload
 
 
 class TraceBackend:
@@ -69,7 +69,15 @@ class TraceBackend:
         }
 
     def measure(self, workload: Workload) -> dict[str, Any]:
-        """See `sdfit.backends.Backend.measure`."""
+        """See `sdfit.backends.Backend.measure`.
+
+        Raises
+        ------
+        InvalidWorkload
+            If only a card can tell.
+        """
+        if workload.execution != "default":
+            raise InvalidWorkload(f"execution={workload.execution}: {CARD_ALONE}", given=workload.execution)
         traced = self._tracer.run(workload, keep_events=True)
         assert traced.events is not None
         # without workspaces the trace is of no card, and what an allocator would do with it says little

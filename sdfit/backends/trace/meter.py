@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdfit.backends.trace.recall import run_on_meta
 from sdfit.backends.trace.segments import CACHE_GIVEN_BACK
 from sdfit.equation.weights import rounded
+from sdfit.errors import InvalidWorkload
 
 
 class Meter:
@@ -115,6 +116,8 @@ class Meter:
                 self.events.append((self._blocks, size))
             elif block in open_blocks:
                 self.events.append((open_blocks.pop(block)[0], size))
+            elif (block, size) == CACHE_GIVEN_BACK:
+                self.give_cache_back()
         self.events.extend((block, -size) for block, size in open_blocks.values())
 
 
@@ -140,6 +143,8 @@ class Listener(Protocol):
         """Hear that a span is counted once more, on top of what is live now."""
 
 
+_VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+"""What a host may do with its own tensors."""
 Operation = Callable[[Any, tuple[Any, ...], Any], None]
 
 
@@ -169,15 +174,22 @@ class FollowStorages(TorchDispatchMode):
         self.meter, self.device = meter, device
         self.workspace, self.after = workspace, after
         self._known: dict[int, Any] = {}
+        self._host: frozenset[int] = frozenset()
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Never count this tensor's storage: it is counted elsewhere (the weights)."""
         self._known[tensor.untyped_storage()._cdata] = tensor
 
+    def keep_apart(self, tensors: list[torch.Tensor]) -> None:
+        """Stand-ins for what is in host memory: an operation on one is refused."""
+        self._host = frozenset(t.untyped_storage()._cdata for t in tensors)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._host:
+            self._check_place(func, args)
         if self.device == "meta":
             stand_in = _leaves_the_device(func, args, kwargs)
             if stand_in is not None:
@@ -196,6 +208,15 @@ class FollowStorages(TorchDispatchMode):
         if self.after is not None:
             self.after(func, args, out)
         return out
+
+    def _check_place(self, func: Any, args: tuple[Any, ...]) -> None:
+        if func not in _VIEWS and any(
+            isinstance(arg, torch.Tensor) and arg.untyped_storage()._cdata in self._host for arg in args
+        ):
+            raise InvalidWorkload(
+                f"this fails in diffusers itself: {func} meets a weight that its offload left in host memory; take "
+                "another offload"
+            )
 
     def _see(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != self.device:

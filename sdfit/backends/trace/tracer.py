@@ -12,24 +12,33 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation, Span
+from sdfit.backends.trace.streaming import streamed
 from sdfit.backends.trace.workspaces import unsplit_bytes
 from sdfit.equation.stages import COMPONENTS, resident
 from sdfit.equation.weights import rounded
 from sdfit.errors import InvalidWorkload, nearest
-from sdfit.workload import VAE_SCALE, Workload
+from sdfit.workload import STREAMED, VAE_SCALE, Workload
 
 TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")
 """What can be traced; the last three are there to compare with published measurements of them."""
@@ -38,12 +47,35 @@ Workspace = Callable[[Workload, Any, tuple[Any, ...], Any], int]
 """``workspace(workload, func, args, out) -> bytes`` that a kernel holds while it runs."""
 
 
-class HostTimesteps(PNDMScheduler):
-    """PNDM with its timesteps in host memory, where they have values."""
+SCHEDULERS: dict[str, Any] = {
+    "pndm": PNDMScheduler,
+    "ddim": DDIMScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "lcm": LCMScheduler,
+}
+"""diffusers' schedulers by short names; the checkpoint's own comes first."""
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As `PNDMScheduler.set_timesteps`, on the CPU whatever the device."""
-        super().set_timesteps(num_inference_steps, device="cpu")
+
+def scheduled(name: str, config: Any) -> Any:
+    """A scheduler of `SCHEDULERS`, fresh, with its timesteps in host memory, where they have values.
+
+    Raises
+    ------
+    InvalidWorkload
+        If there is none of that name.
+    """
+    if name not in SCHEDULERS:
+        raise InvalidWorkload(f"there is no scheduler '{name}'{nearest(name, tuple(SCHEDULERS))}", given=name)
+    scheduler = SCHEDULERS[name].from_config(config)
+    set_timesteps = scheduler.set_timesteps
+
+    def on_the_host(num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
+        set_timesteps(num_inference_steps, device="cpu", **kwargs)
+
+    scheduler.set_timesteps = on_the_host
+    return scheduler
 
 
 class ShapesOnly(VaeImageProcessor):
@@ -122,7 +154,6 @@ class Tracer:
         if key not in self._pipes:
             dtype, vae, checker = key
             pipe = build_pipeline(dtype=dtype, device="meta", vae=vae, safety_checker=checker, settings=self.settings)
-            pipe.scheduler = HostTimesteps.from_config(pipe.scheduler.config)
             pipe.image_processor = ShapesOnly(**pipe.image_processor.config)
             self._pipes[key] = pipe
         return self._pipes[key]
@@ -135,6 +166,9 @@ class Tracer:
         keep_events: bool = False,
         observe: Callable[[Meter], Operation] | None = None,
         full: bool = False,
+        scheduler: str = "pndm",
+        num_inference_steps: int | None = None,
+        call: Mapping[str, Any] | None = None,
     ) -> Traced:
         """Trace one workload.
 
@@ -149,12 +183,19 @@ class Tracer:
             ``observe(meter)`` gives a function that is called after each operation.
         full : bool
             Run every denoising step, slice and tile, though repeats add nothing new (see `_repeats_skipped`).
+        scheduler : str
+            A name of `SCHEDULERS`.
+        num_inference_steps : int, optional
+            Of this run; None: the tracer's own.
+        call : mapping, optional
+            Further arguments of the pipeline's call, such as ``strength`` and ``callback_on_step_end``.
         """
         if task not in TASKS:
             raise InvalidWorkload(f"there is no task '{task}'{nearest(task, TASKS)}", given=task)
         pipe = self.pipeline(workload)
         # a scheduler keeps tensors of its last run, and moves its table to the device once
-        pipe.scheduler = HostTimesteps.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduled(scheduler, pipe.scheduler.config)
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         meter = Meter(keep_events=keep_events)
         parts = COMPONENTS if task in ("img2img", "txt2img") else ("vae",)
         weights = {name: _tensors(getattr(pipe, name)) for name in parts if getattr(pipe, name) is not None}
@@ -172,8 +213,13 @@ class Tracer:
                 follow.ignore(tensor)
         residency = _Residency(meter, sizes, offload=workload.offload, encodes=task != "txt2img")
         standing = getattr(self.workspace, "standing_bytes", 0)
-        # only a simulated card has an allocator; under offload its remainders come and go and are left out
-        unsplit = unsplit_bytes(sizes) if standing and workload.offload == "none" else 0
+        # only a simulated card has an allocator; the remainders around weights that come and go are left out
+        stays = (
+            {}
+            if workload.offload == "model"
+            else {n: sizes[n] for n in resident("unet", workload.offload) if n in sizes}
+        )
+        unsplit = unsplit_bytes(stays) if standing else 0
         seconds: dict[str, float] = {}
         since: list[Any] = ["", time.perf_counter()]
 
@@ -194,8 +240,17 @@ class Tracer:
         attention = FusedAttention("math" if workload.attention == "math" else "fused")
         repeats = nullcontext() if full else _repeats_skipped(pipe, meter)
         # frees must not depend on when Python happens to collect
-        with _no_collection(), variant_applied(pipe, workload), watched(pipe, enter), repeats, attention, follow:
-            _RUN[task](pipe, workload, self.num_inference_steps)
+        streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
+        with (
+            _no_collection(),
+            variant_applied(pipe, workload),
+            streams,
+            watched(pipe, enter),
+            repeats,
+            attention,
+            follow,
+        ):
+            _RUN[task](pipe, workload, steps, call or {})
             enter("")
             meter.leave()
         components = {name: sum(parts) for name, parts in sizes.items()}
@@ -213,28 +268,28 @@ class Tracer:
         )
 
 
-def _img2img(pipe: Any, workload: Workload, steps: int) -> None:
+def _img2img(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
     width = pipe.text_encoder.config.hidden_size
-    pipe(**call_arguments(workload, num_inference_steps=steps, device="meta", width=width))
+    pipe(**(call_arguments(workload, num_inference_steps=steps, device="meta", width=width) | dict(call)))
 
 
-def _txt2img(pipe: Any, workload: Workload, steps: int) -> None:
+def _txt2img(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
     width = pipe.text_encoder.config.hidden_size
     arguments = call_arguments(workload, num_inference_steps=steps, device="meta", width=width)
     del arguments["image"], arguments["strength"]
     other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=pipe.safety_checker is not None)
     other.image_processor = pipe.image_processor
     other.set_progress_bar_config(disable=True)
-    other(**arguments, height=workload.effective_height, width=workload.effective_width)
+    other(**arguments, **call, height=workload.effective_height, width=workload.effective_width)
 
 
-def _vae_encode(pipe: Any, workload: Workload, steps: int) -> None:
+def _vae_encode(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
     shape = (workload.batch_size, 3, workload.effective_height, workload.effective_width)
     with torch.no_grad():
         pipe.vae.encode(torch.empty(shape, dtype=pipe.vae.dtype, device="meta")).latent_dist.sample()
 
 
-def _vae_decode(pipe: Any, workload: Workload, steps: int) -> None:
+def _vae_decode(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
     sides = (workload.effective_height // VAE_SCALE, workload.effective_width // VAE_SCALE)
     shape = (workload.batch_size, pipe.vae.config.latent_channels, *sides)
     with torch.no_grad():
@@ -283,6 +338,7 @@ def _repeats_skipped(pipe: Any, meter: Meter) -> Iterator[None]:
     against the full run by a test.
     """
     modules = [pipe.unet, pipe.vae.encoder, pipe.vae.decoder]
+    own = [vars(module).get("forward") for module in modules]  # that of a hook
     for module in modules:
         module.forward = _once_per_shape(module.forward, meter)
     blends = [name for name in ("blend_v", "blend_h") if hasattr(pipe.vae, name)]
@@ -291,8 +347,10 @@ def _repeats_skipped(pipe: Any, meter: Meter) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
         for name in blends:
             delattr(pipe.vae, name)
 

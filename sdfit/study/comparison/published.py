@@ -49,7 +49,7 @@ class PublishedRow:
     dtype, attention : str
         As in `Workload`.
     vae_tiling, safety_checker : bool
-    offload : {'none', 'model'}
+    offload : {'none', 'model', 'sequential'}
     metric : {'allocated', 'reserved'}
         Which counter of PyTorch's allocator.
     scope : {'total', 'above_weights'}

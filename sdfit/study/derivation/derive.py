@@ -37,7 +37,7 @@ from sdfit.study.derivation.closed_form import (
     letters,
     products_at,
 )
-from sdfit.workload import CHUNK_TOKENS, Workload, variant_name
+from sdfit.workload import CHUNK_TOKENS, SLICES, Workload, variant_name
 
 Name = OperationName
 At = tuple[int, int, int]
@@ -200,7 +200,7 @@ def _columns(workloads: Sequence[Workload], places: Sequence[At]) -> dict[str, A
 def _products(stage: str, variant: Workload) -> tuple[str, ...]:
     if stage in VAE_STAGES:
         return _VAE_PART_PRODUCTS if variant.vae_slicing or variant.vae_tiling else _VAE_PRODUCTS
-    return _SLICED_PRODUCTS if variant.attention == "sliced" else _UNET_PRODUCTS
+    return _SLICED_PRODUCTS if variant.attention in SLICES else _UNET_PRODUCTS
 
 
 def _solve(seen: dict[Name, dict[At, int]], points: tuple[Workload, ...]) -> list[_Candidate]:
