@@ -76,6 +76,10 @@ class SimulatedModelWarning(UserWarning):
     """The artifact in use rests on a simulation or on published numbers, not on a sweep of that card."""
 
 
+class SweepWarning(UserWarning):
+    """A sweep goes on with fewer workers than were asked for."""
+
+
 def listed(values: Iterable[object]) -> str:
     """Join values for a message.
 

@@ -319,6 +319,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequenc
     return [f"{n}: {one.get(n)} / {other.get(n)}" for n in names if one.get(n) != other.get(n)]
 
 
+def kind_of(environment: Mapping[str, Any]) -> str:
+    """What two environments have in common if their rows go to one file."""
+    return fingerprint([environment.get(name) for name in MATTERS])
+
+
 def pool(files: Iterable[RecordsFile]) -> RecordsFile:
     """Put files together, if the facts that matter agree.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sdfit.equation.stages import resident, stage_key, stages_of
 from sdfit.equation.terms import design_of, terms_of
 from sdfit.equation.weights import component_bytes
+from sdfit.errors import DeviceError
 from sdfit.records import fingerprint
 from sdfit.workload import DTYPE_BYTES, Workload
 
@@ -62,6 +64,8 @@ class FakeBackend:
         A workload of this batch size kills the process.
     hang_after : int, optional
         The card answers so many workloads of a process and never the next one.
+    cards : sequence of str
+        Names of the cards in its machine; it is the one that CUDA_VISIBLE_DEVICES shows, and ``gpu`` which is wanted.
     """
 
     def __init__(
@@ -74,7 +78,13 @@ class FakeBackend:
         crash_batch_size: int = 0,
         hang_after: int | None = None,
         num_inference_steps: int = 2,
+        cards: Sequence[str] = (),
     ) -> None:
+        if cards:
+            there = cards[int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])]
+            if gpu not in ("auto", "fake", there):
+                raise DeviceError(f"the card asked for is '{gpu}', and there is '{there}'; type --gpu {there}")
+            gpu = there
         self.gpu, self.capacity_bytes, self.noise = gpu, capacity_bytes, noise
         self.delay_s, self.crash_batch_size, self.num_inference_steps = delay_s, crash_batch_size, num_inference_steps
         self.tainted, self._left = False, hang_after

@@ -56,7 +56,9 @@ class Reporter:
         """Show it."""
         failed = f"{progress.oom} out of memory, {progress.crashed} crashed"
         if self._bar is not None:
-            self._bar.update(self._task, completed=progress.done + progress.crashed, failed=failed)
+            self._bar.update(
+                self._task, total=progress.total, completed=progress.done + progress.crashed, failed=failed
+            )
             return
         now = time.monotonic()
         if now - self._last_s >= LINE_EVERY_S or progress.done + progress.crashed == progress.total:

@@ -28,7 +28,9 @@ MOST_FINDINGS = 12
 @click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
 @out_option
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--address", default=None, help="Of a Ray cluster to join, as auto or 10.0.0.1:6379.")
 @click.option("--workers", type=click.IntRange(1), default=None, help="Processes; one per card or processor.")
+@click.option("--devices", default=None, help="Cards of this machine, as 0,1: a process each; left out, all.")
 @click.option("--budget", default=None, help="Start nothing new after this time, for example 5m.")
 @click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
 @click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
@@ -40,7 +42,9 @@ def sweep(
     backend: str,
     out: Path | None,
     engine: str,
+    address: str | None,
     workers: int | None,
+    devices: str | None,
     budget: str | None,
     weights: str,
     workspaces: bool,
@@ -51,12 +55,19 @@ def sweep(
     from sdfit.cli.progress import Reporter
     from sdfit.sweep import grid as grids
     from sdfit.sweep.run import sweep as run
+    from sdfit.sweep.workers import cards_named, default_workers
 
     plan = grids.load(grid)
     if dry_run:
         click.echo(plan.summary())
         return
     options: dict[str, Any] = {"gpu": gpu}
+    if address is not None and engine != "ray":
+        raise click.UsageError(f"--address is '{address}', of a Ray cluster; add --engine ray")
+    if devices is not None and (engine != "local" or backend == "trace" or workers is not None):
+        raise click.UsageError(
+            f"--devices is '{devices}', a process for each card of this machine; leave out --engine, --workers and trace"
+        )
     if backend == "cuda":
         options["weights"] = weights
     elif weights != "architecture":
@@ -83,6 +94,8 @@ def sweep(
             out,
             engine=engine,
             workers=workers,
+            devices=cards_named(devices, default_workers(backend)) if devices else (),
+            address=address,
             budget_s=parse_duration(budget) if budget else None,
             report=reporter,
         )
@@ -95,7 +108,8 @@ def sweep(
     )
     if not outcome.complete:
         click.echo("not complete: run the same command to go on", err=True)
-    click.echo(outcome.path)
+    for path in outcome.paths:
+        click.echo(path)
 
 
 @click.command(epilog=example("sdfit fit"))

@@ -8,7 +8,8 @@ tried again on resume; an out-of-memory run is an answer and is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 
 from sdfit.errors import RecordsError, SdfitError
 from sdfit.files import file_name
-from sdfit.records import RECORDS, Record, read
+from sdfit.records import RECORDS, Record, kind_of, read
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.ray import RayPool
-from sdfit.sweep.workers import Job, LocalPool, crashed, default_workers
+from sdfit.sweep.workers import Job, LocalPool, crashed, default_workers, left_out
 from sdfit.workload import Workload
 
 
@@ -49,6 +50,8 @@ class Outcome:
     skipped: int
     complete: bool
     notes: list[str]
+    paths: tuple[Path, ...]
+    """One file for each kind of card; ``path`` is the first."""
 
 
 def default_path(name: str, plan: Plan, folder: Path | str = "data", backend: str = "cuda") -> Path:
@@ -92,6 +95,99 @@ def record_of(index: int, workload: Workload, fields: Mapping[str, Any]) -> Reco
         return Record(index, workload, **crashed(f"the backend's result is no record: {error}"))
 
 
+class _File:
+    """The records of one kind of card: what its file lacks, and how far it is."""
+
+    def __init__(self, plan: Plan, journal: Journal[Record], only: Callable[[Workload], bool]) -> None:
+        self.plan, self.journal = plan, journal
+        known = finished(journal.rows)
+        foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
+        if foreign:
+            raise SdfitError(
+                f"row {foreign[0]} of '{journal.path}' is not of this grid; choose another file with --out"
+            )
+        self.skipped = self.done = len(known)
+        self.oom = [r.outcome for r in known.values()].count("oom")
+        self.crashed = 0
+        self.jobs = (job for job in enumerate(plan.workloads) if job[0] not in known and only(job[1]))
+
+    def put(self, index: int, fields: Mapping[str, Any]) -> Record:
+        record = record_of(index, self.plan.workloads[index], fields)
+        self.journal.append(record)
+        self.oom += record.outcome == "oom"
+        self.crashed += record.outcome == "crash"
+        self.done += record.outcome != "crash"
+        return record
+
+
+class _Sweep:
+    """Hands out a plan to workers, and keeps each row in the file of the card that it came from.
+
+    Every kind of card runs the whole plan. Cards are of one kind where the facts agree that their numbers depend on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: str,
+        out: Path | None,
+        budget_s: float | None,
+        only: Callable[[Workload], bool],
+        held: ExitStack,
+    ) -> None:
+        self.plan, self.backend, self.out, self.budget_s, self.only = plan, backend, out, budget_s, only
+        self.started = time.monotonic()
+        self.files: dict[str, _File | None] = {}
+        self._held = held
+
+    def file_of(self, environment: Mapping[str, Any]) -> _File | None:
+        """The file that rows of an environment belong to; None for a card that has to be left out."""
+        kind = kind_of(environment)
+        if kind not in self.files:
+            self.files[kind] = self._opened(environment)
+        return self.files[kind]
+
+    def take(self, environment: Mapping[str, Any]) -> Job | None:
+        """See `sdfit.sweep.workers.Take`."""
+        if self.budget_s is not None and time.monotonic() - self.started > self.budget_s:
+            return None
+        file = self.file_of(environment)
+        return next(file.jobs, None) if file else None
+
+    def put(self, environment: Mapping[str, Any], index: int, fields: Mapping[str, Any]) -> Progress:
+        """Keep a row."""
+        file = self.file_of(environment)
+        assert file is not None  # nothing was given to a worker without one
+        record = file.put(index, fields)
+        total = self.outcome()
+        elapsed, tried = time.monotonic() - self.started, total.done + total.crashed
+        eta = elapsed / (tried - total.skipped) * (total.total - tried)
+        return Progress(total.done, total.total, total.oom, total.crashed, elapsed, eta, record)
+
+    def outcome(self) -> Outcome:
+        """Where it stands, all files together."""
+        files = [file for file in self.files.values() if file]
+        done, oom, crashed, skipped = (sum(getattr(f, n) for f in files) for n in ("done", "oom", "crashed", "skipped"))
+        total = len(self.plan.workloads) * len(files)
+        notes = [note for f in files for note in f.journal.notes]
+        paths = tuple(f.journal.path for f in files)
+        return Outcome(paths[0], done, total, oom, crashed, skipped, done == total, notes, paths)
+
+    def _opened(self, environment: Mapping[str, Any]) -> _File | None:
+        there = [file.journal.path for file in self.files.values() if file]
+        path = self.out or default_path(str(environment["name"]), self.plan, backend=self.backend)
+        if path in there:
+            left_out(f"it has {environment.get('gpu')} and would write '{path}', where rows of another kind of card go")
+            return None
+        facts = dict(environment) | {
+            "grid": self.plan.name,
+            "grid_sha256": self.plan.sha256,
+            "seed": self.plan.seed,
+            "num_inference_steps": self.plan.num_inference_steps,
+        }
+        return _File(self.plan, self._held.enter_context(Journal(path, facts, RECORDS)), self.only)
+
+
 def sweep(
     plan: Plan,
     backend: str,
@@ -100,6 +196,8 @@ def sweep(
     *,
     engine: str = "local",
     workers: int | None = None,
+    devices: Sequence[str] = (),
+    address: str | None = None,
     budget_s: float | None = None,
     only: Callable[[Workload], bool] = lambda workload: True,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -113,10 +211,14 @@ def sweep(
     options : mapping
         For the backend.
     out : Path, optional
-        The records file; None: `default_path`.
+        The records file; None: `default_path` of each kind of card.
     engine : {'local', 'ray'}
     workers : int, optional
         None: one per card, or per processor for a trace.
+    devices : sequence of str
+        Engine ``local``: a worker for each of these cards (see `sdfit.sweep.workers.cards_named`).
+    address : str, optional
+        Engine ``ray``: the cluster to join.
     budget_s : float, optional
         Start no further workload after this many seconds.
     only : callable
@@ -127,61 +229,21 @@ def sweep(
     Raises
     ------
     DeviceError
-        If the card asked for, or a free processor for a Ray actor, is not there.
+        If the card asked for, or the cluster, or a free card or processor in it, is not there.
     RecordsError
         If the file was swept under other conditions, or is being written by another sweep.
     """
     options = dict(options) | {"num_inference_steps": plan.num_inference_steps}
-    pool_class = RayPool if engine == "ray" else LocalPool
-    pool = pool_class(backend, options, workers or default_workers(backend))
-    try:
-        environment = pool.environment() | {
-            "grid": plan.name,
-            "grid_sha256": plan.sha256,
-            "seed": plan.seed,
-            "num_inference_steps": plan.num_inference_steps,
-        }
-        path = out or default_path(str(environment["name"]), plan, backend=backend)
-        with Journal(path, environment, RECORDS) as journal:
-            return _run(plan, pool, journal, budget_s, only, report)
-    finally:
-        pool.close()
-
-
-def _run(
-    plan: Plan,
-    pool: Any,
-    journal: Journal[Record],
-    budget_s: float | None,
-    only: Callable[[Workload], bool],
-    report: Callable[[Progress], None],
-) -> Outcome:
-    started = time.monotonic()
-    known = finished(journal.rows)
-    foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
-    if foreign:
-        raise SdfitError(f"row {foreign[0]} of '{journal.path}' is not of this grid; choose another file with --out")
-    outcomes = [r.outcome for r in known.values()]
-    done, oom, crashed = len(known), outcomes.count("oom"), 0
-
-    def jobs() -> Iterator[Job]:
-        for index, workload in enumerate(plan.workloads):
-            if index in known or not only(workload):
-                continue
-            if budget_s is not None and time.monotonic() - started > budget_s:
-                return
-            yield index, workload
-
-    for fresh, (index, fields) in enumerate(pool.run(jobs()), start=1):
-        record = record_of(index, plan.workloads[index], fields)
-        journal.append(record)
-        oom += record.outcome == "oom"
-        if record.outcome == "crash":
-            crashed += 1
-        else:
-            done += 1
-        elapsed = time.monotonic() - started
-        left = len(plan.workloads) - done - crashed
-        report(Progress(done, len(plan.workloads), oom, crashed, elapsed, elapsed / fresh * left, record))
-    complete = done == len(plan.workloads)
-    return Outcome(journal.path, done, len(plan.workloads), oom, crashed, len(known), complete, journal.notes)
+    pool: RayPool | LocalPool
+    if engine == "ray":
+        pool = RayPool(backend, options, workers, address)
+    else:
+        pool = LocalPool(backend, options, workers or default_workers(backend), devices)
+    with ExitStack() as held:
+        held.callback(pool.close)
+        first = pool.environment()
+        one = _Sweep(plan, backend, out, budget_s, only, held)
+        one.file_of(first)
+        for environment, index, fields in pool.run_for(one.take):
+            report(one.put(environment, index, fields))
+        return one.outcome()

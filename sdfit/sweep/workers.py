@@ -10,18 +10,25 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sdfit.backends import open_backend
 from sdfit.backends.environment import quiet_libraries
-from sdfit.errors import SdfitError
+from sdfit.errors import DeviceError, SdfitError, SweepWarning
 from sdfit.workload import Workload
 
 Job = tuple[int, Workload]
 Result = tuple[int, dict[str, Any]]
+Environment = Mapping[str, Any]
+Take = Callable[[Environment], Job | None]
+"""What a worker in that environment is to do next; None: nothing more."""
+Heard = tuple[Environment, int, dict[str, Any]]
+"""In which environment, which job, and what came of it."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def crashed(message: str) -> dict[str, Any]:
@@ -38,6 +45,11 @@ def run_one(backend: Any, workload: Workload) -> dict[str, Any]:
         return crashed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
+def left_out(why: str) -> None:
+    """Say that a worker takes no part."""
+    warnings.warn(f"a worker is left out: {why}", SweepWarning, stacklevel=3)
+
+
 class LocalPool:
     """Worker processes on this machine.
 
@@ -48,44 +60,51 @@ class LocalPool:
         For `sdfit.backends.open_backend`.
     workers : int
         How many at once; one per card.
+    devices : sequence of str
+        Cards as CUDA counts them: each worker sees one of them and no other. Empty: each sees what this process sees.
     """
 
-    def __init__(self, backend: str, options: Mapping[str, Any], workers: int) -> None:
-        self.backend, self.options, self.workers = backend, dict(options), workers
+    def __init__(self, backend: str, options: Mapping[str, Any], workers: int, devices: Sequence[str] = ()) -> None:
+        self.backend, self.options = backend, dict(options)
+        self.devices: list[str | None] = [*devices] or [None] * workers
+        self._differ = bool(devices) or backend == "cuda"  # what one worker has no job for, another may
         self._context = multiprocessing.get_context("spawn")
         self._live: list[_Worker] = []
 
     def environment(self) -> dict[str, Any]:
         """Start the first worker and ask it what its numbers depend on."""
-        worker = self._start()
+        worker = self._start(self.devices[0])
         answer = worker.receive()
         if isinstance(answer, SdfitError):
             raise answer
-        worker.ready = True
-        environment: dict[str, Any] = answer
-        return environment
+        worker.environment = answer
+        return dict(answer)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield each job's result as it comes; stopping early ends the workers."""
         queue = iter(jobs)
+        for _, index, fields in self.run_for(lambda environment: next(queue, None)):
+            yield index, fields
+
+    def run_for(self, take: Take) -> Iterator[Heard]:
+        """As `run`, where what is to be done depends on the card that a worker has."""
+        if not self._live:
+            self.environment()
         try:
-            left = next(queue, None)
-            while left is not None or any(w.job for w in self._live):
-                while left is not None and len(self._live) < self.workers:
-                    self._start()
-                for worker in self._live:
-                    if left is not None and worker.ready and worker.job is None:
-                        worker.give(left)
-                        left = next(queue, None)
-                if left is None:
-                    self._drop([w for w in self._live if w.job is None])
-                if not self._live:
-                    continue
-                for connection in wait([w.connection for w in self._live]):
-                    worker = next(w for w in self._live if w.connection is connection)
-                    result = self._hear(worker)
-                    if result is not None:
-                        yield result
+            for device in self.devices[len(self._live) :]:
+                self._start(device)
+            while self._live:
+                for worker in list(self._live):
+                    if worker.environment is not None and worker.job is None:
+                        job = worker.first or take(worker.environment)
+                        if job is None:
+                            self._drop([worker, *([] if self._differ else self._unneeded())])
+                        else:
+                            worker.give(job)
+                for connection in wait([w.connection for w in self._live]) if self._live else ():
+                    heard = self._hear(next(w for w in self._live if w.connection is connection), take)
+                    if heard is not None:
+                        yield heard
         finally:
             self.close()
 
@@ -93,48 +112,61 @@ class LocalPool:
         """End all workers."""
         self._drop(list(self._live))
 
-    def _start(self) -> _Worker:
-        worker = _Worker(self._context, self.backend, self.options)
+    def _start(self, device: str | None, first: Job | None = None) -> _Worker:
+        worker = _Worker(self._context, self.backend, self.options, device, first)
         self._live.append(worker)
         return worker
+
+    def _unneeded(self) -> list[_Worker]:
+        """Those that are still starting, with no job waiting for them."""
+        return [w for w in self._live if w.environment is None and w.first is None]
 
     def _drop(self, workers: list[_Worker]) -> None:
         for worker in workers:
             worker.end()
             self._live.remove(worker)
 
-    def _hear(self, worker: _Worker) -> Result | None:
+    def _hear(self, worker: _Worker, take: Take) -> Heard | None:
         answer = worker.receive()
-        if isinstance(answer, SdfitError):
-            if worker.job is None or not answer.facts.get("worker_died"):
+        if worker.environment is None:
+            if isinstance(answer, DeviceError) and worker.first is None:
+                left_out(str(answer))
+                self._drop([worker])
+                return None
+            if isinstance(answer, SdfitError):
                 raise answer
-            index = worker.job[0]
-            self._drop([worker])
-            return index, crashed(str(answer))
-        if not worker.ready:
-            worker.ready = True  # its environment; the first worker's was taken for all
+            worker.environment = answer
             return None
-        fields, tainted = answer
         assert worker.job is not None
         index, worker.job = worker.job[0], None
+        if isinstance(answer, SdfitError):
+            fields, tainted = crashed(str(answer)), True
+        else:
+            fields, tainted = answer
         if tainted:
             self._drop([worker])
-        return index, fields
+            job = take(worker.environment)
+            if job is not None:
+                self._start(worker.device, job)
+        return worker.environment, index, fields
 
 
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, context: Any, backend: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self, context: Any, backend: str, options: dict[str, Any], device: str | None, first: Job | None
+    ) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, backend, options), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, backend, options, device), daemon=True)
         self.process.start()
         theirs.close()
-        self.ready = False
+        self.device, self.first = device, first
+        self.environment: dict[str, Any] | None = None  # until it is ready
         self.job: Job | None = None
 
     def give(self, job: Job) -> None:
-        self.job = job
+        self.job, self.first = job, None
         with suppress(OSError):  # it died while it was idle: `receive` finds out, and the job is a crash row
             self.connection.send(job[1].to_dict())
 
@@ -157,8 +189,10 @@ class _Worker:
             self.process.join()
 
 
-def _serve(connection: Connection, backend: str, options: dict[str, Any]) -> None:
+def _serve(connection: Connection, backend: str, options: dict[str, Any], device: str | None) -> None:
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
+    if device is not None:
+        os.environ[VISIBLE] = device  # CUDA reads it when it is first used
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     quiet_libraries()
@@ -203,3 +237,37 @@ def default_workers(backend: str) -> int:
 
         return max(int(torch.cuda.device_count()), 1)
     return 1
+
+
+def cards_named(text: str, count: int) -> list[str]:
+    """Read a list of cards, as ``0,1`` or by their UUIDs, counted as CUDA_VISIBLE_DEVICES lets this process see them.
+
+    Parameters
+    ----------
+    text : str
+    count : int
+        How many cards there are.
+
+    Raises
+    ------
+    DeviceError
+        If one is named twice or is not there.
+
+    Examples
+    --------
+    >>> cards_named("0, 2", 4)
+    ['0', '2']
+    """
+    seen = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",")]
+    found = []
+    for name in names:
+        there = int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
+        if not there or names.count(name) > 1:
+            raise DeviceError(
+                f"the cards asked for are '{text}', and there are {count}; name each once, counted from 0, as in "
+                f"{','.join(str(i) for i in range(max(count, 1)))}",
+                given=text,
+            )
+        found.append(seen[int(name)] if seen and name.isdecimal() else name)
+    return found

@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import pytest
 
 from sdfit.backends.fake import FakeBackend
-from sdfit.errors import DependencyError, DeviceError, InvalidWorkload, RecordsError, SdfitError
+from sdfit.errors import DependencyError, DeviceError, InvalidWorkload, RecordsError, SdfitError, SweepWarning
 from sdfit.records import Record, fingerprint, read
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.run import Progress, default_path, record_of, sweep, workloads_left
-from sdfit.sweep.workers import LocalPool
+from sdfit.sweep.workers import LocalPool, cards_named
 from sdfit.workload import Workload
 
 
@@ -113,16 +114,17 @@ def test_a_worker_killed_from_outside_is_a_crash_row() -> None:
     """As the kernel's out-of-memory killer does it: the signal is named, the sweep goes on."""
     pool = LocalPool("fake", {"hang_after": 1}, 1)
 
-    def jobs() -> Iterator[tuple[int, Workload]]:
-        yield 0, PLAN.workloads[0]
-        yield 1, PLAN.workloads[1]
+    def kill() -> None:
+        waited(lambda: bool(pool._live and pool._live[0].job and pool._live[0].job[0] == 1))
         pool._live[0].process.kill()  # it has been given the second, which it would never answer
-        yield 2, PLAN.workloads[2]
 
+    killer = threading.Thread(target=kill)
     try:
         pool.environment()
-        results = dict(pool.run(jobs()))
+        killer.start()
+        results = dict(pool.run(enumerate(PLAN.workloads[:3])))
     finally:
+        killer.join()
         pool.close()
     assert results[1] == {"outcome": "crash", "message": "the worker process died (signal SIGKILL)"}
     assert results[0]["outcome"] == results[2]["outcome"] == "ok"
@@ -190,35 +192,35 @@ def test_what_cannot_start_is_refused_before_a_file_is_made(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A Ray cluster of one processor, and no card."""
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+def test_a_process_for_each_card_and_a_file_for_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker sees one card; each kind of card runs the whole plan into its own file, which one --out cannot hold."""
+    monkeypatch.chdir(tmp_path)
+    options = {"gpu": "auto", "cards": ["a", "b", "a"]}
+    outcome = sweep(PLAN, "fake", options, devices=["1", "2", "0"])
+    assert outcome.complete and outcome.total == 24 and [p.parts[1] for p in outcome.paths] == ["b", "a"]
+    for path in outcome.paths:
+        file = read(path)
+        assert file.environment["name"] == path.parts[1] and file.records == told(PLAN)
+    with pytest.warns(SweepWarning, match="a worker is left out: it has made-up card 'b' and would write 'r.jsonl'"):
+        one = sweep(PLAN, "fake", options, Path("r.jsonl"), devices=["0", "1"])
+    assert one.complete and one.total == 12 and {read(one.path).environment["name"]} == {"a"}
+    with pytest.warns(SweepWarning, match="the card asked for is 'b', and there is 'a'"):
+        assert sweep(PLAN, "fake", {**options, "gpu": "b"}, Path("b.jsonl"), devices=["1", "0"]).complete
 
 
-@pytest.mark.usefixtures("cluster")
-def test_ray_records_what_local_workers_do(tmp_path: Path) -> None:
-    """The same rows from Ray actors, a fresh one where one died; no more of them than there are processors."""
-    plan = planned((256, 384), (1, 2))
-    outcome = sweep(plan, "fake", {"crash_batch_size": 2}, tmp_path / "r.jsonl", engine="ray", workers=4)
-    rows = read(outcome.path).records
-    assert [r for r in rows if r.outcome == "ok"] == [r for r in told(plan) if r.workload.batch_size != 2]
-    assert [r.message for r in rows if r.outcome == "crash"] == ["the actor died (ActorDiedError)"] * 2
-    assert sweep(plan, "fake", {}, outcome.path).complete and read(outcome.path).records == told(plan)
-
-
-@pytest.mark.usefixtures("cluster")
-def test_ray_without_a_card_is_refused_at_once(tmp_path: Path) -> None:
-    """No actor waits for a card that no machine has, and a cluster that was there stays."""
-    with pytest.raises(DeviceError, match=r"no GPU is free in this Ray cluster.*--engine local"):
-        sweep(PLAN, "cuda", {}, tmp_path / "r.jsonl", engine="ray")
-    assert not list(tmp_path.iterdir())
-    import ray
-
-    assert ray.is_initialized()
+@pytest.mark.parametrize(
+    ("text", "visible", "cards"),
+    [("0,1", "", ["0", "1"]), ("1", "4,5", ["5"]), ("GPU-ab, 0", "", ["GPU-ab", "0"])],
+)
+def test_cards_are_counted_as_this_process_sees_them(
+    text: str, visible: str, cards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers are places in CUDA_VISIBLE_DEVICES where it is set; UUIDs stand for themselves."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cards_named(text, 2) == cards
+    for wrong in ("2", "0,0", "", "one", "-1"):
+        with pytest.raises(DeviceError, match=f"the cards asked for are '{wrong}', and there are 2; .* as in 0,1"):
+            cards_named(wrong, 2)
 
 
 def test_an_unfinished_file_of_any_date_is_resumed(tmp_path: Path) -> None:
