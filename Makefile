@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all bench lint models sums clean
+.PHONY: demo test test-all bench lint models sums chromium clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sdfit needs Python 3.11 or newer; type: make PYTHON=python3.11")'
@@ -37,6 +37,11 @@ sums:
 	for d in data models; do \
 	  (cd $$d && find . -type f ! -name SHA256SUMS -printf '%P\n' | LC_ALL=C sort | xargs -d '\n' sha256sum > SHA256SUMS); \
 	done
+
+# What the tests of `sdfit report` open its pages in; without it they are skipped, and say so.
+chromium:
+	@command -v chromium > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } \
+	  || echo "chromium is not installed and could not be: the tests that need it are skipped"
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -12,11 +12,11 @@ import click
 
 from sdfit import __version__
 from sdfit.backends.environment import quiet_libraries
-from sdfit.cli.asking import advise, cards, fits, largest, models, predict, report
+from sdfit.cli.asking import advise, cards, fits, largest, models, predict
 from sdfit.cli.options import quiet_option
 from sdfit.cli.pictures import check, validate
 from sdfit.cli.running import demo, fit, sweep
-from sdfit.cli.study import compare, derive, evaluate, explain, identify
+from sdfit.cli.study import compare, derive, evaluate, explain, identify, report
 from sdfit.errors import QUIET, run_command
 
 

@@ -1,4 +1,4 @@
-"""Commands that ask a model: predict, fits, largest, advise, cards, models, report."""
+"""Commands that ask a model: predict, fits, largest, advise, cards, models."""
 
 from __future__ import annotations
 
@@ -305,13 +305,3 @@ def models(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
     else:
         click.echo(models_table(found))
-
-
-@click.command(epilog=example("sdfit report --gpu t4"))
-@gpu_option
-def report(gpu: str) -> None:
-    """Print a model's card: what it rests on, how good it is, its coefficients."""
-    from sdfit.fit.card import model_card
-    from sdfit.predict.library import load
-
-    click.echo(model_card(load(gpu).artifact))

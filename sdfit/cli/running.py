@@ -119,7 +119,7 @@ def sweep(
 @json_option
 def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None, as_json: bool) -> None:
     """Fit the equation to records; without files, to all that was swept under ./data."""
-    from sdfit.fit.card import coefficient_rows, fit_summary
+    from sdfit.fit.card import coefficients, fit_summary
     from sdfit.fit.files import fit_files, swept_files
     from sdfit.judging.judge import judge
     from sdfit.study.comparison import residuals
@@ -133,9 +133,8 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None, as_json: boo
         for words in result.notes:
             note(words)
         if as_json:
-            head, *rows = coefficient_rows(result.artifact)
-            found = [dict(zip(head, row, strict=True)) for row in rows]
-            click.echo(json.dumps({"evaluation": result.artifact.evaluation, "coefficients": found}, indent=2))
+            found = {"evaluation": result.artifact.evaluation, "coefficients": coefficients(result.artifact)}
+            click.echo(json.dumps(found, indent=2))
         else:
             click.echo(fit_summary(result.artifact))
         findings = judge(result.records, result.artifact)

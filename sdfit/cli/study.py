@@ -1,4 +1,4 @@
-"""Commands that look into things: explain, derive, compare, evaluate, identify."""
+"""Commands that look into things: explain, derive, compare, evaluate, identify, report."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sdfit.cli.options import (
     json_option,
     level_option,
     note,
+    out_option,
     records_argument,
     workload_from,
     workload_options,
@@ -176,3 +177,55 @@ def identify(files: tuple[Path, ...], gpu: str | None, as_json: bool) -> None:
 
     result = identifiability(read_pooled(files).records, load(gpu).artifact if gpu else None)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
+
+
+@click.command(epilog=example("sdfit report --gpu t4"))
+@gpu_option
+@records_argument
+@click.option("--all", "every", is_flag=True, help="A folder: an index over all cards, and a page for each model.")
+@out_option
+@json_option
+def report(gpu: str, files: tuple[Path, ...], every: bool, out: Path | None, as_json: bool) -> None:
+    """Print a model's card, or write it as one HTML page to be asked and handed on: sdfit report --gpu t4 --out t4.html.
+
+    The page holds the equation and its numbers, errors and coverage, figures, published rows beside ours, and a calculator; it
+    needs no network. RECORDS that the fit did not see are judged in it. With --json every coefficient and its bounds.
+    """
+    from sdfit.fit.card import coefficients, model_card
+    from sdfit.predict.library import load
+    from sdfit.study.report.make import write_report, write_site
+
+    if every:
+        if out is None or as_json or files:
+            raise click.UsageError("--all writes a folder; give its name with --out, and neither --json nor records")
+        for path in write_site(_models(), out):
+            click.echo(path)
+        return
+    if out is None and files:
+        raise click.UsageError("records are judged in a page; give its name with --out")
+    f = load(gpu)
+    if out is not None:
+        click.echo(write_report(f, out, files))
+    elif as_json:
+        a = f.artifact
+        facts = {"name": a.name, "provenance": a.provenance, "environment": a.environment, "sources": a.sources}
+        found = facts | {"evaluation": a.evaluation, "baseline": a.baseline, "coefficients": coefficients(a)}
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(model_card(f.artifact))
+
+
+def _models() -> dict[str, Any]:
+    """Every model that can be loaded; a damaged one does not hide the others."""
+    from sdfit.errors import ArtifactError
+    from sdfit.predict.library import available
+    from sdfit.predict.loading import load_artifact
+    from sdfit.predict.predictor import Predictor
+
+    found = {}
+    for name, path in available().items():
+        try:
+            found[name] = Predictor(load_artifact(path), path)
+        except ArtifactError as error:
+            note(str(error))
+    return found

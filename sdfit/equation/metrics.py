@@ -80,7 +80,7 @@ class Place(NamedTuple):
 
 _SPLIT = np.array([one.elements[0] > 0 for one in REGIMES])
 """Of each regime."""
-_WIDENING: tuple[tuple[str, ...], ...] = (
+WIDENING: tuple[tuple[str, ...], ...] = (
     Place._fields,
     ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "three", "regime", "piece"),
     ("element_bytes", "attention", "vae", "tiled", "regime", "piece"),
@@ -90,7 +90,7 @@ _WIDENING: tuple[tuple[str, ...], ...] = (
     (),
 )
 """What a group of places agrees in, the narrowest first. No two have as many fields, so names tell them apart."""
-_FAMILIES: tuple[tuple[str, ...], ...] = (
+FAMILIES: tuple[tuple[str, ...], ...] = (
     ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "split", "three", "piece"),
     ("attention", "offload", "sliced", "tiled", "split"),
     ("attention", "split"),
@@ -107,7 +107,7 @@ def metric_groups(place: Place) -> tuple[str, ...]:
     >>> metric_groups(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))[-3:]
     ('1|unet', 'unet', '')
     """
-    return tuple(_name(place, names) for names in _WIDENING)
+    return tuple(_name(place, names) for names in WIDENING)
 
 
 def families(place: Place) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ def families(place: Place) -> tuple[str, ...]:
     >>> families(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))
     ('2|sdpa|kl|none|0|0|0|0|unet', 'sdpa|none|0|0|0', 'sdpa|0', '')
     """
-    return tuple(_name(place, names) for names in _FAMILIES)
+    return tuple(_name(place, names) for names in FAMILIES)
 
 
 def _name(place: Place, fields: tuple[str, ...]) -> str:

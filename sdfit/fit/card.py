@@ -1,47 +1,87 @@
-"""An artifact in words: the model card, and the table of coefficients that a fit prints."""
+"""An artifact in words: the tables of its card, in Markdown here and in HTML by `sdfit.study.report`; what a fit prints."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
+import numpy as np
+
 from sdfit.equation.regimes import REGIMES
-from sdfit.equation.terms import TERMS
+from sdfit.equation.sizes import Sizes
+from sdfit.equation.terms import TERMS, design_matrix
 from sdfit.predict.artifact import RESTS_ON, Artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.units import aligned, percent
+from sdfit.workload import CHOICES
+
+Rows = list[tuple[str, ...]]
+"""A table as text, its head first."""
+SHOWN_FROM = 0.001
+"""Share of what a stage holds above the weights from which on a term is shown in the short table."""
 
 
-def coefficient_rows(artifact: Artifact) -> list[tuple[str, ...]]:
-    """Each stage's coefficients with their 95 % bounds and units, as text; the head first."""
-    lines: list[tuple[str, ...]] = [("stage", "regime", "term", "coefficient", "95 % low", "95 % high", "unit")]
+def coefficients(artifact: Artifact) -> list[dict[str, Any]]:
+    """Every coefficient with its 95 % bounds, as plain values [the unit is a field]; an open bound is None."""
+    found = []
     for key, stage in artifact.stages.items():
         for row, values in enumerate(stage["coef"]):
-            members = [REGIMES[i].words for i, index in enumerate(stage["regimes"]) if index == row]
-            label = "all" if len(stage["coef"]) == 1 else "; ".join(members)
             for i, name in enumerate(stage["terms"]):
-                if name in stage["unidentified"]:
-                    lines.append((key, label, name, "not identified", "", "", TERMS[name].unit))
-                    continue
-                found = (values[i], stage["low"][row][i], stage["high"][row][i])
-                numbers = ("open" if v is None else f"{v:.6g}" for v in found)
-                lines.append((key, label, name, *numbers, TERMS[name].unit))
-    return lines
+                known = name not in stage["unidentified"]
+                found.append(
+                    {
+                        "stage": key,
+                        "regime": _regime(stage, row),
+                        "term": name,
+                        "coefficient": values[i] if known else None,
+                        "low": stage["low"][row][i] if known else None,
+                        "high": stage["high"][row][i] if known else None,
+                        "unit": TERMS[name].unit,
+                        "unidentified": stage["unidentified"].get(name),
+                    }
+                )
+    return found
 
 
-def short_rows(artifact: Artifact) -> list[tuple[str, ...]]:
-    """A line for each stage and regime that has coefficients of its own, the zero ones left out; the head first."""
-    lines: list[tuple[str, ...]] = [("stage", "regime", "peak above the weights")]
-    for key, stage in artifact.stages.items():
+def short_rows(artifact: Artifact) -> Rows:
+    """A line for each stage and regime of the default dtype that differs, with the terms that matter there.
+
+    A term matters that is `SHOWN_FROM` of the sum at the smallest or at the largest size that was swept.
+    """
+    lines: Rows = [("stage", "regime", "peak above the weights [B]")]
+    usual = str(CHOICES["dtype"][0])
+    keys = [key for key in artifact.stages if usual in key.split("|")] or list(artifact.stages)
+    for key in keys:
+        stage = artifact.stages[key]
+        columns = design_matrix(tuple(key.split("|")), _ends(stage["domain"]))
         for row, values in enumerate(stage["coef"]):
-            members = [REGIMES[i].words for i, index in enumerate(stage["regimes"]) if index == row]
-            label = "all" if len(stage["coef"]) == 1 else "; ".join(members)
+            shares = columns * np.array(values)
+            matter = (shares >= SHOWN_FROM * shares.sum(axis=1, keepdims=True)).any(axis=0)
             parts = [
-                f"{value:.6g} {TERMS[name].unit} · {name}"
-                for name, value in zip(stage["terms"], values, strict=True)
-                if value
+                _number(value) + (f"·{name}" if name != "1" else "")
+                for name, value, shown in zip(stage["terms"], values, matter, strict=True)
+                if value and shown
             ]
-            lines.append((key, label, " + ".join(parts).replace("B · 1", "B")))
+            lines.append((" ".join(key.split("|")), _regime(stage, row), " + ".join(parts)))
     return lines
+
+
+def _ends(domain: dict[str, Any]) -> Sizes:
+    """The smallest and the largest sizes of a swept domain, guided, in one VAE pass."""
+    A, L = np.array(domain["A"], dtype=float), np.array(domain["L"], dtype=float)
+    B = np.array([domain["B"][0], max(domain["B·A"][1] // domain["A"][1], 1)], dtype=float)
+    return Sizes(B, 2 * B, A, L, B, A, 0 * A)
+
+
+def _regime(stage: dict[str, Any], row: int) -> str:
+    """Where a set of coefficients holds, in words."""
+    if len(stage["coef"]) == 1:
+        return "all"
+    return "; ".join(REGIMES[i].words for i, index in enumerate(stage["regimes"]) if index == row)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def fit_summary(artifact: Artifact) -> str:
@@ -73,9 +113,59 @@ def _errors(title: str, found: dict[str, Any]) -> str:
     )
 
 
+def environment_rows(artifact: Artifact) -> Rows:
+    """What the records were made under."""
+    known = [(name, str(value)) for name, value in artifact.environment.items() if value is not None]
+    return [("fact", "value"), *known]
+
+
+def source_rows(artifact: Artifact) -> Rows:
+    """The records files that a model was fitted to."""
+    rows: Rows = [("records", "sha256", "rows", "out of memory")]
+    for source in artifact.sources:
+        digest = str(source.get("sha256", ""))[:16]
+        rows.append((str(source.get("name")), digest, str(source.get("rows", "")), str(source.get("oom", ""))))
+    return rows
+
+
+def accuracy_rows(artifact: Artifact) -> Rows:
+    """Relative errors of the fit, on its own rows and on resolutions that it did not see."""
+    ev = artifact.evaluation
+    rows: Rows = [("model", "rows", "median", "95th percentile", "worst")]
+
+    def add(title: str, found: dict[str, Any], count: int) -> None:
+        rows.append((title, f"{count:,}", *(percent(found[k], 3) for k in ("median", "p95", "worst"))))
+
+    add("allocated, by stages, fitted", ev["fitted"], ev["rows"])
+    if "cross_validated" in ev:
+        found = ev["cross_validated"]
+        add(f"allocated, by stages, unseen resolutions ({ev['folds']} folds)", found, found["rows"])
+    for metric, found in ev.get("metrics", {}).items():
+        if metric != "allocated" or "cross_validated" not in ev:
+            add(f"{metric}, unseen resolutions", found, found["rows"])
+    rows.append(("plain four-term baseline, one for each variant, fitted", *_baseline(artifact)))
+    return rows
+
+
+def _baseline(artifact: Artifact) -> tuple[str, ...]:
+    """The plain regressions of all variants in one line: rows, the middle one's median, the highest of the others."""
+    plain = list(artifact.baseline["variants"].values())
+    median = sorted(found["median"] for found in plain)[len(plain) // 2]
+    highest = (percent(max(found[k] for found in plain), 3) for k in ("p95", "worst"))
+    return f"{sum(found['rows'] for found in plain):,}", percent(median, 3), *highest
+
+
+def swept_rows(artifact: Artifact) -> Rows:
+    """The variants that were swept, a line for each dtype and attention."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in artifact.swept:
+        dtype, attention, *rest = name.split(" ")
+        groups[f"{dtype} {attention}"].append(" ".join(rest) or "as it is")
+    return [("variant", "swept with"), *((name, "; ".join(options)) for name, options in groups.items())]
+
+
 def model_card(artifact: Artifact) -> str:
     """The model card in Markdown, all of it from the artifact."""
-    ev, env = artifact.evaluation, artifact.environment
     lines = [
         f"# {artifact.name}",
         "",
@@ -84,61 +174,53 @@ def model_card(artifact: Artifact) -> str:
         "",
         "## What it rests on",
         "",
-        "| fact | value |",
-        "| --- | --- |",
+        *_markdown(environment_rows(artifact)),
+        "",
+        *_markdown(source_rows(artifact)),
+        "",
+        "## How good it is",
+        "",
+        "Relative errors.",
+        "",
+        *_markdown(accuracy_rows(artifact)),
     ]
-    lines += [f"| {name} | {_shown(value)} |" for name, value in env.items() if value is not None]
-    lines += ["", "| records | sha256 | rows | out of memory |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {s.get('name')} | {str(s.get('sha256', ''))[:16]} | {s.get('rows', '')} | {s.get('oom', '')} |"
-        for s in artifact.sources
-    ]
-    lines += ["", "## How good it is", "", "Relative errors of allocated memory.", ""]
-    lines += ["| model | rows | median | 95th percentile | worst |", "| --- | --- | --- | --- | --- |"]
-    lines.append(_row("stages, fitted", ev["fitted"], ev["rows"]))
-    if "cross_validated" in ev:
-        lines.append(
-            _row(
-                f"stages, unseen resolutions, {ev['folds']} folds", ev["cross_validated"], ev["cross_validated"]["rows"]
-            )
-        )
-    for metric, found in ev.get("metrics", {}).items():
-        lines.append(_row(f"{metric}, unseen resolutions", found, found["rows"]))
-    for name, found in artifact.baseline["variants"].items():
-        lines.append(_row(f"plain four-term baseline, {name}, fitted", found, found["rows"]))
-    if "published" in ev:
-        lines += ["", *_published(ev["published"])]
-    lines += ["", "## What the intervals rest on", "", *_evidence(artifact)]
-    lines += ["", "## Variants swept", "", *(f"- {name}" for name in artifact.swept)]
+    if "published" in artifact.evaluation:
+        lines += ["", *published_lines(artifact)]
+    lines += ["", "## What the intervals rest on", "", *(f"- {line}" for line in evidence_lines(artifact))]
+    lines += ["", "## Variants swept", "", *_markdown(swept_rows(artifact))]
     lines += ["", "## Coefficients", ""]
-    lines += ["The terms are explained in README.md beside this file; `sdfit fit --json` prints their bounds too.", ""]
-    head, *rows = short_rows(artifact)
-    lines += [_cells(head), _cells(("---",) * len(head)), *(_cells(row) for row in rows)]
+    lines += [
+        f"Of {CHOICES['dtype'][0]}, and of each stage the terms that matter; they are explained in README.md beside this file. "
+        "All of them, with bounds: `sdfit report --json`.",
+        "",
+        *_markdown(short_rows(artifact)),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _evidence(artifact: Artifact) -> list[str]:
-    """Lines on what each metric's interval rests on."""
+def evidence_lines(artifact: Artifact) -> list[str]:
+    """What each metric's interval rests on, a sentence each."""
     counts = {metric: table[""]["count"] for metric, table in artifact.scores.items() if "" in table}
     if artifact.provenance != "published":
-        return [f"- {metric}: {count} runs on resolutions that the fit did not see" for metric, count in counts.items()]
+        return [f"{metric}: {count} runs on resolutions that the fit did not see" for metric, count in counts.items()]
     lines = []
     for metric, count in counts.items():
         if metric == "allocated":
-            lines.append(f"- {metric}: {count} published whole runs beside their traces")
+            lines.append(f"{metric}: {count} published whole runs beside their traces")
         else:
             without = " (but for one whose excess is likeliest an optional workspace)" * (
                 metric in ("required", "minimum")
             )
             lines.append(
-                f"- {metric}: every sum of one published error of allocated memory{without} and one error of the regression "
+                f"{metric}: every sum of one published error of allocated memory{without} and one error of the regression "
                 "against the simulated allocator; nobody has published this metric of whole runs"
             )
     return lines
 
 
-def _published(found: dict[str, Any]) -> list[str]:
-    """Lines on how the trace compares with what others measured on cards with the same kernels."""
+def published_lines(artifact: Artifact) -> list[str]:
+    """How the trace compares with what others measured on cards with the same kernels."""
+    found = artifact.evaluation["published"]
     if not found["rows"]:
         return ["No whole run on a card with these kernels was published; its intervals come from other cards' rows."]
     cards = ", ".join(f"{card} {count}" for card, count in found["cards"].items())
@@ -154,16 +236,13 @@ def _published(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _row(title: str, found: dict[str, Any], rows: int) -> str:
-    return _cells((title, str(rows), *(percent(found[k], 3) for k in ("median", "p95", "worst"))))
+def _markdown(rows: Rows) -> list[str]:
+    head, *body = rows
+    return [_cells(head), _cells(("---",) * len(head)), *(_cells(row) for row in body)]
 
 
 def _cells(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-
-
-def _shown(value: Any) -> str:
-    return str(value).replace("|", "\\|")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def models_table(models: dict[str, Predictor]) -> str:

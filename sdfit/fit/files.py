@@ -58,6 +58,11 @@ def swept_files(folder: Path, gpu: str | None = None) -> dict[str, list[Path]]:
     return found
 
 
+def judging_files(home: Path) -> list[Path]:
+    """The records in a card's folder that are of the grid ``holdout``: random sizes, which no fit saw."""
+    return [path for path in sorted(home.glob("*.jsonl*")) if (_environment(path) or {}).get("grid") == JUDGES[0]]
+
+
 def _environment(path: Path) -> dict[str, object] | None:
     """The environment in a file's first line; None for a file of another kind, such as a proof."""
     try:

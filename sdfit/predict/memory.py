@@ -73,7 +73,7 @@ def available(memory: str | float | None, card: Card | None = None) -> Memory:
         raise InvalidWorkload(
             "how much memory there is cannot be known; give --memory, as in 8GiB, or a card of: sdfit cards"
         )
-    return _left(card)
+    return left(card)
 
 
 def _free(card: Here) -> Memory:
@@ -89,7 +89,7 @@ def _free(card: Here) -> Memory:
     )
 
 
-def _left(card: Card) -> Memory:
+def left(card: Card) -> Memory:
     """What a card leaves that nobody is known to use."""
     taken = [(card.context_bytes, "a CUDA context")] + [(DESKTOP_BYTES, "a desktop")] * card.drives_screen
     left = card.memory_bytes - sum(amount for amount, _ in taken)

@@ -31,7 +31,7 @@ COSTS: Mapping[str, tuple[int, str]] = {
     "width":            (0, "a smaller picture"),
 }  # fmt: skip
 """What each change costs, as ranks that add up: less is tried first. A judgement, not a measurement."""
-_SAVING: tuple[tuple[str, Any], ...] = (
+SAVING: tuple[tuple[str, Any], ...] = (
     ("attention", "sdpa"),
     ("vae_slicing", True),
     ("vae_tiling", True),
@@ -148,7 +148,7 @@ class _Search:
     def changes(self) -> Iterator[dict[str, Any]]:
         """All combinations of single changes, the cheap before the dear, none before a part of it; last a smaller size."""
         w = self.workload
-        single = [(name, value) for name, value in _SAVING if getattr(w, name) != value]
+        single = [(name, value) for name, value in SAVING if getattr(w, name) != value]
         single = [(name, value) for name, value in single if (name, w.dtype) != ("dtype", "bfloat16")]
         every = [dict(some) for count in range(len(single) + 1) for some in combinations(single, count)]
         yield from sorted(every, key=lambda change: (len(change), sum(COSTS[name][0] for name in change)))
