@@ -98,8 +98,9 @@ def test_a_page_asks_the_network_for_nothing(t4: Path) -> None:
 def test_every_published_run_is_beside_ours_with_its_source(shipped: dict[str, Predictor]) -> None:
     """Each whole run on a card of the model: its amount, ours, and a link to the file at its commit."""
     found = tables.beside(shipped["t4"])
-    ids = {row.id for row in tables.every_published() if row.whole_pipeline and row.metric == "allocated"}
-    assert {one.row.id for f in shipped.values() for one in tables.beside(f)} == ids
+    whole = [row for row in tables.every_published() if row.whole_pipeline and row.metric == "allocated"]
+    known = {row.id for row in whole if any(variant_known(f, row.workload()) for f in shipped.values())}
+    assert {one.row.id for f in shipped.values() for one in tables.beside(f)} == known and len(known) > 40
     one = next(one for one in found if one.row.id == "COL-003")
     assert one.error == pytest.approx(-0.174, abs=0.002) and one.inside
     page = report(shipped["t4"])
@@ -266,7 +267,7 @@ def drawn(rng: random.Random) -> tuple[dict[str, Any], int]:
         "prompt_length": rng.choice((77, rng.randint(1, 77), rng.randint(78, 400), rng.randint(1, MAX_PROMPT_LENGTH))),
         "batch_size": rng.choice((1, 1, 2, 3, rng.randint(1, 16), rng.randint(1, MAX_BATCH_SIZE))),
         "guidance_scale": rng.choice((7.5, 1.0, 0.0, rng.uniform(0, 9))),
-        **{name: rng.choice(choices) for name, choices in CHOICES.items()},
+        **{name: rng.choice(choices if rng.random() < 0.4 else choices[:1]) for name, choices in CHOICES.items()},
     }
     return w, int(2 ** rng.uniform(31, 37))
 
@@ -315,11 +316,11 @@ def same(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-def held_together(page: Page, f: Predictor, rows: int, seed: int, every: int) -> int:
-    """Ask the page and Python the same, options at every so many; returns how many variants were not known to both."""
-    rng, unknown = random.Random(seed), 0
-    for start in range(0, rows, CHUNK):
-        cases = [(*drawn(rng), i % every == 0) for i in range(start, min(start + CHUNK, rows))]
+def held_together(page: Page, f: Predictor, rows: int, seed: int, every: int) -> None:
+    """Ask the page and Python the same of so many runs that the model knows, options of some; what one knows not, neither does."""
+    rng, known, unknown = random.Random(seed), 0, 0
+    while known < rows:
+        cases = [(*drawn(rng), i % every == 0) for i in range(min(CHUNK, 2 * (rows - known)))]
         answers = json.loads(page(f"{ASK}({json.dumps(cases)})"))
         for (w, memory, wanted), theirs in zip(cases, answers, strict=True):
             ours = asked(f, w, memory, wanted)
@@ -328,7 +329,8 @@ def held_together(page: Page, f: Predictor, rows: int, seed: int, every: int) ->
                 unknown += 1
             else:
                 assert same(theirs, ours), (w, memory, theirs, ours)
-    return unknown
+                known += 1
+    assert unknown
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +356,8 @@ def test_the_page_answers_what_python_answers(
 ) -> None:
     """Verdict, chance, every metric with its bounds, stages, parts and changes of 100 random workloads, to the byte."""
     page = opened(shipped[card])
-    assert 0 < held_together(page, shipped[card], 100, seed=1, every=5) < 50 and not page.console
+    held_together(page, shipped[card], 100, seed=1, every=5)
+    assert not page.console
 
 
 @needs_chromium
@@ -416,6 +419,15 @@ def test_the_form_shows_what_python_says(t4: Path, shipped: dict[str, Predictor]
         assert again("command.textContent").endswith("--vae-tiling") and again("form.width.value") == "640"
 
 
+def variant_known(f: Predictor, w: Workload) -> bool:
+    """Whether a model knows the variant of a workload."""
+    try:
+        f.variant(w.variant)
+    except UnknownVariant:
+        return False
+    return True
+
+
 def sdfit_quietly(name: str) -> Predictor:
     """Load a model without its note."""
     with warnings.catch_warnings():
@@ -444,7 +456,9 @@ def test_the_maps_follow_and_can_be_walked(t4: Path, shipped: dict[str, Predicto
         page("document.querySelector('#fits-map svg').focus()")
         page.press("Enter")
         assert page("[form.width.value, form.height.value, form.batch_size.value]") == ["1280", "1024", "3"]
-        assert page("document.querySelectorAll('#stage-maps svg').length") == len(CHOICES["attention"])
+        assert page("document.querySelectorAll('#stage-maps svg').length") == sum(
+            variant_known(model, Workload(512, 512, attention=kind)) for kind in CHOICES["attention"]
+        )
         assert not page.console
 
 

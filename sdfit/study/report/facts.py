@@ -12,7 +12,7 @@ from typing import Any
 from sdfit.equation import metrics as m
 from sdfit.equation.regimes import REGIMES
 from sdfit.equation.sizes import TILE_PIXELS, TILE_STRIDE
-from sdfit.equation.stages import COMPONENTS, RESIDENT_WHEN_OFFLOADED, STAGE
+from sdfit.equation.stages import COMPONENTS, RESIDENT_WHEN_OFFLOADED, RESIDENT_WHEN_STREAMED, STAGE
 from sdfit.equation.terms import TERMS
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
@@ -24,7 +24,7 @@ from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
 from sdfit.predict.variant import MOST_BELOW, TINY_TILES
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
 from sdfit.units import MIB
-from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, VAE_SCALE, Workload
+from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, SLICES, VAE_SCALE, Workload
 
 TITLES = {
     "text_encoder": "Text encoder",
@@ -58,6 +58,8 @@ def equation_facts() -> dict[str, Any]:
         "dtype_bytes": DTYPE_BYTES,
         "components": COMPONENTS,
         "resident_when_offloaded": RESIDENT_WHEN_OFFLOADED,
+        "resident_when_streamed": RESIDENT_WHEN_STREAMED,
+        "slices": SLICES,
         "tiny_tiles": TINY_TILES,
         "pieces": m.PIECE,
         "metrics": m.METRICS,

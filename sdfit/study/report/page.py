@@ -39,6 +39,7 @@ LABELS = {
     "attention": "attention",
     "vae": "VAE",
     "offload": "offload",
+    "execution": "execution",
     "vae_slicing": "VAE slicing",
     "vae_tiling": "VAE tiling",
     "safety_checker": "safety checker",

@@ -157,17 +157,23 @@ const sdfit = (() => {
       this.groups = new Map(); this.quantiles = new Map();
     }
 
+    /** The coefficients that a stage uses (`sdfit.equation.stages.stage_key`). */
     stageKey(stage) {
       const values = { ...this.values };
-      if (stage.name.startsWith("vae") && values.attention === "sliced") values.attention = "sdpa";
-      return [stage.name, ...stage.fields.map((field) => values[field])].join("|");
+      if (stage.name.startsWith("vae") && values.attention in this.facts.slices) values.attention = "sdpa";
+      const key = [stage.name, ...stage.fields.map((field) => values[field])];
+      if (values.offload in this.facts.resident_when_streamed) key.push(values.offload);
+      const usual = this.facts.choices.execution[0];
+      if (values.execution !== usual && (stage.name === "unet" || values.execution === "tf32")) key.push(values.execution);
+      return key.join("|");
     }
 
     /** Bytes of weights in a stage; refuses what was never swept. */
     resident(stage) {
       const { facts, artifact } = this.model, { vae, safety_checker: checker, offload, dtype } = this.values;
       const weights = this.model.weightsOf(dtype);
-      const parts = (offload === "none" ? facts.components : facts.resident_when_offloaded[stage.name])
+      const streamed = facts.resident_when_streamed[offload];
+      const parts = (streamed ?? (offload === "none" ? facts.components : facts.resident_when_offloaded[stage.name]))
         .filter((part) => part !== "safety_checker" || checker);
       const all = `all/${vae}/${checker ? "checked" : "unchecked"}`;
       let labels = parts.map((part) => (part === "vae" ? `vae/${vae}` : part));

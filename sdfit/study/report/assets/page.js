@@ -90,6 +90,7 @@
   function answer() {
     const card = chosen(), model = modelOf(card), w = workload(), there = memory();
     $("memory-words").textContent = there.words;
+    markChoices(model, w);
     try {
       if (!(there.bytes >= 1)) throw new sdfit.Invalid("give the memory that PyTorch may take, in GiB");
       const verdict = model.verdict(w, there.bytes);
@@ -111,6 +112,20 @@
       $("in-words").textContent = `${error.message}.`;
       for (const id of ["meter", "changes", "strip"]) $(id).replaceChildren();
       $("told").hidden = true;
+    }
+  }
+
+  /** Say beside each choice whether the model knows it together with the others that are chosen. */
+  function markChoices(model, w) {
+    for (const name of OPTIONS) {
+      for (const option of form[name].options ?? []) {
+        let known = true;
+        try { model.variant({ ...w, [name]: option.value }); } catch (error) {
+          if (!(error instanceof sdfit.Unknown)) throw error;
+          known = false;
+        }
+        option.textContent = option.value + (known ? "" : " (not known)");
+      }
     }
   }
 
@@ -276,21 +291,20 @@
 
   function drawStages() {
     const model = modelOf(chosen()), seen = new Set();
-    const panels = facts.choices.attention.map((attention) => {
-      let inside = "", words = "";
+    const panels = [];
+    for (const attention of facts.choices.attention) {
       try {
         const value = SIDES.map((_, column) => SIDES.map((__, row) => {
           const w = { ...mapWorkload(column, row), attention }, variant = model.variant(w), stage = variant.stages[variant.tell(w).top].name;
           seen.add(stage);
           return stage;
         }));
-        inside = cells(value, (stage) => STAGE_FILL[stage]);
+        const inside = cells(value, (stage) => STAGE_FILL[stage]);
+        panels.push(`<div><h4>${attention}</h4>${plot(inside, `Stage that sets the peak, attention ${attention}`, [512, 1536, 2560], { small: true })}</div>`);
       } catch (error) {
-        if (!(error instanceof sdfit.Unknown)) throw error;
-        words = "not known to this model";
+        if (!(error instanceof sdfit.Unknown)) throw error;   // a kind that the model does not know has no map
       }
-      return `<div><h4>${attention}</h4>${words || plot(inside, `Stage that sets the peak, attention ${attention}`, [512, 1536, 2560], { small: true })}</div>`;
-    });
+    }
     $("stage-maps").innerHTML = panels.join("");
     $("stage-legend").innerHTML = facts.stages.filter(({ name }) => seen.has(name)).map(({ name }) => `<li><svg viewBox="0 0 12 12"><rect width="12" height="12" fill="${STAGE_FILL[name]}"/></svg>${facts.titles[name]}</li>`).join("");
   }
