@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdfit.backends.trace.programs import Taken
 from sdfit.backends.trace.recall import run_on_meta
 from sdfit.backends.trace.segments import CACHE_GIVEN_BACK
 from sdfit.equation.weights import rounded
@@ -56,6 +57,11 @@ class Meter:
         self._peak_bytes = max(self._peak_bytes, self.live_bytes)
         if self.events is not None:
             self.events.append((self._blocks, size_bytes))
+        return self._blocks
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks were allocated so far; the last one has this number."""
         return self._blocks
 
     def free(self, block: int, size_bytes: int) -> None:
@@ -120,6 +126,22 @@ class Meter:
                 self.give_cache_back()
         self.events.extend((block, -size) for block, size in open_blocks.values())
 
+    def play(self, taken: Taken) -> tuple[Span, list[int]]:
+        """Count a call that need not run; return it as a span for `repeat`, and the blocks that it leaves."""
+        first = self._blocks
+        for stage, above in taken.peaks_bytes.items():
+            self.enter(stage)
+            self._peak_bytes = max(self._peak_bytes, self.live_bytes + above)
+        self.enter(taken.last_stage)
+        self._peak_bytes += taken.left_bytes
+        self.live_bytes += taken.left_bytes
+        events = [(block + first, size) for block, size in taken.events]
+        if self.events is not None:
+            self.events.extend(events)
+            self._blocks += max((block for block, _ in taken.events), default=0)
+            self.workspaces.update(block + first for block in taken.workspaces)
+        return Span(taken.peaks_bytes, events, taken.last_stage), [block + first for block in taken.made]
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -160,6 +182,8 @@ class FollowStorages(TorchDispatchMode):
         ``workspace(func, args, out) -> bytes`` that the kernel of this operation holds while it runs.
     after : callable, optional
         ``after(func, args, out)`` is called after each operation, with the outputs already counted.
+    size : callable
+        ``size(nbytes) -> bytes`` that a storage counts as; by default as the allocator rounds it.
     """
 
     def __init__(
@@ -169,12 +193,15 @@ class FollowStorages(TorchDispatchMode):
         *,
         workspace: Callable[[Any, tuple[Any, ...], Any], int] | None = None,
         after: Operation | None = None,
+        size: Callable[[int], int] = rounded,
     ) -> None:
         super().__init__()
         self.meter, self.device = meter, device
-        self.workspace, self.after = workspace, after
+        self.workspace, self.after, self._size = workspace, after, size
         self._known: dict[int, Any] = {}
         self._host: frozenset[int] = frozenset()
+        self._blocks: dict[int, int] = {}
+        self._paused = False
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Never count this tensor's storage: it is counted elsewhere (the weights)."""
@@ -184,12 +211,33 @@ class FollowStorages(TorchDispatchMode):
         """Stand-ins for what is in host memory: an operation on one is refused."""
         self._host = frozenset(t.untyped_storage()._cdata for t in tensors)
 
+    def block_of(self, tensor: torch.Tensor) -> int:
+        """The block that a tensor's storage is; 0 if it is counted elsewhere."""
+        return self._blocks.get(tensor.untyped_storage()._cdata, 0)
+
+    def made(
+        self, shape: tuple[int, ...], stride: tuple[int, ...] | None, dtype: torch.dtype, *, block: int
+    ) -> torch.Tensor:
+        """Make a tensor in a block that is counted already, and follow it from now on."""
+        self._paused = True
+        try:
+            if stride is None:
+                tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            else:
+                tensor = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+        finally:
+            self._paused = False
+        self._follow(tensor.untyped_storage(), block)
+        return tensor
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if self._host:
             self._check_place(func, args)
+        if self._paused:
+            return func(*args, **kwargs)
         if self.device == "meta":
             stand_in = _leaves_the_device(func, args, kwargs)
             if stand_in is not None:
@@ -225,15 +273,17 @@ class FollowStorages(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = rounded(storage.nbytes())
-        block = self.meter.allocate(size)
-        known, meter = self._known, self.meter
+        self._follow(storage, self.meter.allocate(self._size(storage.nbytes())))
+
+    def _follow(self, storage: Any, block: int) -> None:
+        key, size = storage._cdata, self._size(storage.nbytes())
+        known, blocks, meter = self._known, self._blocks, self.meter
 
         def gone(_: Any) -> None:
-            del known[key]
+            del known[key], blocks[key]
             meter.free(block, size)
 
-        known[key] = weakref.ref(storage, gone)
+        known[key], blocks[key] = weakref.ref(storage, gone), block
 
 
 def _leaves_the_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

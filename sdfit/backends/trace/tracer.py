@@ -32,7 +32,8 @@ from PIL import Image
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
-from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation, Span
+from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation
+from sdfit.backends.trace.repeats import Known, skipped
 from sdfit.backends.trace.streaming import streamed
 from sdfit.backends.trace.workspaces import unsplit_bytes
 from sdfit.equation.stages import COMPONENTS, resident
@@ -147,6 +148,11 @@ class Tracer:
     ) -> None:
         self.workspace, self.num_inference_steps, self.settings = workspace, num_inference_steps, settings
         self._pipes: dict[tuple[str, str, bool], Any] = {}
+        self._known = (
+            Known(getattr(workspace, "convolution", None))
+            if workspace is None or hasattr(workspace, "convolution")
+            else None
+        )
 
     def pipeline(self, workload: Workload) -> Any:
         """The meta pipeline that a workload runs on."""
@@ -238,24 +244,19 @@ class Tracer:
                     meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
 
         attention = FusedAttention("math" if workload.attention == "math" else "fused")
-        repeats = nullcontext() if full else _repeats_skipped(pipe, meter)
+        known = self._known if observe is None else None
+        repeats = nullcontext() if full else skipped(pipe, workload, follow, known)
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
-        with (
-            _no_collection(),
-            variant_applied(pipe, workload),
-            streams,
-            watched(pipe, enter),
-            repeats,
-            attention,
-            follow,
-        ):
-            _RUN[task](pipe, workload, steps, call or {})
-            enter("")
-            meter.leave()
+        with _no_collection(), variant_applied(pipe, workload), attention:
+            with streams, watched(pipe, enter), repeats, follow:
+                _RUN[task](pipe, workload, steps, call or {})
+                enter("")
+                meter.leave()
+            events = None if meter.events is None else list(meter.events)  # what outlives the run is no part of it
+            if known is not None:
+                known.learn(pipe, workload)
         components = {name: sum(parts) for name, parts in sizes.items()}
-        # what outlives the run is freed later and is no part of it
-        events = None if meter.events is None else list(meter.events)
         return Traced(
             components,
             meter.stage_peaks,
@@ -327,58 +328,6 @@ class _Residency:
             if name in self.resident(stage) and name not in self.blocks:
                 self.blocks[name] = [self.meter.allocate(size) for size in self.sizes[name]]
         self.weights[stage] = sum(sum(self.sizes[name]) for name in self.blocks)
-
-
-@contextmanager
-def _repeats_skipped(pipe: Any, meter: Meter) -> Iterator[None]:
-    """Run the UNet, the encoder and the decoder once per input shape, and count what the others would add.
-
-    Denoising steps, VAE slices and VAE tiles repeat the same operations on the same shapes: their peak above what was
-    live before is the same. Likewise one row of a blend between tiles stands for all of its rows. Exact, and held
-    against the full run by a test.
-    """
-    modules = [pipe.unet, pipe.vae.encoder, pipe.vae.decoder]
-    own = [vars(module).get("forward") for module in modules]  # that of a hook
-    for module in modules:
-        module.forward = _once_per_shape(module.forward, meter)
-    blends = [name for name in ("blend_v", "blend_h") if hasattr(pipe.vae, name)]
-    for name in blends:
-        setattr(pipe.vae, name, _first_row(getattr(pipe.vae, name)))
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-        for name in blends:
-            delattr(pipe.vae, name)
-
-
-def _once_per_shape(forward: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
-    seen: dict[Any, tuple[Span, list[torch.Size], bool]] = {}
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-        shapes = tuple(t.shape for t in tensors)
-        if shapes not in seen:
-            out, span = meter.measure(lambda: forward(*args, **kwargs))
-            many = isinstance(out, tuple)
-            seen[shapes] = (span, [t.shape for t in (out if many else (out,))], many)
-            return out
-        span, outputs, many = seen[shapes]
-        meter.repeat(span)
-        made = tuple(torch.empty(shape, dtype=tensors[0].dtype, device="meta") for shape in outputs)
-        return made if many else made[0]
-
-    return run
-
-
-def _first_row(blend: Callable[..., Any]) -> Callable[..., Any]:
-    def run(a: torch.Tensor, b: torch.Tensor, blend_extent: int) -> Any:
-        return blend(a, b, min(blend_extent, 1))
-
-    return run
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

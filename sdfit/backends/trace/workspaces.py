@@ -277,7 +277,11 @@ class Workspaces:
             return self._products.get(func.name().removeprefix("aten::"), 0)
         image, weight = args[0], args[1]
         dtype = str(image.dtype).removeprefix("torch.")
-        return convolution_bytes(self.architecture, dtype, tuple(image.shape), tuple(weight.shape), tuple(out.shape))
+        return self.convolution(dtype, tuple(image.shape), tuple(weight.shape), tuple(out.shape))
+
+    def convolution(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
+        """Bytes that the kernel of a convolution holds; see `convolution_bytes`."""
+        return convolution_bytes(self.architecture, dtype, image, weight, out)
 
 
 def convolution_bytes(
