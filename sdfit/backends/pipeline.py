@@ -257,17 +257,18 @@ def variant_applied(pipe: StableDiffusionImg2ImgPipeline, workload: Workload) ->
 
 
 def call_arguments(
-    workload: Workload, *, num_inference_steps: int, device: str, width: int = TEXT_WIDTH
+    workload: Workload, *, num_inference_steps: int, device: str, width: int = TEXT_WIDTH, mode: str = "RGB"
 ) -> dict[str, Any]:
     """Make the keyword arguments of one img2img call.
 
     Prompts of up to 77 tokens go through the tokenizer; longer ones are ``prompt_embeds`` on the device, as Compel
-    and its like make them. The images are PIL images of the workload's size, before diffusers floors it.
+    and its like make them. The images are PIL images of the workload's size, before diffusers floors it; ``mode`` is theirs, and another one than RGB is for
+    what only asks their size.
     """
     from PIL import Image
 
     batch, guided = workload.batch_size, workload.guided
-    image = Image.new("RGB", (workload.width, workload.height), (127, 127, 127))
+    image = Image.new(mode, (workload.width, workload.height))
     arguments: dict[str, Any] = {
         "image": [image] * batch,
         "strength": 1.0,

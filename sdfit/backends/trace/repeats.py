@@ -37,19 +37,14 @@ from sdfit.workload import Workload
 WORTH_FINDING = 2
 """Calls of a module at sizes of its own, after which its program is looked for: that takes three more."""
 _TIMESTEP = torch.int64
+_HANDED_THROUGH = "images"
+"""The safety checker blackens these where it finds something, which it never does in a trace: their size is nothing to it."""
 
 
 @dataclass(slots=True)
 class Known:
-    """What is known of a tracer's modules from earlier runs.
+    """What is known of a tracer's modules from earlier runs."""
 
-    Parameters
-    ----------
-    convolution : callable, optional
-        See `sdfit.backends.trace.programs.Convolution`. Without one, kernels take no workspaces.
-    """
-
-    convolution: Convolution | None
     programs: dict[Hashable, Program | None] = field(default_factory=dict)
     calls: dict[Hashable, tuple[Taken, Any]] = field(default_factory=dict)
     wanted: dict[Hashable, int] = field(default_factory=dict)
@@ -65,32 +60,38 @@ class Known:
 
 
 @contextmanager
-def skipped(pipe: Any, workload: Workload, follow: FollowStorages, known: Known | None) -> Iterator[None]:
+def skipped(pipe: Any, workload: Workload, follow: FollowStorages, known: Known | None, workspace: Any) -> Iterator[None]:
     """Run each module once per shape at most, and not at all where ``known`` says what it takes.
 
-    Likewise one row of a blend between tiles stands for all of its rows.
+    Likewise one row of a blend between tiles stands for all of its rows. ``workspace`` is asked for those of convolutions
+    (`sdfit.backends.trace.workspaces.Workspaces`); without one there are none.
     """
     modules = {UNET: pipe.unet, ENCODER: pipe.vae.encoder, DECODER: pipe.vae.decoder}
     rest = [part for part in (pipe.text_encoder, pipe.safety_checker) if part is not None] if known else []
     blends = [name for name in ("blend_v", "blend_h") if hasattr(pipe.vae, name)]
+    own = [(module, vars(module).get("forward")) for module in (*modules.values(), *rest)]  # that of a hook
+    convolution = getattr(workspace, "convolution", None)
     for kind, module in modules.items():
-        module.forward = _once_per_shape(module.forward, kind, workload, follow, known)
+        module.forward = _once_per_shape(module.forward, kind, workload, follow, known, convolution)
     for part in rest:
         assert known is not None
-        part.forward = _remembered(part.forward, type(part).__name__, workload, follow, known)
+        part.forward = _remembered(part.forward, (type(part).__name__, workspace), workload, follow, known)
     for name in blends:
         setattr(pipe.vae, name, _first_row(getattr(pipe.vae, name)))
     try:
         yield
     finally:
-        for module in (*modules.values(), *rest):
+        for module, forward in own:
             del module.forward
+            if forward is not None:
+                module.forward = forward
         for name in blends:
             delattr(pipe.vae, name)
 
 
 def _once_per_shape(
-    forward: Callable[..., Any], kind: str, workload: Workload, follow: FollowStorages, known: Known | None
+    forward: Callable[..., Any], kind: str, workload: Workload, follow: FollowStorages, known: Known | None,
+    convolution: Convolution | None,
 ) -> Callable[..., Any]:
     meter = follow.meter
     seen: dict[Any, tuple[Span, list[torch.Size], bool]] = {}
@@ -101,8 +102,7 @@ def _once_per_shape(
         if shapes not in seen:
             program, lengths = _program(kind, workload, args, kwargs, known)
             if program is not None:
-                assert known is not None
-                taken, shape = program.call(lengths, known.convolution, keep_events=meter.events is not None)
+                taken, shape = program.call(lengths, convolution, keep_events=meter.events is not None)
                 span, blocks = meter.play(taken)
                 made = follow.made(shape, None, tensors[0].dtype, block=next(iter(blocks), 0))
                 out: Any = (made,) if kind == UNET else made
@@ -196,14 +196,15 @@ def _record(pipe: Any, kind: str, at: Lengths) -> Recorded:
 
 
 def _remembered(
-    forward: Callable[..., Any], name: str, workload: Workload, follow: FollowStorages, known: Known
+    forward: Callable[..., Any], name: Hashable, workload: Workload, follow: FollowStorages, known: Known
 ) -> Callable[..., Any]:
     """A call that is the same for each batch of one size: run once, then recalled as it was."""
     meter = follow.meter
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            key = (name, workload.dtype, workload.attention, meter.events is not None, _facts((args, kwargs)))
+            facts = _facts((args, {name: value for name, value in kwargs.items() if name != _HANDED_THROUGH}))
+            key = (name, workload.dtype, workload.attention, meter.events is not None, facts)
         except TypeError:
             return forward(*args, **kwargs)
         if key in known.calls:
@@ -216,14 +217,15 @@ def _remembered(
             form = _form(out, (args, kwargs))
         except TypeError:
             return out
-        made = list(_tensors(out))
+        given = {id(tensor) for tensor in _tensors((args, kwargs))}
+        made = [tensor for tensor in _tensors(out) if id(tensor) not in given]
         left = meter.live_bytes - before
         if left == sum(rounded(tensor.untyped_storage().nbytes()) for tensor in made):
             events = [(block - first, size) for block, size in span.events]
             held = frozenset(block - first for block in meter.workspaces if block > first)
-            blocks = tuple(follow.block_of(tensor) - first for tensor in made)
+            where = tuple(follow.block_of(tensor) - first for tensor in made)
             if all(block > 0 for block, _ in events):
-                known.calls[key] = (Taken(span.peaks_bytes, span.last_stage, left, events, blocks, held), form)
+                known.calls[key] = (Taken(span.peaks_bytes, span.last_stage, left, events, where, held), form)
         return out
 
     return run
@@ -258,18 +260,17 @@ def _tensors(out: Any) -> Iterator[torch.Tensor]:
 
 def _form(out: Any, given: Any) -> Any:
     """How to make a result again: its tensors by their layout, what was handed through by where it came from."""
+    args, kwargs = given
+    where = next((name for name, value in (*enumerate(args), *kwargs.items()) if value is out), None)
+    if isinstance(out, torch.Tensor | np.ndarray) and where is not None:
+        return ("argument", where)
     if isinstance(out, torch.Tensor) and out.is_meta:
         return ("tensor", tuple(out.shape), out.stride(), out.dtype)
-    if isinstance(out, np.ndarray):
-        args, kwargs = given
-        where = next((name for name, value in (*enumerate(args), *kwargs.items()) if value is out), None)
-        if where is not None:
-            return ("argument", where)
-    elif isinstance(out, dict):
+    if isinstance(out, dict):
         return ("fields", type(out), {name: _form(part, given) for name, part in out.items()})
-    elif isinstance(out, tuple | list):
+    if isinstance(out, tuple | list):
         return ("sequence", type(out), [_form(part, given) for part in out])
-    elif out is None or isinstance(out, bool | int | float | str):
+    if out is None or isinstance(out, bool | int | float | str):
         return ("value", out)
     raise TypeError(f"a {type(out).__name__}")
 

@@ -37,7 +37,7 @@ A sweep runs in default settings. Expandable segments are here because three of 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sdfit.equation.weights import GRANULE_BYTES, rounded
 from sdfit.units import MIB
@@ -128,6 +128,8 @@ class CachingAllocator:
         What `max_memory_allocated` and `max_memory_reserved` read [bytes].
     retries : int
         `num_alloc_retries` of `memory_stats`: how often all cached segments were given back.
+    at_limit : callable or None
+        Called when a request does not fit under the cap, before anything is given back for it.
 
     Examples
     --------
@@ -156,6 +158,7 @@ class CachingAllocator:
         self._large = _Pool(
             page_bytes=LARGE_SEGMENT_BYTES, split_bytes=GRANULE_BYTES if expandable else SMALL_BYTES + 1
         )
+        self.at_limit: Callable[[], None] | None = None
         self._lowest_address = _TOP_ADDRESS
         self._driver = driver or self._below
 
@@ -223,6 +226,8 @@ class CachingAllocator:
         else:
             grown = self._grow(pool, size)
             if grown is None:
+                if self.at_limit is not None:
+                    self.at_limit()
                 self.release_cached()
                 self.retries += 1
                 grown = self._grow(pool, size)
@@ -241,6 +246,33 @@ class CachingAllocator:
         self.allocated_bytes += block.size_bytes
         self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
         return block
+
+    def copy(self, live: Mapping[int, Block]) -> tuple[CachingAllocator, dict[int, Block]]:
+        """Copy the allocator as it stands, and the blocks that are handed out.
+
+        Parameters
+        ----------
+        live : dict of int to Block
+            All that `malloc` gave and nobody freed.
+
+        Notes
+        -----
+        Not for expandable segments.
+        """
+        twin = CachingAllocator(self.cap_bytes)
+        twin.allocated_bytes, twin.allocated_peak_bytes = self.allocated_bytes, self.allocated_peak_bytes
+        twin.reserved_bytes, twin.reserved_peak_bytes = self.reserved_bytes, self.reserved_peak_bytes
+        twin.retries, twin._lowest_address = self.retries, self._lowest_address
+        pools = {self._small: twin._small, self._large: twin._large}
+        blocks = [*live.values(), *(entry[2] for pool in pools for entry in pool.cached)]
+        copied = {block: Block(pools[block.pool], block.address, block.size_bytes) for block in blocks}
+        for block, new in copied.items():
+            new.free = block.free
+            new.prev = None if block.prev is None else copied[block.prev]
+            new.next = None if block.next is None else copied[block.next]
+        for pool, new_pool in pools.items():
+            new_pool.cached[:] = [(size, address, copied[block]) for size, address, block in pool.cached]
+        return twin, {number: copied[block] for number, block in live.items()}
 
     def free(self, block: Block) -> None:
         """Take a block back into the cache, joined with its free neighbours."""

@@ -148,11 +148,9 @@ class Tracer:
     ) -> None:
         self.workspace, self.num_inference_steps, self.settings = workspace, num_inference_steps, settings
         self._pipes: dict[tuple[str, str, bool], Any] = {}
-        self._known = (
-            Known(getattr(workspace, "convolution", None))
-            if workspace is None or hasattr(workspace, "convolution")
-            else None
-        )
+        self._weights: dict[int, dict[str, _Weights]] = {}
+        self._unsplit: dict[tuple[int, tuple[str, ...]], int] = {}
+        self._known: Known | None = Known()
 
     def pipeline(self, workload: Workload) -> Any:
         """The meta pipeline that a workload runs on."""
@@ -162,7 +160,18 @@ class Tracer:
             pipe = build_pipeline(dtype=dtype, device="meta", vae=vae, safety_checker=checker, settings=self.settings)
             pipe.image_processor = ShapesOnly(**pipe.image_processor.config)
             self._pipes[key] = pipe
+            self._weights[id(pipe)] = {
+                n: _Weights(getattr(pipe, n)) for n in COMPONENTS if getattr(pipe, n) is not None
+            }
         return self._pipes[key]
+
+    def _remainders(self, pipe: Any, parts: tuple[str, ...]) -> int:
+        """`unsplit_bytes` of these components, worked out once."""
+        key = (id(pipe), parts)
+        if key not in self._unsplit:
+            sizes = {name: part.sizes for name, part in self._weights[id(pipe)].items() if name in parts}
+            self._unsplit[key] = unsplit_bytes(sizes)
+        return self._unsplit[key]
 
     def run(
         self,
@@ -188,7 +197,7 @@ class Tracer:
         observe : callable, optional
             ``observe(meter)`` gives a function that is called after each operation.
         full : bool
-            Run every denoising step, slice and tile, though repeats add nothing new (see `_repeats_skipped`).
+            Run every denoising step, slice and tile, though repeats add nothing new (see `sdfit.backends.trace.repeats`).
         scheduler : str
             A name of `SCHEDULERS`.
         num_inference_steps : int, optional
@@ -204,8 +213,8 @@ class Tracer:
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         meter = Meter(keep_events=keep_events)
         parts = COMPONENTS if task in ("img2img", "txt2img") else ("vae",)
-        weights = {name: _tensors(getattr(pipe, name)) for name in parts if getattr(pipe, name) is not None}
-        sizes = {name: [rounded(t.untyped_storage().nbytes()) for t in tensors] for name, tensors in weights.items()}
+        weights = {name: part for name, part in self._weights[id(pipe)].items() if name in parts}
+        sizes = {name: part.sizes for name, part in weights.items()}
         scratch = None
         if self.workspace is not None:
             workspace = self.workspace
@@ -214,18 +223,14 @@ class Tracer:
                 return workspace(workload, func, args, out)
 
         follow = FollowStorages(meter, workspace=scratch, after=observe(meter) if observe else None)
-        for tensors in weights.values():
-            for tensor in tensors:  # never freed, so they are counted here and only known to the mode
+        for part in weights.values():
+            for tensor in part.tensors:  # never freed, so they are counted here and only known to the mode
                 follow.ignore(tensor)
         residency = _Residency(meter, sizes, offload=workload.offload, encodes=task != "txt2img")
         standing = getattr(self.workspace, "standing_bytes", 0)
         # only a simulated card has an allocator; the remainders around weights that come and go are left out
-        stays = (
-            {}
-            if workload.offload == "model"
-            else {n: sizes[n] for n in resident("unet", workload.offload) if n in sizes}
-        )
-        unsplit = unsplit_bytes(stays) if standing else 0
+        stay = () if workload.offload == "model" else resident("unet", workload.offload)
+        unsplit = self._remainders(pipe, tuple(name for name in stay if name in sizes)) if standing else 0
         seconds: dict[str, float] = {}
         since: list[Any] = ["", time.perf_counter()]
 
@@ -244,8 +249,10 @@ class Tracer:
                     meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
 
         attention = FusedAttention("math" if workload.attention == "math" else "fused")
-        known = self._known if observe is None else None
-        repeats = nullcontext() if full else skipped(pipe, workload, follow, known)
+        # what is watched, or looked at by a workspace of another kind, or waits for weights on their way, really runs
+        bare = self.workspace is None or getattr(self.workspace, "convolutions_only", False)
+        known = self._known if bare and observe is None and workload.offload not in STREAMED else None
+        repeats = nullcontext() if full else skipped(pipe, workload, follow, known, self.workspace)
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
         with _no_collection(), variant_applied(pipe, workload), attention:
@@ -264,19 +271,19 @@ class Tracer:
             events,
             standing + unsplit,
             unsplit,
-            residency.weights,
+            {stage: residency.resident_bytes(stage) for stage in meter.stage_peaks},
             frozenset(meter.workspaces),
         )
 
 
 def _img2img(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
     width = pipe.text_encoder.config.hidden_size
-    pipe(**(call_arguments(workload, num_inference_steps=steps, device="meta", width=width) | dict(call)))
+    pipe(**(call_arguments(workload, num_inference_steps=steps, device="meta", width=width, mode="1") | dict(call)))
 
 
 def _txt2img(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
     width = pipe.text_encoder.config.hidden_size
-    arguments = call_arguments(workload, num_inference_steps=steps, device="meta", width=width)
+    arguments = call_arguments(workload, num_inference_steps=steps, device="meta", width=width, mode="1")
     del arguments["image"], arguments["strength"]
     other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=pipe.safety_checker is not None)
     other.image_processor = pipe.image_processor
@@ -306,7 +313,10 @@ class _Residency:
     def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str, encodes: bool = True) -> None:
         self.meter, self.sizes, self.offload, self.encodes = meter, sizes, offload, encodes
         self.blocks: dict[str, list[int]] = {}
-        self.weights: dict[str, int] = {}
+
+    def resident_bytes(self, stage: str) -> int:
+        """The weights that are there in a stage."""
+        return sum(sum(self.sizes[name]) for name in self.sizes if name in self.resident(stage))
 
     def resident(self, stage: str) -> set[str]:
         """The components that are there; without an image to encode the VAE comes only to decode."""
@@ -327,11 +337,14 @@ class _Residency:
         for name in self.sizes:
             if name in self.resident(stage) and name not in self.blocks:
                 self.blocks[name] = [self.meter.allocate(size) for size in self.sizes[name]]
-        self.weights[stage] = sum(sum(self.sizes[name]) for name in self.blocks)
 
 
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+class _Weights:
+    """The weights and buffers of a component, and their sizes as the allocator rounds them [bytes]."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.tensors = [*module.parameters(), *module.buffers()]
+        self.sizes = [rounded(tensor.untyped_storage().nbytes()) for tensor in self.tensors]
 
 
 @contextmanager

@@ -267,6 +267,11 @@ class Workspaces:
         """What is there from the first matrix product to the end [bytes]; a trace counts it from its beginning."""
         return self.architecture.cublas_bytes
 
+    @property
+    def convolutions_only(self) -> bool:
+        """Whether `convolution` is all that there is to it."""
+        return not (self._products or self._measured)
+
     def __call__(self, workload: Workload, func: Any, args: tuple[Any, ...], out: Any) -> int:
         """Bytes that the kernel of one aten operation holds while it runs."""
         if self._measured:
