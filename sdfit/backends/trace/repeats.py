@@ -37,6 +37,8 @@ from sdfit.workload import Workload
 WORTH_FINDING = 2
 """Calls of a module at sizes of its own, after which its program is looked for: that takes three more."""
 _TIMESTEP = torch.int64
+_WHOLE = ("sdpa", "eager", "math")
+"""Attention that runs the same operations for any number of images, from two on."""
 _HANDED_THROUGH = "images"
 """The safety checker blackens these where it finds something, which it never does in a trace: their size is nothing to it."""
 
@@ -60,7 +62,9 @@ class Known:
 
 
 @contextmanager
-def skipped(pipe: Any, workload: Workload, follow: FollowStorages, known: Known | None, workspace: Any) -> Iterator[None]:
+def skipped(
+    pipe: Any, workload: Workload, follow: FollowStorages, known: Known | None, workspace: Any
+) -> Iterator[None]:
     """Run each module once per shape at most, and not at all where ``known`` says what it takes.
 
     Likewise one row of a blend between tiles stands for all of its rows. ``workspace`` is asked for those of convolutions
@@ -90,7 +94,11 @@ def skipped(pipe: Any, workload: Workload, follow: FollowStorages, known: Known 
 
 
 def _once_per_shape(
-    forward: Callable[..., Any], kind: str, workload: Workload, follow: FollowStorages, known: Known | None,
+    forward: Callable[..., Any],
+    kind: str,
+    workload: Workload,
+    follow: FollowStorages,
+    known: Known | None,
     convolution: Convolution | None,
 ) -> Callable[..., Any]:
     meter = follow.meter
@@ -140,7 +148,7 @@ def _program(
     scale = 8 if kind == ENCODER else 1
     if min(sides(height, kind)[1:] + sides(width, kind)[1:]) == 1:  # what has one pixel is laid out in any order
         return None, nothing
-    exact = workload.attention == "sliced"
+    exact = workload.attention not in _WHOLE  # slices are as many as there are images
     even = height % (8 * scale) == 0 and width % (8 * scale) == 0
     key = (
         kind,
