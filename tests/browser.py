@@ -23,6 +23,25 @@ def chromium() -> str | None:
     return os.environ.get("SDFIT_CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions")
+
+
+def unusable() -> str:
+    """Why no page can be opened; empty if one can."""
+    program = chromium()
+    if program is None:
+        return "no chromium is installed (make chromium; or set SDFIT_CHROMIUM)"
+    with tempfile.TemporaryDirectory(prefix="sdfit-browser-", ignore_cleanup_errors=True) as home:
+        try:
+            ran = subprocess.run(
+                [program, *FLAGS, f"--user-data-dir={home}", "--dump-dom", "about:blank"],
+                check=False, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{program} does not start: {error}"
+    return "" if ran.returncode == 0 else f"{program} does not start: {ran.stderr.strip()[-200:]}"
+
+
 LAUNCH = """
 import fcntl, os, sys
 high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
@@ -62,8 +81,7 @@ class Page:
         self._from, theirs_out = os.pipe()
         command = [
             sys.executable, "-c", LAUNCH, str(theirs_in), str(theirs_out), str(chromium()),
-            "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions", "--disable-background-networking",
-            f"--user-data-dir={self._home.name}", "--remote-debugging-pipe", "about:blank",
+            *FLAGS, "--disable-background-networking", f"--user-data-dir={self._home.name}", "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(
             command,

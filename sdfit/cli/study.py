@@ -203,6 +203,8 @@ def report(gpu: str, files: tuple[Path, ...], every: bool, out: Path | None, as_
         return
     if out is None and files:
         raise click.UsageError("records are judged in a page; give its name with --out")
+    if out is not None and as_json:
+        raise click.UsageError("--out writes a page, and --json prints; give one of them")
     f = load(gpu)
     if out is not None:
         click.echo(write_report(f, out, files))

@@ -185,6 +185,22 @@ def test_the_examples_of_the_help_run(
     assert ran.code in (0, 3) and ran.out, ran.err
 
 
+def test_report_prints_a_card_or_writes_a_page(run: Run, f: Predictor, fake_records: Path) -> None:
+    """The card on stdout, all coefficients as JSON, a page with given records judged in it, a folder for every model."""
+    assert run("report", "--gpu", "fake").out.startswith("# fake\n")
+    shown = json.loads(run("report", "--gpu", "fake", "--json").out)
+    stages = f.artifact.stages.values()
+    assert len(shown["coefficients"]) == sum(len(stage["coef"]) * len(stage["terms"]) for stage in stages)
+    wrote = run("report", "--gpu", "fake", "--out", "fake.html", str(fake_records))
+    assert wrote.code == 0 and wrote.out == "fake.html\n"
+    page = Path("fake.html").read_text(encoding="utf-8")
+    assert "Coverage on made-up runs" in page and '<svg class="figure"' in page
+    assert "fake.html" in run("report", "--all", "--out", "site").out and Path("site", "index.html").exists()
+    for wrong in (("--all",), ("--all", "--out", "s", "--json"), ("--json", "--out", "f.html"), (str(fake_records),)):
+        ran = run("report", "--gpu", "fake", *wrong)
+        assert ran.code == 2 and not ran.out, wrong
+
+
 def test_largest_and_advise(run: Run, f: Predictor) -> None:
     """The same answers as in Python; nothing that fits is exit 3, on stderr."""
     shown = json.loads(run("largest", "--gpu", "fake", "--memory", "8GiB", "--aspect", "3:2", "--json").out)

@@ -120,7 +120,8 @@ def card_facts(predictor: Predictor) -> dict[str, Any]:
         there = left(card)
         # two names may share what is typed: the other one then answers to its whole name
         typed = card.typed if find_card(card.typed) == card else card.name
-        name = card.name if "GB" in card.name else f"{card.name}, {card.memory_gib} GB"
+        short = card.name.removeprefix("NVIDIA ")
+        name = short if "GB" in short else f"{short}, {card.memory_gib}\u00a0GB"
         found |= {"typed": typed, "name": name, "kind": card.kind}
         found |= {"memory_bytes": there.memory_bytes, "memory": there.words}
     return found

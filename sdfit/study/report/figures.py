@@ -10,7 +10,7 @@ from html import escape
 from sdfit.units import GIB, percent
 
 WIDE, HIGH = 560, 380
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 80, 14, 14, 46
 LEAST_ERROR = 1e-4
 """Relative errors below it are drawn on a linear piece of the axis, larger ones on a logarithmic one."""
 

@@ -152,7 +152,7 @@ def index(models: Mapping[str, Predictor]) -> str:
         "<h1>GPU memory of Stable Diffusion v1.5</h1>",
         f'<p class="lead">How much memory an img2img run needs, and whether it fits, on {len(known)} cards. Ask the calculator, '
         "or look a card up below.</p>",
-        f'<p class="rests">{measured_in_words(models)}</p>',
+        f'<p class="rests">{escape(rests_in_words(models))}</p>',
         _calculator(),
         '<section id="cards" aria-labelledby="cards-title"><h2 id="cards-title">Cards</h2>'
         "<p>What PyTorch may take is what CUDA reports, less a CUDA context and, on a card that drives a screen, a desktop. The "
@@ -186,15 +186,13 @@ def index(models: Mapping[str, Predictor]) -> str:
     return _page("GPU memory of Stable Diffusion v1.5 - sdfit", body, links, data, "index.html")
 
 
-def measured_in_words(models: Mapping[str, Predictor]) -> str:
-    """Which of some models were measured, in a sentence."""
-    measured = [name for name, f in models.items() if f.provenance == "measured"]
-    rest = "simulated traces, calibrated on what others measured and published"
-    if len(measured) == len(models):
-        return "Every model rests on a sweep of its card."
-    if measured:
-        return f"Measured: {escape(listed(measured))}. The other models rest on {rest}."
-    return f"No number here was measured by this project: the models rest on {rest}."
+def rests_in_words(models: Mapping[str, Predictor]) -> str:
+    """What each of some models rests on, in a sentence or two."""
+    kinds: dict[str, list[str]] = {}
+    for name, f in models.items():
+        kinds.setdefault(f.provenance, []).append(name)
+    simulated = "" if set(kinds) - {"published", "traced"} else "No number here was measured by this project. "
+    return simulated + "; ".join(f"{listed(names)}: {RESTS_ON[kind]}" for kind, names in kinds.items()) + "."
 
 
 def _largest_square(f: Predictor, memory_bytes: int) -> str:
@@ -405,7 +403,7 @@ def _text_table(rows: Rows, *, numbers: bool = True, words: Sequence[int] = (0,)
 def _html_table(head: Sequence[str], cells: Sequence[Sequence[str]], *, words: Sequence[int], name: str = "") -> str:
     """A table of HTML cells; columns that are not of words are flush right."""
     kind = ["" if i in words else ' class="n"' for i in range(len(head))]
-    top = "".join(f"<th{k}>{inline(text)}</th>" for k, text in zip(kind, head, strict=True))
+    top = "".join(f'<th scope="col"{k}>{inline(text)}</th>' for k, text in zip(kind, head, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in cells
     )

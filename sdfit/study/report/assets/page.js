@@ -252,12 +252,12 @@
 
   /** A map with its axes; a small one has larger marks, few of them, and no titles. */
   function plot(inside, title, ticks, { small = false, extra = "" } = {}) {
-    const edge = small ? { left: 74, top: 6, right: 30, bottom: 34 } : { left: 60, top: 8, right: 8, bottom: 40 };
+    const edge = small ? { left: 74, top: 6, right: 30, bottom: 34 } : { left: 72, top: 8, right: 8, bottom: 46 };
     const marks = ticks.map((side) => {
       const x = ((side - FROM) / STEP + 0.5) * CELL, low = small ? 30 : 18;
       return `<text class="tick" x="${x}" y="${SPAN + low}">${side}</text><text class="tick end" x="-7" y="${SPAN - x + low / 4}">${side}</text>`;
     }).join("");
-    const titles = small ? "" : `<text class="axis" x="${SPAN / 2}" y="${SPAN + 36}">width [px]</text><text class="axis" transform="translate(-48 ${SPAN / 2}) rotate(-90)">height [px]</text>`;
+    const titles = small ? "" : `<text class="axis" x="${SPAN / 2}" y="${SPAN + 40}">width [px]</text><text class="axis" transform="translate(-57 ${SPAN / 2}) rotate(-90)">height [px]</text>`;
     return `<svg viewBox="${-edge.left} ${-edge.top} ${SPAN + edge.left + edge.right} ${SPAN + edge.top + edge.bottom}" ${extra} role="img" aria-label="${title}">${HATCH}${inside}<rect class="frame" width="${SPAN}" height="${SPAN}"/>${marks}${titles}<g class="cross"></g></svg>`;
   }
 
@@ -278,7 +278,7 @@
     $("fits-map").innerHTML = plot(cells(value, fill), "The smallest card that is sure to do, over width and height", [512, 1024, 1536, 2048, 2560], { extra: `tabindex="0"` });
     const used = new Set(value.flat().map(String));
     $("fits-legend").innerHTML = [...boxes.map(({ gib, memory_bytes: there }, i) => [BOX_FILL[i], `${gib} GB`, `leaves ${bytes(there)}`, String(i)]), [BEYOND, "more", "than 24 GB", "beyond"]]
-      .map(([colour, name, words, key]) => `<li style="${used.has(key) ? "" : "opacity:.5"}"><svg viewBox="0 0 12 12"><rect width="12" height="12" fill="${colour}"/></svg>${name} <small>${words}</small></li>`).join("");
+      .map(([colour, name, words, key]) => `<li><svg viewBox="0 0 12 12"><rect width="12" height="12" fill="${colour}"/></svg>${name} <small>${words}${used.has(key) ? "" : "; none here"}</small></li>`).join("");
     point();
   }
 
