@@ -41,11 +41,20 @@ def _tracer(kernels: str | None) -> Any:
 @workload_options
 @kernels_option
 @click.option("--timeline", type=click.Path(path_type=Path), default=None, help="Draw live memory over the run (.png).")
+@click.option(
+    "--diagram", type=click.Path(path_type=Path), default=None, help="Draw the pipeline and where the peak is (.svg)."
+)
 @click.option("--gpu", default=None, help="Add the terms of a model: its name or path; see: sdfit models")
 @click.option("--derive", "derives", is_flag=True, help="Derive the closed form and add its terms; takes longer.")
 @json_option
 def explain(
-    kernels: str | None, timeline: Path | None, gpu: str | None, derives: bool, as_json: bool, **fields: Any
+    kernels: str | None,
+    timeline: Path | None,
+    diagram: Path | None,
+    gpu: str | None,
+    derives: bool,
+    as_json: bool,
+    **fields: Any,
 ) -> None:
     """Say what a run's peak is made of: components, stages, the operation, its tensors."""
     from sdfit.predict.library import load
@@ -71,6 +80,10 @@ def explain(
         from sdfit.study.derivation.timeline import timeline as draw
 
         click.echo(f"wrote {draw(workload, timeline, explanation=told)}", err=True)
+    if diagram is not None:
+        from sdfit.study.derivation.diagram import diagram as drawn
+
+        click.echo(f"wrote {drawn(told, diagram)}", err=True)
 
 
 @click.command(epilog=example("sdfit derive --attention eager"))

@@ -86,6 +86,11 @@ RESIDENT_WHEN_STREAMED = {"sequential": ("safety_checker",), "group_block": (), 
 """Which components are on the card as a whole when weights come module by module: sequential offload leaves the checker
 there (`_exclude_from_cpu_offload`), group offload nothing. What comes and goes counts to the stage's coefficients."""
 
+IN_PIECES = ("group_block", "group_leaf")
+"""Kinds of offload that no coefficients are fitted for: what a stage holds is the larger of two pieces (a deep block's
+weights, or feature maps at full size), and the text encoder's weights do not come at all where embeddings are given. One
+polynomial misses that by up to 50 %; a trace answers to the byte."""
+
 
 def resident(stage: str, offload: str) -> tuple[str, ...]:
     """The components whose weights are on the card while a stage runs.

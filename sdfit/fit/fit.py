@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import sdfit
 from sdfit.equation.sizes import Array, domain_columns, resolution, size_columns
-from sdfit.equation.stages import StageKey, stage_key, stages_of
+from sdfit.equation.stages import IN_PIECES, StageKey, stage_key, stages_of
 from sdfit.equation.weights import baseline_label
 from sdfit.errors import FitError
 from sdfit.fit.baseline import baseline
@@ -119,6 +120,7 @@ def fit(
     FitError
         If no run succeeded, or the sizes are too few for the terms: which term, and how many more it needs.
     """
+    data = replace(data, records=[r for r in data.records if r.workload.offload not in IN_PIECES])
     ok = [r for r in data.records if r.outcome == "ok"]
     if not ok:
         counts = {o: sum(r.outcome == o for r in data.records) for o in ("oom", "crash")}
