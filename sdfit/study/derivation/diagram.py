@@ -20,7 +20,7 @@ from sdfit.workload import VAE_SCALE, variant_name
 DIAGRAM = Kind("diagram", (".svg",), b"<!-- drawn by sdfit -->")
 WIDTH, HEIGHT, MIDDLE, TALLEST = 1280, 620, 330, 190
 INK, SOFT, BAR, PEAK, PAPER = "#222222", "#6b6b6b", "#9dbbd8", "#D55E00", "#ffffff"
-GAP = 5
+GAP = 7
 UNET_CHANNELS = (320, 640, 1280, 1280)
 """diffusers' default of `UNet2DConditionModel`, which Stable Diffusion v1.5 has."""
 _ENDS = {"conv_in": 0, "conv_out": -1, "conv_norm_out": -1, "conv_act": -1}
@@ -116,7 +116,7 @@ def svg(told: Explanation) -> str:
     if w.vae == "kl":
         x = _part(lines, told, x, "vae.encoder", _encoder(), "VAE encoder", None)
     else:
-        x = _block(lines, told, x, "VAE encoder (tiny)", None, told.path.startswith("vae.encoder"))
+        x = _block(lines, x, "VAE encoder (tiny)", None, told.path.startswith("vae.encoder"))
     x = _picture(lines, x, f"{w.batch_size} x 4 x {height // VAE_SCALE}x{width // VAE_SCALE}", "latents", small=True)
     left = x
     x = _part(lines, told, x, "unet", _unet(), f"UNet, {w.unet_batch} sample(s), every step", sizes.get("unet"))
@@ -124,10 +124,10 @@ def svg(told: Explanation) -> str:
     if w.vae == "kl":
         x = _part(lines, told, x, "vae.decoder", _decoder(), "VAE decoder", sizes.get("vae"))
     else:
-        x = _block(lines, told, x, "VAE decoder (tiny)", sizes.get("vae"), told.path.startswith("vae.decoder"))
-    x = _picture(lines, x, f"{w.batch_size} x 3 x {height}x{width}", "image")
+        x = _block(lines, x, "VAE decoder (tiny)", sizes.get("vae"), told.path.startswith("vae.decoder"))
+    x = _picture(lines, x, f"{w.batch_size} x 3 x {height}x{width}", "image", last="safety_checker" not in sizes)
     if "safety_checker" in sizes:
-        _block(lines, told, x, "safety checker", sizes["safety_checker"], told.stage == "safety_checker")
+        _block(lines, x, "safety checker", sizes["safety_checker"], told.stage == "safety_checker", last=True)
     lines += _legend(told)
     body = "\n".join(lines)
     return (
@@ -154,15 +154,16 @@ def _arrow(x: float, end: float) -> str:
     )
 
 
-def _picture(lines: list[str], x: float, shape: str, name: str, *, small: bool = False) -> float:
+def _picture(lines: list[str], x: float, shape: str, name: str, *, small: bool = False, last: bool = False) -> float:
     side = TALLEST / VAE_SCALE**0.5 if small else TALLEST
     lines.append(
         f'<rect x="{x:.0f}" y="{MIDDLE - side / 2:.0f}" width="14" height="{side:.0f}" fill="none" stroke="{SOFT}"/>'
     )
-    lines.append(_text(x, MIDDLE + side / 2 + 16, name, 11))
-    lines.append(_text(x, MIDDLE - side / 2 - 8, shape, 10, fill=SOFT))
-    lines.append(_arrow(x + 18, x + 44))
-    return x + 50
+    lines.append(_text(x, MIDDLE + side / 2 + 16, name, 12))
+    lines.append(_text(x, MIDDLE + side / 2 + 30, shape, 10, fill=SOFT))
+    if not last:
+        lines.append(_arrow(x + 22, x + 52))
+    return x + 60
 
 
 def _part(
@@ -171,7 +172,7 @@ def _part(
     """A network: its levels, their channels below, how far their sides are divided above; the peak's level in its colour."""
     at, start = peak_bar(told.path, part, bars), x
     for i, bar in enumerate(bars):
-        tall, wide = TALLEST / bar.divided**0.5, 8 + bar.channels / 40
+        tall, wide = TALLEST / bar.divided**0.5, 12 + bar.channels / 30
         here = i == at
         lines.append(_rect(x, MIDDLE - tall / 2, wide, tall, PEAK if here else BAR))
         lines.append(
@@ -190,8 +191,8 @@ def _part(
             )
         )
         if here:
-            lines.append(_text(x + wide / 2, MIDDLE - tall / 2 - 18, "peak", 12, anchor="middle", fill=PEAK))
-        x += wide + max(GAP, 20 - wide)
+            lines.append(_text(x + wide / 2, MIDDLE + tall / 2 + 28, "peak", 12, anchor="middle", fill=PEAK))
+        x += wide + max(GAP, 26 - wide)
     _caption(lines, (start + x) / 2, name, component)
     lines.append(_arrow(x + 2, x + 22))
     return x + 28
@@ -208,11 +209,17 @@ def _caption(lines: list[str], x: float, name: str, component: Component | None)
         )
 
 
-def _block(lines: list[str], told: Explanation, x: float, name: str, component: Component | None, peak: bool) -> float:
-    lines.append(_rect(x, MIDDLE - 35, 60, 70, PEAK if peak else BAR))
-    _caption(lines, x + 20, name, component)
-    lines.append(_arrow(x + 64, x + 84))
-    return x + 90
+def _block(
+    lines: list[str], x: float, name: str, component: Component | None, peak: bool, *, last: bool = False
+) -> float:
+    """A component that is drawn as one block."""
+    lines.append(_rect(x, MIDDLE - 35, 70, 70, PEAK if peak else BAR))
+    if peak:
+        lines.append(_text(x + 35, MIDDLE + 50, "peak", 12, anchor="middle", fill=PEAK))
+    _caption(lines, x + 35, name, component)
+    if not last:
+        lines.append(_arrow(x + 76, x + 104))
+    return x + 112
 
 
 def _text_encoder(lines: list[str], told: Explanation, left: float, right: float, component: Component | None) -> None:
