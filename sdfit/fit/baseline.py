@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 BASELINE_TERMS = ("1", "B·A", "B·A²", "n·L·A")
+FEWEST_ROWS = 4 * len(BASELINE_TERMS)
+"""Of a variant that gets a regression, if any has as many: it passes near fewer rows whatever they say."""
 BASELINE_UNITS = ("B", "B/px", "B/px²", "B/px/token")
 
 
 def baseline(ok: Sequence[Record]) -> dict[str, Any]:
-    """The plain four-term regression over whole runs, one per swept variant: constant, H·W, (H·W)², L·H·W.
+    """The plain four-term regression over whole runs, one per variant of `FEWEST_ROWS`: constant, H·W, (H·W)², L·H·W.
 
     Images multiply the activations; nothing else is known of stages. Its errors are in-sample: a bound on how well
     that form can do.
@@ -29,7 +32,9 @@ def baseline(ok: Sequence[Record]) -> dict[str, Any]:
     from sdfit.fit.stage_model import nonnegative  # predicting with it needs no scipy
 
     found: dict[str, Any] = {}
-    for variant in sorted({r.workload.variant for r in ok}):
+    counts = Counter(r.workload.variant for r in ok)
+    enough = {variant for variant, count in counts.items() if count >= FEWEST_ROWS}
+    for variant in sorted(enough or counts):
         rows = [r for r in ok if r.workload.variant == variant]
         y = np.array([r.allocated_bytes for r in rows], dtype=float)
         design = baseline_design([r.workload for r in rows])

@@ -28,7 +28,7 @@ from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.cards import kernels_of
 from sdfit.records import Record, RecordsFile
-from sdfit.workload import variant_name
+from sdfit.workload import Workload, variant_name
 
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
@@ -120,7 +120,7 @@ def fit(
     FitError
         If no run succeeded, or the sizes are too few for the terms: which term, and how many more it needs.
     """
-    data = replace(data, records=[r for r in data.records if r.workload.offload not in IN_PIECES])
+    data = replace(data, records=[r for r in data.records if _has_an_equation(r.workload)])
     ok = [r for r in data.records if r.outcome == "ok"]
     if not ok:
         counts = {o: sum(r.outcome == o for r in data.records) for o in ("oom", "crash")}
@@ -222,6 +222,12 @@ def _published_rows(published: Sequence[PublishedRow]) -> dict[str, Any]:
         if abs(r.error) > LISTED_ERROR
     ]
     return {"rows": len(rows), "cards": cards, **error_summary([r.error for r in rows]).to_dict(), "misses": misses}
+
+
+def _has_an_equation(w: Workload) -> bool:
+    """Whether coefficients are fitted for runs of that kind: not for those of `IN_PIECES`, nor for the tiny VAE under
+    sequential offload, where the allocator's packing is off by a tenth in the median."""
+    return w.offload not in IN_PIECES and not (w.offload == "sequential" and w.vae == "tiny")
 
 
 def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
