@@ -21,6 +21,7 @@ import sdfit
 from sdfit.equation.terms import TERMS
 from sdfit.errors import SdfitError, UnknownVariant
 from sdfit.fit.card import coefficients, model_card, short_rows
+from sdfit.predict.advise import NothingFits
 from sdfit.predict.cards import table
 from sdfit.predict.library import find_model
 from sdfit.predict.memory import left
@@ -30,7 +31,8 @@ from sdfit.study.comparison import published
 from sdfit.study.report import figures, tables
 from sdfit.study.report.facts import boxes, card_facts, cards_of, equation_facts, model_facts
 from sdfit.study.report.make import holdout, unseen, write_report, write_site
-from sdfit.study.report.page import report, rests_in_words
+from sdfit.study.report.page import report
+from sdfit.study.report.site import rests_in_words
 from sdfit.study.report.words import paragraphs, section
 from sdfit.units import GIB, format_bytes
 from sdfit.workload import CHOICES, MAX_BATCH_SIZE, MAX_PROMPT_LENGTH, MAX_SIDE, MIN_SIDE, Workload
@@ -107,6 +109,7 @@ def test_every_published_run_is_beside_ours_with_its_source(shipped: dict[str, P
     whole = [row for row in tables.every_published() if row.whole_pipeline and row.metric == "allocated"]
     known = {row.id for row in whole if any(variant_known(f, row.workload()) for f in shipped.values())}
     assert {one.row.id for f in shipped.values() for one in tables.beside(f)} == known and len(known) > 40
+    assert sum(map(tables.left_out, shipped.values())) == len(whole) - len(known)
     one = next(one for one in found if one.row.id == "COL-003")
     assert one.error == pytest.approx(-0.174, abs=0.002) and one.inside
     page = report(shipped["t4"])
@@ -248,6 +251,7 @@ ASK = """(cases => JSON.stringify(cases.map(([w, memory, wanted]) => {
     return {answer: verdict.answer, chance: verdict.chance, slower: verdict.slower, margin: verdict.margin,
       upper: model.upper(w), metrics, peaks: live.stages.map(({name, peak}) => [name, peak]), stage: live.stage,
       parts: model.breakdown(live), extrapolated: live.extrapolated, level: verdict.prediction.level,
+      batch: wanted ? model.largestBatch(w, memory) : null,
       options: wanted ? model.options(w, memory).map(o => [o.change, o.upper, o.saved, o.costs]) : null};
   } catch (error) {
     if (error instanceof sdfit.Unknown) return {unknown: error.message};
@@ -278,6 +282,15 @@ def drawn(rng: random.Random) -> tuple[dict[str, Any], int]:
     return w, int(2 ** rng.uniform(31, 37))
 
 
+def largest_batch(f: Predictor, w: dict[str, Any], memory: int) -> dict[str, int]:
+    """The largest batch of a workload's size, as the page gives it."""
+    try:
+        found = f.max_batch_size(**{name: value for name, value in w.items() if name != "batch_size"}, memory=memory)
+    except NothingFits:
+        return {"sure": 0, "likely": 0}
+    return {"sure": int(found), "likely": found.likely}
+
+
 def asked(f: Predictor, w: dict[str, Any], memory: int, wanted: bool) -> dict[str, Any]:
     """What Python answers, in the shape of `ASK`."""
     workload = Workload(**w)
@@ -285,6 +298,7 @@ def asked(f: Predictor, w: dict[str, Any], memory: int, wanted: bool) -> dict[st
         peaks = {metric: f.predict_workload(workload, metric=metric) for metric in f.metrics}
         verdict = f.verdict(**w, memory=memory)
         options = options_that_fit(f, workload, memory=memory) if wanted else None
+        batch = largest_batch(f, w, memory) if wanted else None
     except UnknownVariant:
         return {"unknown": True}
     live = peaks["allocated"]
@@ -300,6 +314,7 @@ def asked(f: Predictor, w: dict[str, Any], memory: int, wanted: bool) -> dict[st
         "stage": live.stage,
         "parts": [[name, part] for name, part in live.breakdown.items()],
         "extrapolated": live.extrapolated,
+        "batch": batch,
         "options": None
         if options is None
         else [[o.change, o.upper_bytes, o.saved_bytes, o.to_dict()["costs"]] for o in options],

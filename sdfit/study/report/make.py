@@ -12,7 +12,8 @@ from sdfit.judging.evaluate import evaluate
 from sdfit.judging.evaluation import Evaluation
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.predictor import DEFAULT_LEVEL, Predictor
-from sdfit.study.report.page import index, report
+from sdfit.study.report.page import report
+from sdfit.study.report.site import index
 
 PAGE = Kind("page", (".html", ".htm"), b'<meta name="generator" content="sdfit">')
 

@@ -114,6 +114,12 @@ def _answers(predictor: Predictor, row: PublishedRow) -> bool:
     return predictor.artifact.name in (row.card, kernels_of(row.card))
 
 
+def left_out(predictor: Predictor) -> int:
+    """How many published whole runs on its cards a model has no coefficients for."""
+    rows = [r for r in every_published() if r.whole_pipeline and (r.metric, r.scope) == ("allocated", "total")]
+    return sum(_answers(predictor, row) for row in rows) - len(beside(predictor))
+
+
 def beside_rows(found: Sequence[Beside]) -> Rows:
     """Published whole runs beside ours; the first column is a link's text, its address comes from `address`."""
     rows: Rows = [("row", "card", "size, images", "variant", "published", "ours", "error", "in the interval")]

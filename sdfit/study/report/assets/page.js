@@ -97,7 +97,7 @@
       const peaks = model.metrics.map((metric) => model.predict(w, metric, facts.level));
       asked = w;
       toAddress(w);
-      showVerdict(verdict, w, card);
+      showVerdict(verdict, w, card, model.largestBatch(w, there.bytes));
       showMetrics(model, peaks);
       const live = peaks.find(({ metric }) => metric === "allocated");
       showStages(live);
@@ -131,7 +131,7 @@
 
   const SIGNS = { fits: "✓ ", "may fit": "≈ ", "does not fit": "✕ " };
 
-  function showVerdict({ answer: words, chance, slower, margin, memory: there, prediction: p }, w, card) {
+  function showVerdict({ answer: words, chance, slower, margin, memory: there, prediction: p }, w, card, batch) {
     $("verdict").dataset.answer = words;
     $("verdict").replaceChildren(element("span", { "aria-hidden": "true" }, SIGNS[words]), words[0].toUpperCase() + words.slice(1),
       ...(words === "may fit" && chance !== null ? [element("small", {}, ` with a chance of ${Math.round(100 * chance)} %`)] : []));
@@ -142,6 +142,7 @@
     if (card.wrong_half && w.dtype === "float16") lines.push(`${facts.wrong_half}.`);
     const { height, width, n } = p.told.sizes;
     lines.push(`Runs as ${height}x${width} (height x width), ${w.batch_size} image${w.batch_size > 1 ? "s" : ""}, ${n} UNet sample${n > 1 ? "s" : ""}.`);
+    if (chance !== null) lines.push(batch.sure ? `Up to ${batch.sure} image${batch.sure > 1 ? "s" : ""} of this size per call ${batch.sure > 1 ? "are" : "is"} sure to fit${batch.likely > batch.sure ? `, ${batch.likely} likely` : ""}.` : "Not even one image of this size is sure to fit.");
     $("in-words").textContent = lines.join(" ");
     $("strip").replaceChildren(element("b", {}, $("verdict").textContent), element("span", {}, `${bytes(p.value)} of ${bytes(there)}`));
     const most = Math.max(there, p.upper) * 1.02, share = (amount) => `${(100 * Math.min(amount, most) / most).toFixed(2)}%`;
@@ -197,7 +198,7 @@
       const change = Object.entries(option.change).map(([name, value]) => `${name}=${pythonic(value)}`).join(", ");
       const apply = element("button", { type: "button" }, "Apply");
       apply.setAttribute("aria-label", `Apply ${change}`);
-      apply.addEventListener("click", () => { for (const [name, value] of Object.entries(option.change)) put(name, value); answer(); drawMaps(); });
+      apply.addEventListener("click", () => { for (const [name, value] of Object.entries(option.change)) put(name, value); answer(); map.draw(); });
       return element("li", {}, element("span", {}, element("code", {}, change), element("small", {}, `at most ${bytes(option.upper)}, saves ${bytes(option.saved)}. Costs: ${option.costs.join("; ")}.`)), apply);
     });
     $("changes").replaceChildren(...(shown.length ? [element("h3", {}, "The cheapest changes with which it would fit"), element("ul", { class: "changes" }, ...shown)]
@@ -225,106 +226,12 @@
     answer();
   }
 
-  // -- the maps --
+  // -- the maps (maps.js) --
 
-  const FROM = 256, STEP = 64, SIDES = Array.from({ length: 44 }, (_, i) => FROM + STEP * i), CELL = 10;
-  const LAST = SIDES.length - 1;
-  const SPAN = SIDES.length * CELL;
-  const tint = (share) => `color-mix(in oklab, var(--accent) ${share}%, var(--panel))`;
-  const BOX_FILL = [9, 24, 41, 58, 78, 100].map(tint);
-  const BEYOND = "url(#beyond)";
-  const STAGE_FILL = { vae_decoder_blocks: tint(100), vae_decoder_mid: tint(62), unet: tint(32), vae_encoder_blocks: tint(14), vae_encoder_mid: tint(14), text_encoder: "color-mix(in oklab, var(--muted) 45%, var(--panel))", safety_checker: "color-mix(in oklab, var(--muted) 45%, var(--panel))" };
-  const HATCH = `<defs><pattern id="beyond" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path d="M0 0V6" stroke="var(--muted)" stroke-width="1.1" opacity=".55"/></pattern></defs>`;
-  let at = { column: 12, row: 12 };
-
-  /** Cells of the same value as few rectangles: runs along each column. */
-  function cells(value, fills) {
-    const paths = {};
-    SIDES.forEach((_, column) => {
-      for (let row = 0; row <= LAST;) {
-        const found = value[column][row], from = row;
-        while (row <= LAST && value[column][row] === found) row++;
-        (paths[found] ??= []).push(`M${column * CELL} ${SPAN - from * CELL}v${-(row - from) * CELL}h${CELL}v${(row - from) * CELL}z`);
-      }
-    });
-    return Object.entries(paths).map(([found, path]) => `<path d="${path.join("")}" fill="${fills(found)}" shape-rendering="crispEdges"/>`).join("");
-  }
-
-  /** A map with its axes; a small one has larger marks, few of them, and no titles. */
-  function plot(inside, title, ticks, { small = false, extra = "" } = {}) {
-    const edge = small ? { left: 74, top: 6, right: 30, bottom: 34 } : { left: 72, top: 8, right: 8, bottom: 46 };
-    const marks = ticks.map((side) => {
-      const x = ((side - FROM) / STEP + 0.5) * CELL, low = small ? 30 : 18;
-      return `<text class="tick" x="${x}" y="${SPAN + low}">${side}</text><text class="tick end" x="-7" y="${SPAN - x + low / 4}">${side}</text>`;
-    }).join("");
-    const titles = small ? "" : `<text class="axis" x="${SPAN / 2}" y="${SPAN + 40}">width [px]</text><text class="axis" transform="translate(-57 ${SPAN / 2}) rotate(-90)">height [px]</text>`;
-    return `<svg viewBox="${-edge.left} ${-edge.top} ${SPAN + edge.left + edge.right} ${SPAN + edge.top + edge.bottom}" ${extra} role="img" aria-label="${title}">${HATCH}${inside}<rect class="frame" width="${SPAN}" height="${SPAN}"/>${marks}${titles}<g class="cross"></g></svg>`;
-  }
-
-  function drawMaps() {
-    if (asked === null) return;
-    drawFits(); drawStages();
-  }
-
-  function mapWorkload(column, row) { return { ...asked, width: SIDES[column], height: SIDES[row], batch_size: Number($("map-batch").value) }; }
-
-  function drawFits() {
-    const model = modelOf(chosen());
-    const value = SIDES.map((_, column) => SIDES.map((__, row) => {
-      const upper = model.upper(mapWorkload(column, row)), box = boxes.findIndex(({ memory_bytes: there }) => upper <= there);
-      return box < 0 ? "beyond" : box;
-    }));
-    const fill = (found) => (found === "beyond" ? BEYOND : BOX_FILL[found]);
-    $("fits-map").innerHTML = plot(cells(value, fill), "The smallest card that is sure to do, over width and height", [512, 1024, 1536, 2048, 2560], { extra: `tabindex="0"` });
-    const used = new Set(value.flat().map(String));
-    $("fits-legend").innerHTML = [...boxes.map(({ gib, memory_bytes: there }, i) => [BOX_FILL[i], `${gib} GB`, `leaves ${bytes(there)}`, String(i)]), [BEYOND, "more", "than 24 GB", "beyond"]]
-      .map(([colour, name, words, key]) => `<li><svg viewBox="0 0 12 12"><rect width="12" height="12" fill="${colour}"/></svg>${name} <small>${words}${used.has(key) ? "" : "; none here"}</small></li>`).join("");
-    point();
-  }
-
-  function point() {
-    const cross = $("fits-map").querySelector(".cross"), { column, row } = at;
-    cross.innerHTML = `<path d="M${(column + 0.5) * CELL} 0V${SPAN}M0 ${SPAN - (row + 0.5) * CELL}H${SPAN}" opacity=".35"/><rect x="${column * CELL}" y="${SPAN - (row + 1) * CELL}" width="${CELL}" height="${CELL}"/>`;
-    const w = mapWorkload(column, row), upper = modelOf(chosen()).upper(w), box = boxes.find(({ memory_bytes: there }) => upper <= there);
-    $("fits-words").textContent = `${w.width} wide, ${w.height} high, ${w.batch_size} image${w.batch_size > 1 ? "s" : ""}: at most ${bytes(upper)}. ${box ? `Sure to fit on ${box.gib} GB.` : "Not sure to fit on 24 GB."}`;
-  }
-
-  function drawStages() {
-    const model = modelOf(chosen()), seen = new Set();
-    const panels = [];
-    for (const attention of facts.choices.attention) {
-      try {
-        const value = SIDES.map((_, column) => SIDES.map((__, row) => {
-          const w = { ...mapWorkload(column, row), attention }, variant = model.variant(w), stage = variant.stages[variant.tell(w).top].name;
-          seen.add(stage);
-          return stage;
-        }));
-        const inside = cells(value, (stage) => STAGE_FILL[stage]);
-        panels.push(`<div><h4>${attention}</h4>${plot(inside, `Stage that sets the peak, attention ${attention}`, [512, 1536, 2560], { small: true })}</div>`);
-      } catch (error) {
-        if (!(error instanceof sdfit.Unknown)) throw error;   // a kind that the model does not know has no map
-      }
-    }
-    $("stage-maps").innerHTML = panels.join("");
-    $("stage-legend").innerHTML = facts.stages.filter(({ name }) => seen.has(name)).map(({ name }) => `<li><svg viewBox="0 0 12 12"><rect width="12" height="12" fill="${STAGE_FILL[name]}"/></svg>${facts.titles[name]}</li>`).join("");
-  }
-
-  function followMap() {
-    const map = $("fits-map");
-    const move = (column, row) => { at = { column: Math.min(Math.max(column, 0), LAST), row: Math.min(Math.max(row, 0), LAST) }; point(); };
-    const take = () => { form.width.value = SIDES[at.column]; form.height.value = SIDES[at.row]; form.batch_size.value = $("map-batch").value; answer(); };
-    const under = (event) => {
-      const svg = map.querySelector("svg"), spot = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-      if (spot.x >= 0 && spot.y >= 0 && spot.x < SPAN && spot.y < SPAN) move(Math.floor(spot.x / CELL), Math.floor((SPAN - spot.y) / CELL));
-    };
-    map.addEventListener("pointermove", under);
-    map.addEventListener("click", (event) => { under(event); take(); });
-    map.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
-      if (step) { move(at.column + step[0], at.row + step[1]); event.preventDefault(); }
-      if (event.key === "Enter") { take(); event.preventDefault(); }
-    });
-  }
+  const map = maps({ facts, boxes, model: () => modelOf(chosen()), asked: () => asked, take: (size) => {
+    for (const [name, value] of Object.entries(size)) form[name].value = value;
+    answer();
+  } });
 
   /** The map's batch is that of the form, until its own slider is moved. */
   function followBatch() { $("map-batch").value = form.batch_size.value; $("map-batch-shown").textContent = $("map-batch").value; }
@@ -343,10 +250,9 @@
   fromAddress(true);
   answer();
   followBatch();
-  drawMaps();
-  followMap();
+  map.draw();
   let later = 0;
-  const soon = () => { cancelAnimationFrame(later); later = requestAnimationFrame(drawMaps); };
+  const soon = () => { cancelAnimationFrame(later); later = requestAnimationFrame(map.draw); };
   form.addEventListener("input", (event) => {
     if (event.target === form.card) form.memory.value = shownMemory(chosen());
     if (event.target.type === "file") return;
