@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import pickle
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,13 +33,16 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from PIL import Image
+from tiny import TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdfit.backends.pipeline import build_pipeline
 from sdfit.errors import InvalidWorkload
 from sdfit.guard import ExceedsWarning, Free, NotCovered, WillNotFit
+from sdfit.guard.reader import Reader
 from sdfit.predict.pipelines import read
 from sdfit.predict.predictor import Predictor
 from sdfit.units import GIB
@@ -62,7 +67,7 @@ def whole() -> Any:
 def pipe(whole: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The same, to be changed, and its runs only written down: with the processors and flags that it had then."""
     made = StableDiffusionImg2ImgPipeline(**copy.deepcopy(whole.components), requires_safety_checker=True)
-    made.runs = []
+    made.runs, made.restore = [], lambda: None
 
     @functools.wraps(StableDiffusionImg2ImgPipeline.__call__)
     def run(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -74,6 +79,7 @@ def pipe(whole: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(StableDiffusionImg2ImgPipeline, "__call__", run)
     yield made
+    made.restore()
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
@@ -143,6 +149,47 @@ def merged_tokens(pipe: Any) -> None:
     block.__class__ = type("ToMeBlock", (type(block),), {"__module__": "tomesd.patch"})
 
 
+def offload_of_one(pipe: Any) -> None:
+    from accelerate.hooks import CpuOffload
+
+    pipe.unet._hf_hook = CpuOffload("cpu")
+
+
+def offload_without_turns(pipe: Any) -> None:
+    from accelerate.hooks import CpuOffload
+
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        part._hf_hook = CpuOffload("cpu")
+    pipe._all_hooks = [1, 2, 3]
+
+
+def replaced_on_a_class(pipe: Any) -> None:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    own = BasicTransformerBlock.forward
+    pipe.restore = lambda: setattr(BasicTransformerBlock, "forward", own)
+    functools.update_wrapper(forward, own)
+    BasicTransformerBlock.forward = forward
+
+
+class Quantised(torch.nn.Parameter):
+    """As torchao's weights are: of another class, with the dtype that they stand for."""
+
+
+class Processor(AttnProcessor2_0):
+    """One that people write."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+def setting(part: str, **values: Any) -> Callable[[Any], Any]:
+    return done(lambda pipe: getattr(pipe, part).register_to_config(**values))
+
+
 KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ControlNet": (
         other(StableDiffusionControlNetImg2ImgPipeline, controlnet=tiny_controlnet),
@@ -188,6 +235,76 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "processors of the UNet: XFormersAttnProcessor",
     ),
     "slices of three heads": (done(lambda pipe: pipe.enable_attention_slicing(3)), r"slices of \[3\] heads"),
+    "FreeU": (done(lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)), "FreeU in the unet"),
+    "a hook": (done(lambda pipe: pipe.unet.mid_block.register_forward_hook(print)), "forward hooks in the unet"),
+    "a hook before": (
+        done(lambda pipe: pipe.vae.decoder.register_forward_pre_hook(print)),
+        "forward hooks in the vae",
+    ),
+    "a replaced forward": (
+        done(lambda pipe: setattr(pipe.unet, "forward", lambda *a, **k: None)),
+        "a replaced UNet2DConditionModel.forward in the unet",
+    ),
+    "a replaced forward of a block": (
+        done(lambda pipe: setattr(pipe.unet.mid_block, "forward", functools.partial(print))),
+        "a replaced UNetMidBlock2DCrossAttn.forward in the unet",
+    ),
+    "a replaced decode": (done(lambda pipe: setattr(pipe.vae, "decode", print)), "a replaced AutoencoderKL.decode"),
+    "replaced on a class": (done(replaced_on_a_class), "a replaced BasicTransformerBlock.forward in the unet"),
+    "a replaced step": (
+        done(lambda pipe: setattr(pipe, "prepare_latents", print)),
+        "a replaced StableDiffusionImg2ImgPipeline.prepare_latents",
+    ),
+    "a checker that is a function": (
+        done(lambda pipe: setattr(pipe, "safety_checker", lambda images, clip_input: (images, [False]))),
+        r"a safety checker that is a function \(to go without, set it to None\)",
+    ),
+    "a block compiled in place": (
+        done(lambda pipe: pipe.unet.up_blocks[0].compile()),
+        "torch.compile in the unet",
+    ),
+    "a compiled block": (
+        done(lambda pipe: setattr(pipe.unet, "mid_block", torch.compile(pipe.unet.mid_block))),
+        "torch.compile in the unet",
+    ),
+    "feed-forward in chunks": (
+        done(lambda pipe: pipe.unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(1, 1)),
+        "feed-forward layers in chunks in the unet",
+    ),
+    "fused projections": (done(lambda pipe: pipe.unet.fuse_qkv_projections()), "fused projections in the unet"),
+    "a processor of one's own": (
+        done(lambda pipe: pipe.unet.set_attn_processor(Processor())),
+        r"processors of the UNet: test_guard\.Processor",
+    ),
+    "one block channels last": (
+        done(lambda pipe: pipe.unet.up_blocks[3].to(memory_format=torch.channels_last)),
+        "channels-last",
+    ),
+    "weights of another kind": (
+        done(lambda pipe: setattr(pipe.unet.conv_out, "bias", Quantised(pipe.unet.conv_out.bias))),
+        r"no plain tensors \(Quantised\)",
+    ),
+    "buffers": (
+        done(lambda pipe: pipe.unet.register_buffer("cache", torch.zeros(5000, device="meta"))),
+        "buffers of 5,000 elements in the unet",
+    ),
+    "a scale of the middle": (setting("unet", mid_block_scale_factor=2), "a unet with mid_block_scale_factor=2, not 1"),
+    "another activation": (setting("vae", act_fn="relu"), "a vae with act_fn=relu, not silu"),
+    "fewer groups": (setting("unet", norm_num_groups=16), "a unet with norm_num_groups=16, not 32"),
+    "more heads": (
+        done(lambda pipe: setattr(pipe.text_encoder.config, "num_attention_heads", 8)),
+        "a text_encoder with num_attention_heads=8, not 12",
+    ),
+    "another picture for the checker": (
+        done(lambda pipe: setattr(pipe.safety_checker.config.vision_config, "image_size", 336)),
+        "a safety_checker with image_size=336, not 224",
+    ),
+    "another image processor": (
+        done(lambda pipe: setattr(pipe, "image_processor", VaeImageProcessor(vae_scale_factor=16))),
+        "an image processor with vae_scale_factor=16",
+    ),
+    "offload of the UNet": (done(offload_of_one), "offload of unet alone"),
+    "offload without turns": (done(offload_without_turns), "hooks that do not take turns"),
     "mixed attention": (
         done(lambda pipe: pipe.vae.set_attn_processor(AttnProcessor())),
         "attention in the VAE of another kind",
@@ -261,6 +378,60 @@ def test_forced_math_attention_is_read_as_what_it_is(pipe: Any, f: Predictor) ->
         with pytest.raises(WillNotFit):
             guarded(**call)
     assert guarded.workload(**call).attention == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["FreeU", "a hook", "a replaced forward", "a replaced forward of a block", "a replaced decode",
+                                  "replaced on a class", "a block compiled in place", "one block channels last", "a hook before",
+                                  "weights of another kind", "offload of the UNet", "a replaced step", "buffers"])  # fmt: skip
+def test_what_is_done_to_a_pipeline_after_it_was_read_is_seen(pipe: Any, f: Predictor, kind: str) -> None:
+    """The reading that is kept is dropped, so that the pipeline of now is refused."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    guarded.workload(image=PICTURE, prompt="a")
+    change, words = KINDS[kind]
+    change(pipe)
+    with pytest.raises(NotCovered, match=words):
+        guarded.workload(image=PICTURE, prompt="a")
+
+
+def test_what_leaves_no_trace_is_covered(pipe: Any, f: Predictor) -> None:
+    """Switched off again, or of no effect: FreeU, hooks, a progress bar of one's own, sizes that only set defaults."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    before = guarded.workload(image=PICTURE, prompt="a")
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    pipe.disable_freeu()
+    pipe.unet.register_forward_hook(print).remove()
+    pipe.unet.forward = pipe.unet.forward  # as accelerate leaves it after remove_hook_from_module
+    pipe.progress_bar = print
+    pipe.unet.register_to_config(sample_size=96)
+    pipe.vae.register_to_config(scaling_factor=0.13)
+    assert guarded.workload(image=PICTURE, prompt="a") == before
+
+
+def test_a_component_that_was_dropped_is_freed(pipe: Any, f: Predictor) -> None:
+    """The guard keeps nothing of a pipeline alive but the pipeline."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    guarded.workload(image=PICTURE, prompt="a")
+    gone = weakref.ref(pipe.safety_checker.vision_model)
+    pipe.safety_checker = None
+    gc.collect()
+    assert gone() is None and not guarded.workload(image=PICTURE, prompt="a").safety_checker
+
+
+def test_model_offload_is_read_off_its_hooks_run_after_run() -> None:
+    """As `enable_model_cpu_offload` makes them, on a small pipeline that really runs; they are put there anew after each."""
+    tiny = build_pipeline(dtype="float32", settings=TINY)
+    sized = set(read(tiny).unknown)
+    tiny.enable_model_cpu_offload(device="cpu")
+    reader = Reader(tiny)
+    first = reader.read()
+    assert first.offload == "model" and set(first.unknown) == sized
+    tiny(image=picture(64, 64), prompt="a", num_inference_steps=1, strength=1.0)
+    reader.read()
+    state = reader._state
+    tiny(image=picture(64, 64), prompt="a", num_inference_steps=1, strength=1.0)
+    assert reader._seen() == state and reader.read() == first
+    tiny.remove_all_hooks()
+    assert reader.read().offload == "none" and set(reader.read().unknown) == sized
 
 
 F, E, M, C = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION
@@ -358,7 +529,14 @@ def test_tf32_is_named_where_it_matters(pipe: Any, f: Predictor, monkeypatch: py
     pipe.to(torch.float32)
     with pytest.raises(NotCovered, match="float32 convolutions without TF32"):
         guarded.workload(image=PICTURE, prompt="a")
-    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert guarded.workload(image=PICTURE, prompt="a").dtype == "float32"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with pytest.raises(NotCovered, match="float32 matrix products in TF32"):
+            guarded.workload(image=PICTURE, prompt="a")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_an_allocator_that_is_set_to_its_defaults_is_covered(

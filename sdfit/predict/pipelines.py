@@ -7,45 +7,23 @@ found is named in `Reading.unknown`. torch is not imported here: what is asked o
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from sdfit.equation.weights import PARAMETERS
-from sdfit.predict import process
+from sdfit.predict.parts import CLASSES, foreign, home, replaced, unlike
 from sdfit.workload import DTYPE_BYTES, SLICES, VARIANT_FIELDS
 
 PIPELINE = "StableDiffusionImg2ImgPipeline"
-CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "safety_checker": ("StableDiffusionSafetyChecker",),
-}
-"""The components that have weights, and the classes that they may be of."""
-SETTINGS: dict[str, dict[str, Any]] = {
-    "unet": {
-        "in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2,
-        "block_out_channels": (320, 640, 1280, 1280), "time_cond_proj_dim": None, "use_linear_projection": False,
-        "upcast_attention": False, "only_cross_attention": False, "dual_cross_attention": False,
-        "addition_embed_type": None, "class_embed_type": None, "encoder_hid_dim_type": None,
-    },
-    "AutoencoderKL": {
-        "block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "layers_per_block": 2, "in_channels": 3,
-    },
-    "AutoencoderTiny": {"latent_channels": 4, "in_channels": 3},
-}  # fmt: skip
-"""What Stable Diffusion v1.5's configuration says of those settings that memory depends on beside the parameter count."""
 ATTENTION = {
     "AttnProcessor2_0": "sdpa",
     "AttnProcessor": "eager",
     "SlicedAttnProcessor": "sliced",
 }
+TURNS = ("text_encoder", "unet", "vae")
+"""The components of which `enable_model_cpu_offload` keeps one at a time on the card, in their order."""
+WITHOUT_MEMORY = ("progress_bar", "__call__")
+"""Methods of a pipeline that people replace, or wrap, and that take no memory of the card themselves."""
 TILES = {"tile_sample_min_size": 512, "tile_latent_min_size": 64, "tile_overlap_factor": 0.25}
-_WATCHED = ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "processor", "peft_config")
-"""What is found on a module, of what was put there."""
-LIBRARIES = ("torch.", "diffusers.", "transformers.")
-"""Where the modules of an unchanged pipeline come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,82 +60,6 @@ class Reading:
         return {name: getattr(self, name) for name in VARIANT_FIELDS}
 
 
-class Reader:
-    """Reads one pipeline; what it found is kept until the pipeline changes.
-
-    Parameters
-    ----------
-    pipe : diffusers pipeline
-
-    Notes
-    -----
-    A change is seen in the pipeline's modules: their classes, children, parameters and dtypes, hooks and attention
-    processors, and the VAE's flags. It does not see a forward function that was replaced in place on a module.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self._state: Any = None
-        self._reading: Reading | None = None
-        self._modules: list[Any] = []
-        self._convolutions: list[tuple[dict[str, Any], str]] = []
-        self._lock = threading.Lock()
-
-    def read(self) -> Reading:
-        """The pipeline as it is now."""
-        with self._lock:
-            if self._reading is None or self._seen() != self._state:
-                self._look()
-                self._state = self._seen()
-                self._reading = read(self.pipe)
-            return self._with_kernels(self._reading)
-
-    def _seen(self) -> list[Any]:
-        """All that a reading depends on, quickly; modules and processors by identity."""
-        pipe = vars(self.pipe)
-        seen: list[Any] = [type(self.pipe), bool(pipe.get("_all_hooks")), *map(id, pipe.values())]
-        take = seen.append
-        for module in self._modules:
-            own = vars(module)
-            take(module.__class__)
-            seen.extend(map(id, own["_modules"].values()))
-            take(len(own["_parameters"]))
-            for tensor in own["_parameters"].values():  # those of one module are of one dtype, or were changed apart
-                if tensor is not None:
-                    take(tensor.dtype)
-                    break
-            for name in _WATCHED:
-                if name in own:
-                    take(own[name])
-        for own, name in self._convolutions:
-            take(_is_channels_last(own["_parameters"].get(name)))
-        vae = getattr(self.pipe, "vae", None)
-        seen.extend(getattr(vae, name, None) for name in ("use_slicing", "use_tiling", *TILES))
-        return seen
-
-    def _look(self) -> None:
-        """Go through the pipeline anew."""
-        parts = components(self.pipe)
-        self._modules = [m for part in parts.values() for m in part.modules()]
-        self._convolutions = [first for part in parts.values() for first in _first_convolution(part)]
-
-    @staticmethod
-    def _with_kernels(reading: Reading) -> Reading:
-        """The same, with what PyTorch is set to at this moment: attention kernels, cuDNN, the allocator."""
-        odd = process.unknown(reading.dtype)
-        attention = reading.attention
-        if attention != "eager":  # which alone calls no fused kernel; with slices the VAE's attention does
-            kind, why = process.fused(reading.vae)
-            if attention == "sdpa":
-                attention = kind
-            elif kind != "sdpa" and reading.vae == "kl":
-                why = why or "sliced attention in the UNet beside math attention in the VAE"
-            odd += [why] * bool(why)
-        if attention == reading.attention and not odd:
-            return reading
-        return replace(reading, attention=attention, unknown=(*reading.unknown, *odd))
-
-
 def components(pipe: Any) -> dict[str, Any]:
     """The components of a pipeline that have weights, by name, ControlNets and the like among them."""
     known = getattr(pipe, "components", None)
@@ -178,7 +80,12 @@ def read(pipe: Any) -> Reading:
     name = type(pipe).__name__
     if name != PIPELINE or not type(pipe).__module__.startswith("diffusers."):
         unknown.append(f"a {name} where a {PIPELINE} is covered")
+    methods = [*replaced(pipe, WITHOUT_MEMORY), *(m for m in foreign(type(pipe)) if m not in WITHOUT_MEMORY)]
+    unknown += [f"a replaced {name}.{method}" for method in methods]
     parts = components(pipe)
+    checker = getattr(pipe, "safety_checker", None)
+    if checker is not None and "safety_checker" not in parts:
+        unknown.append(f"a safety checker that is a {type(checker).__name__} (to go without, set it to None)")
     for part in parts:
         if part not in CLASSES:
             unknown.append(f"a component '{part}' ({type(parts[part]).__name__})")
@@ -187,7 +94,7 @@ def read(pipe: Any) -> Reading:
             unknown.append(f"no {part}")
     for part, module in parts.items():
         if part in CLASSES:
-            unknown += _unlike(part, module)
+            unknown += unlike(part, module)
     dtype, mixed = _dtype(parts)
     attention, odd = _attention(parts)
     offload, hooks = _offload(pipe, parts)
@@ -226,54 +133,6 @@ def _image_processor(pipe: Any) -> tuple[bool, list[str]]:
     return bool(config.get("do_convert_rgb", False)), odd
 
 
-def _unlike(part: str, module: Any) -> list[str]:
-    """How a component differs from Stable Diffusion v1.5's."""
-    kind = type(module).__name__
-    if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-        return [f"a compiled {part} (torch.compile)"]
-    if kind not in CLASSES[part]:
-        return [f"a {part} of class {kind}"]
-    found = []
-    if getattr(module, "peft_config", None) or getattr(module, "_hf_peft_config_loaded", False):
-        found.append(f"adapters (LoRA) in the {part}")
-    strangers = sorted({type(m).__name__ for m in module.modules() if not type(m).__module__.startswith(LIBRARIES)})
-    if strangers:
-        found.append(f"modules in the {part} that are not diffusers' own ({', '.join(strangers[:3])})")
-    expected = PARAMETERS["vae_tiny" if kind == "AutoencoderTiny" else part]
-    count = sum(p.numel() for p in module.parameters())
-    if count != expected and not found:
-        found.append(f"a {part} of {count:,} parameters where Stable Diffusion v1.5 has {expected:,}")
-    config = getattr(module, "config", {})
-    for name, value in SETTINGS.get(kind if part == "vae" else part, {}).items():
-        given = config.get(name, value) if hasattr(config, "get") else value
-        if (tuple(given) if isinstance(given, list) else given) != value:
-            found.append(f"a {part} with {name}={given}, not {value}")
-    if getattr(module, "encoder_hid_proj", None) is not None:
-        found.append("an IP-Adapter")
-    if _channels_last(module):
-        found.append(f"a {part} in channels-last memory format")
-    return found
-
-
-def _channels_last(module: Any) -> bool:
-    """Whether convolutions keep their weights channels-last: other kernels run then."""
-    return any(_is_channels_last(own["_parameters"].get(name)) for own, name in _first_convolution(module))
-
-
-def _first_convolution(module: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where a component's first weight is that the two memory formats lay out differently; empty if it has none."""
-    for one in module.modules():
-        own = vars(one)
-        for name, tensor in own["_parameters"].items():
-            if tensor is not None and tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.shape[-1] > 1:
-                return [(own, name)]
-    return []
-
-
-def _is_channels_last(tensor: Any) -> bool:
-    return tensor is not None and tensor.ndim == 4 and tensor.stride()[1] == 1 and not tensor.is_contiguous()
-
-
 def _dtype(parts: dict[str, Any]) -> tuple[str, list[str]]:
     found = {
         part: {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
@@ -292,7 +151,7 @@ def _dtype(parts: dict[str, Any]) -> tuple[str, list[str]]:
 
 def _attention(parts: dict[str, Any]) -> tuple[str, list[str]]:
     unet, vae = (_processors(parts.get(name)) for name in ("unet", "vae"))
-    names = {type(p).__name__ for p in unet}
+    names = {_processor_name(p) for p in unet}
     unknown = (
         [f"attention processors of the UNet: {', '.join(sorted(names - set(ATTENTION)))}"]
         if names - set(ATTENTION)
@@ -309,10 +168,17 @@ def _attention(parts: dict[str, Any]) -> tuple[str, list[str]]:
     elif sizes:
         kind = named[sizes.pop()]
     expected = "eager" if kind == "eager" else "sdpa"
-    theirs = {ATTENTION.get(type(p).__name__, type(p).__name__) for p in vae}
+    theirs = {ATTENTION.get(_processor_name(p), _processor_name(p)) for p in vae}
     if theirs - {expected}:
         unknown.append(f"attention in the VAE of another kind ({', '.join(sorted(theirs))}) than in the UNet ({kind})")
     return kind, unknown
+
+
+def _processor_name(processor: Any) -> str:
+    """The class of an attention processor, with its module where that, or its code, is not diffusers' own."""
+    cls = type(processor)
+    own = cls.__module__.startswith("diffusers.") and home(cls.__call__).startswith("diffusers.")
+    return cls.__name__ if own else f"{home(cls.__call__)}.{cls.__name__}"
 
 
 def _processors(module: Any) -> list[Any]:
@@ -345,7 +211,23 @@ def _offload(pipe: Any, parts: dict[str, Any]) -> tuple[str, list[str]]:
         }
         words = sorted({kinds.get(name, name) for name in hooks - {"CpuOffload"}})
         unknown.append(f"hooks on its modules: {', '.join(words)}")
-    return ("model" if getattr(pipe, "_all_hooks", None) or "CpuOffload" in hooks else "none"), unknown
+    if not (getattr(pipe, "_all_hooks", None) or "CpuOffload" in hooks):
+        return "none", unknown
+    return "model", unknown + _partial(pipe, parts) * (not unknown)
+
+
+def _partial(pipe: Any, parts: dict[str, Any]) -> list[str]:
+    """What of the offload is not as `enable_model_cpu_offload` makes it: all components in turns, the checker stays."""
+    hooks = {name: hook for name, part in parts.items() if (hook := vars(part).get("_hf_hook")) is not None}
+    turns = [name for name in TURNS if name in parts]
+    if set(hooks) != set(turns):
+        return [
+            f"offload of {' and '.join(hooks) or 'no component'} alone (enable_model_cpu_offload takes them all in turns)"
+        ]
+    before = [getattr(getattr(hooks[name], "prev_module_hook", None), "model", None) for name in turns]
+    if before != [None, *(parts[name] for name in turns[:-1])] or len(getattr(pipe, "_all_hooks", ())) != len(turns):
+        return ["offload hooks that do not take turns as enable_model_cpu_offload's do"]
+    return []
 
 
 def _streamed(parts: dict[str, Any]) -> str | None:

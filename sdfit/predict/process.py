@@ -92,6 +92,8 @@ def unknown(dtype: str) -> list[str]:
         found.append("deterministic kernels only (use_deterministic_algorithms, or cudnn.deterministic=True)")
     if dtype == "float32" and not _tf32(cudnn):
         found.append("float32 convolutions without TF32 (torch.backends.cudnn)")
+    if dtype == "float32" and _tf32(torch.backends.cuda.matmul):
+        found.append("float32 matrix products in TF32 (torch.backends.cuda.matmul)")
     if torch.nn.modules.module._has_any_global_hook():
         found.append("hooks on all modules (register_module_forward_hook)")
     settings = allocator()
@@ -112,9 +114,9 @@ def _matters(name: str, settings: dict[str, str]) -> bool:
     return name in settings and (name, settings[name]) != ("backend", "native")
 
 
-def _tf32(cudnn: Any) -> bool:
-    """Whether convolutions may use TF32, as they do by default; asking fails where two ways of setting it were mixed."""
+def _tf32(library: Any) -> bool:
+    """Whether TF32 is used, as by default in convolutions alone; asking fails where two ways of setting it were mixed."""
     try:
-        return bool(cudnn.allow_tf32)
+        return bool(library.allow_tf32)
     except RuntimeError:
         return False

@@ -21,10 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, SdfitError, listed
+from sdfit.guard.reader import Reader
 from sdfit.predict.calls import arguments, workload_of
 from sdfit.predict.library import AUTO, load
 from sdfit.predict.options import Option, options_that_fit
-from sdfit.predict.pipelines import Reader, components
+from sdfit.predict.pipelines import components
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import bound

@@ -1,0 +1,197 @@
+"""How the components of a pipeline differ from Stable Diffusion v1.5's: classes, settings, weights, and what was done to them.
+
+Every setting of a component is compared, but those of `FREE`: with Stable Diffusion v1.5's where it is no default, and
+with the default of the component's own class otherwise, so that a setting which a later diffusers adds counts too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from sdfit.equation.weights import PARAMETERS
+
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "safety_checker": ("StableDiffusionSafetyChecker",),
+}
+"""The components that have weights, and the classes that they may be of."""
+_CLIP = {
+    "attention_dropout": 0.0,
+    "hidden_act": "quick_gelu",
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "UNet2DConditionModel": {"cross_attention_dim": 768},
+    "AutoencoderKL": {
+        "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2,
+    },
+    "AutoencoderTiny": {},
+    "CLIPTextModel": _CLIP | {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+    },
+    "StableDiffusionSafetyChecker": _CLIP | {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14,
+    },
+}  # fmt: skip
+"""Stable Diffusion v1.5's settings that are not the defaults of diffusers' classes; of CLIP all that size depends on.
+
+Source: the configuration files of stable-diffusion-v1-5/stable-diffusion-v1-5.
+"""
+FREE = (
+    "sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_magnitude", "latent_shift",
+    "force_upcast", "flip_sin_to_cos", "freq_shift", "norm_eps",
+)  # fmt: skip
+"""Settings that change values and not amounts. The VAE's sample size sets its tiles, which are compared by themselves."""
+LIBRARIES = ("torch.nn.modules.", "diffusers.models.", "diffusers.pipelines.", "transformers.")
+"""Where the modules of an unchanged pipeline come from."""
+_CODE = ("torch.", "diffusers.", "transformers.")
+_HOOKS = ("accelerate.hooks", "diffusers.hooks.")
+"""Whose replaced ``forward`` is a hook, which is looked at by itself."""
+CHANGED = {
+    # attribute     as built  what another value means
+    "s1": (None, "FreeU"), "s2": (None, "FreeU"), "b1": (None, "FreeU"), "b2": (None, "FreeU"),
+    "_chunk_size": (None, "feed-forward layers in chunks"),
+    "fused_projections": (False, "fused projections"),
+    "upcast_attention": (False, "attention in float32"),
+    "upcast_softmax": (False, "attention in float32"),  # True in the VAE
+    "_compiled_call_impl": (None, "torch.compile"),
+}  # fmt: skip
+"""Attributes that diffusers' and PyTorch's own switches set on modules of a pipeline that is built already."""
+MOST_BUFFERS = 4096
+"""Elements of buffers that a component may have: CLIP's position numbers."""
+
+
+def unlike(part: str, module: Any) -> list[str]:
+    """How a component differs from Stable Diffusion v1.5's, each in words.
+
+    Parameters
+    ----------
+    part : str
+        A key of `CLASSES`.
+    module : torch.nn.Module
+    """
+    kind = type(module).__name__
+    if kind == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None:
+        return [f"a compiled {part} (torch.compile)"]
+    if kind not in CLASSES[part]:
+        return [f"a {part} of class {kind}"]
+    found = []
+    if getattr(module, "peft_config", None) or getattr(module, "_hf_peft_config_loaded", False):
+        found.append(f"adapters (LoRA) in the {part}")
+    modules = list(module.modules())
+    strangers = sorted({type(m).__name__ for m in modules if not type(m).__module__.startswith(LIBRARIES)})
+    if strangers:
+        found.append(f"modules in the {part} that are not diffusers' own ({', '.join(strangers[:3])})")
+    found += [f"{what} in the {part}" for what in dict.fromkeys(_done_to(part, modules))]
+    found += _weights(part, kind, module, bool(found))
+    found += [f"a {part} with {name}={given}, not {value}" for name, given, value in _settings(kind, module)]
+    if getattr(module, "encoder_hid_proj", None) is not None:
+        found.append("an IP-Adapter")
+    if any(is_channels_last(p) for p in module.parameters()):
+        found.append(f"a {part} in channels-last memory format")
+    return found
+
+
+def _weights(part: str, kind: str, module: Any, explained: bool) -> Iterator[str]:
+    parameters = list(module.parameters())
+    expected = PARAMETERS["vae_tiny" if kind == "AutoencoderTiny" else part]
+    count = sum(p.numel() for p in parameters)
+    if count != expected and not explained:
+        yield f"a {part} of {count:,} parameters where Stable Diffusion v1.5 has {expected:,}"
+    kinds = sorted({type(p).__name__ for p in parameters} - {"Parameter"})
+    if kinds:
+        yield f"weights of the {part} that are no plain tensors ({', '.join(kinds)})"
+    extra = sum(b.numel() for b in module.buffers())
+    if extra > MOST_BUFFERS:
+        yield f"buffers of {extra:,} elements in the {part}"
+
+
+def _settings(kind: str, module: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of a component that are not Stable Diffusion v1.5's: name, what it has, what is expected."""
+    config, expected = getattr(module, "config", {}), SETTINGS[kind]
+    if isinstance(config, dict):  # diffusers'
+        expected = {name: value for name, value in (_defaults(module.__class__) | expected).items() if name not in FREE}
+        given = dict(config)
+    else:  # transformers'
+        config = getattr(config, "vision_config", config)
+        given = {name: getattr(config, name, value) for name, value in expected.items()}
+    for name, value in expected.items():
+        got = given.get(name, value)
+        got = tuple(got) if isinstance(got, list) else got
+        if got != value and (got or value):  # None, False and 0 all say "without"
+            yield name, got, value
+
+
+@lru_cache(maxsize=16)
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The settings that a component's class takes, and their defaults."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {
+        p.name: tuple(p.default) if isinstance(p.default, list) else p.default
+        for p in parameters
+        if p.default is not inspect.Parameter.empty
+    }
+
+
+def _done_to(part: str, modules: list[Any]) -> Iterator[str]:
+    """What was done to modules after they were built: switches, hooks, methods that were replaced."""
+    for module in modules:
+        own = vars(module)
+        for name in own.keys() & CHANGED.keys():
+            built, words = CHANGED[name]
+            if own[name] != (built if (part, name) != ("vae", "upcast_softmax") else True):
+                yield words
+        if type(module).__name__ == "OptimizedModule":
+            yield "torch.compile"
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            yield "forward hooks"
+        yield from (f"a replaced {type(module).__name__}.{name}" for name in replaced(module))
+    for cls in dict.fromkeys(map(type, modules)):
+        yield from (f"a replaced {cls.__name__}.{name}" for name in foreign(cls))
+
+
+def replaced(thing: Any, passed: tuple[str, ...] = ()) -> list[str]:
+    """Methods of an object that were replaced on it, but for hooks, which still call the class's own."""
+    own, cls = vars(thing), type(thing)
+    names = [name for name in own if name not in passed and callable(getattr(cls, name, None))]
+    return [name for name in names if not (name == "forward" and _is_hook(own, cls))]
+
+
+def _is_hook(own: dict[str, Any], cls: type) -> bool:
+    """Whether a ``forward`` was put there by accelerate's or diffusers' hooks, or back by them, around the class's own."""
+    forward = own["forward"]
+    if getattr(forward, "__func__", None) is cls.forward:  # type: ignore[attr-defined]
+        return True
+    before = own.get("_old_forward", forward)
+    return home(forward).startswith(_HOOKS) and (before is forward or getattr(before, "__func__", None) is cls.forward)  # type: ignore[attr-defined]
+
+
+def home(function: Any) -> str:
+    """The module in which a function's code was written, whatever it says of itself; '' if it has none."""
+    function = getattr(function, "func", function)  # of a functools.partial
+    function = getattr(function, "__func__", function)
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
+def foreign(cls: type) -> list[str]:
+    """Methods that were replaced on a class of diffusers, transformers or torch by code from elsewhere."""
+    found = []
+    for base in cls.__mro__:
+        if base.__module__.startswith(LIBRARIES):
+            functions = ((name, value) for name, value in vars(base).items() if inspect.isfunction(value))
+            found += [name for name, value in functions if not home(value).startswith(_CODE)]
+    return found
+
+
+def is_channels_last(tensor: Any) -> bool:
+    """Whether a convolution's weight is laid out channels-last: other kernels run then."""
+    return tensor.ndim == 4 and tensor.stride()[1] == 1 and not tensor.is_contiguous()
