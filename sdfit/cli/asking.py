@@ -19,9 +19,11 @@ from sdfit.cli.options import (
     workload_from,
     workload_options,
 )
+from sdfit.cli.settling import best, replay_option, say_what_was_replayed, settling
 from sdfit.units import aligned, format_bytes
 
 if TYPE_CHECKING:
+    from sdfit.predict.advise import LargestBatch, LargestSize
     from sdfit.predict.memory import Memory
     from sdfit.predict.options import Option
     from sdfit.predict.prediction import Prediction
@@ -113,14 +115,19 @@ def breakdown(peak: Prediction) -> list[str]:
 @workload_options
 @level_option
 @click.option("--strict", is_flag=True, help="May fit is a no.")
+@replay_option
 @json_option
-def fits(gpu: str, memory: str | None, level: float | None, strict: bool, as_json: bool, **fields: Any) -> int:
+def fits(
+    gpu: str, memory: str | None, level: float | None, strict: bool, replay: bool | None, as_json: bool, **fields: Any
+) -> int:
     """Say whether a run fits, may fit, or does not; exit code 3 if it does not."""
     from sdfit.predict.options import options_that_fit
     from sdfit.predict.verdict import DOES_NOT_FIT, FITS
 
     f, workload, there = _asked(gpu, memory, fields)
-    answer = f.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
+    settled = settling(f, replay, there.memory_bytes)
+    answer = settled.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
+    say_what_was_replayed(settled)
     others = [] if answer.answer == FITS else options_that_fit(f, workload, memory=there.memory_bytes, level=level)
     if as_json:
         options = [option.to_dict() for option in others]
@@ -161,9 +168,17 @@ def in_words(answer: Verdict, there: Memory) -> list[str]:
 @click.option("--step", type=int, default=64, show_default=True, help="Both sides are multiples of it.")
 @workload_options
 @level_option
+@replay_option
 @json_option
 def largest(
-    gpu: str, memory: str | None, aspect: str, step: int, level: float | None, as_json: bool, **fields: Any
+    gpu: str,
+    memory: str | None,
+    aspect: str,
+    step: int,
+    level: float | None,
+    replay: bool | None,
+    as_json: bool,
+    **fields: Any,
 ) -> None:
     """Find the largest size of an aspect ratio that is sure to fit, and the largest that is likely to."""
     from sdfit.predict.library import load
@@ -178,7 +193,13 @@ def largest(
         raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
     f = load(gpu)
     there = available(memory, f.card)
-    found = f.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
+    settled = settling(f, replay, there.memory_bytes)
+
+    def ask(model: Predictor) -> LargestSize:
+        return model.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
+
+    found = best(f, settled, ask, lambda size: tuple(size) != size.likely)
+    say_what_was_replayed(settled)
     (height, width), (most_height, most_width) = found, found.likely
     if as_json:
         likely = {"height": most_height, "width": most_width}
@@ -193,8 +214,11 @@ def largest(
 @memory_option
 @workload_options
 @level_option
+@replay_option
 @json_option
-def advise(gpu: str, memory: str | None, level: float | None, as_json: bool, **fields: Any) -> None:
+def advise(
+    gpu: str, memory: str | None, level: float | None, replay: bool | None, as_json: bool, **fields: Any
+) -> None:
     """Say what to change so that a run fits: the cheapest sufficient changes first, and what each saves.
 
     Cheapest by rank, not by time: attention, VAE slicing, a split batch, VAE tiling, no safety checker, half precision,
@@ -205,15 +229,20 @@ def advise(gpu: str, memory: str | None, level: float | None, as_json: bool, **f
     from sdfit.predict.verdict import FITS
 
     f, workload, there = _asked(gpu, memory, fields)
-    answer = f.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
+    settled = settling(f, replay, there.memory_bytes)
+    answer = settled.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
     sizes = ("height", "width", "prompt_length", "batch_size")
     rest = {k: v for k, v in workload.to_dict().items() if k not in sizes}
+
+    def ask(model: Predictor) -> LargestBatch:
+        size = (getattr(workload, name) for name in sizes[:3])
+        return model.max_batch_size(*size, memory=there.memory_bytes, level=level, **rest)
+
     try:
-        batch = int(
-            f.max_batch_size(*(getattr(workload, n) for n in sizes[:3]), memory=there.memory_bytes, level=level, **rest)
-        )
+        batch = int(best(f, settled, ask, lambda found: int(found) != found.likely))
     except NothingFits:
         batch = 0
+    say_what_was_replayed(settled)
     options = options_that_fit(f, workload, memory=there.memory_bytes, level=level)
     if as_json:
         shown = {"max_batch_size": batch, "options": [option.to_dict() for option in options], "memory": there.words}

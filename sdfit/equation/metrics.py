@@ -110,6 +110,10 @@ def metric_groups(place: Place) -> tuple[str, ...]:
     return tuple(_name(place, names) for names in WIDENING)
 
 
+REPLAYED_FAMILY = "replayed"
+"""The family of the scores of runs that were replayed (`sdfit.predict.replayed`); no place is in it."""
+
+
 def families(place: Place) -> tuple[str, ...]:
     """The families whose conformal scores a run may use, the narrowest first; ``""`` holds all.
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdfit.equation.metrics import Place, families
+from sdfit.equation.metrics import REPLAYED_FAMILY, Place, families
 from sdfit.equation.sizes import Array
 from sdfit.predict.conformal import Scores
 
@@ -76,6 +76,7 @@ def published_scores(
     one published score and one of the metric's own scores against the trace, which takes the model of the allocator
     to be right. What a run takes only where there is room (an optional workspace) widens what is allocated and reserved,
     not what is required.
+    A run that is replayed has no score of its own: its family holds the published ones as they are.
     """
     every_row = np.array(sorted(row.score for row in published))
     needed = np.array(sorted(row.score for row in published if not row.optional))
@@ -86,6 +87,8 @@ def published_scores(
             found[metric] = {"": known}
             continue
         found[metric] = {name: np.add.outer(known, own).ravel() for name, own in table.items() if len(own)}
+        if metric in ("required", "minimum"):
+            found[metric][REPLAYED_FAMILY] = needed
     return found
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from sdfit.errors import RecordsError
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.replayed import Replayed
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
 from sdfit.records import Record
 from sdfit.units import GIB, aligned, percent
@@ -73,6 +74,9 @@ class Decisions:
         One per variant, all of them last.
     skipped : int
         Decisions outside a ladder: every size fits, or none.
+    replayed : bool
+        Whether the bounds are those of replayed runs (`sdfit.predict.replayed`). Where the records are traces, that is the
+        same simulation as the truth: it shows what the bound costs, not how right a trace is.
     """
 
     artifact: str
@@ -80,6 +84,7 @@ class Decisions:
     source: str
     lines: tuple[Line, ...]
     skipped: int
+    replayed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; shares as fractions."""
@@ -108,7 +113,10 @@ class Decisions:
             )
             for line in self.lines
         ]
-        title = f"largest sizes by '{self.artifact}' at level {self.level:g}, beside those by {self.source} records"
+        how = ", every run replayed," if self.replayed else ""
+        title = (
+            f"largest sizes by '{self.artifact}'{how} at level {self.level:g}, beside those by {self.source} records"
+        )
         return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes"
 
 
@@ -181,9 +189,8 @@ def decide(
                 tally.fitting += len(fitting)
                 tally.refused += len(fitting) - sum(needed <= capacity for _, needed in sure)
     names = [*sorted(name for name in tallies if name != ALL), ALL]
-    return Decisions(
-        predictor.name, level, source, tuple(_line(n, tallies[n]) for n in names if tallies[n].kept), skipped
-    )
+    lines = tuple(_line(n, tallies[n]) for n in names if tallies[n].kept)
+    return Decisions(predictor.name, level, source, lines, skipped, isinstance(predictor, Replayed))
 
 
 def _needed(record: Record) -> float | None:

@@ -7,6 +7,7 @@ bound at the chosen level allows, *likely* what the bound at level `LIKELY` does
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, SdfitError
@@ -107,15 +108,17 @@ def largest(
     def size(k: int) -> tuple[int, int]:
         return size_of_aspect(k, (across, down), step)
 
-    def upper(k: int, at: float | None) -> float:
-        return bound(predictor, Workload(*size(k), **options), metric, at).upper
+    def upper(k: int, at: float | None, model: Model = predictor) -> float:
+        return bound(model, Workload(*size(k), **options), metric, at).upper
 
     first = -(-MIN_SIDE // step)
     last = max(MAX_SIDE * short // (long * step), first)
     while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
         last -= 1
     what = f"no size of {across}:{down}"
-    sure, likely = _sure_and_likely(limit, upper, level, (first, last), what, lambda k: "x".join(map(str, size(k))))
+    quick = partial(upper, model=predictor.equation)
+    words = lambda k: "x".join(map(str, size(k)))  # noqa: E731
+    sure, likely = _sure_and_likely(limit, (upper, quick), level, (first, last), what, words)
     return LargestSize(size(sure), size(likely))
 
 
@@ -158,16 +161,20 @@ def max_batch_size(
     """
     check_keywords(options)
 
-    def upper(batch: int, at: float | None) -> float:
-        return bound(predictor, Workload(height, width, prompt_length, batch, **options), metric, at).upper
+    def upper(batch: int, at: float | None, model: Model = predictor) -> float:
+        return bound(model, Workload(height, width, prompt_length, batch, **options), metric, at).upper
 
-    what = f"not even one image of {height}x{width}"
-    return LargestBatch(*_sure_and_likely(parse_bytes(memory), upper, level, (1, MAX_BATCH_SIZE), what, str))
+    what, quick = f"not even one image of {height}x{width}", partial(upper, model=predictor.equation)
+    return LargestBatch(*_sure_and_likely(parse_bytes(memory), (upper, quick), level, (1, MAX_BATCH_SIZE), what, str))
+
+
+_Upper = Callable[[int, float | None], float]
+"""The bound [bytes] of what is asked for, by number and level."""
 
 
 def _sure_and_likely(
     limit: float,
-    upper: Callable[[int, float | None], float],
+    uppers: tuple[_Upper, _Upper],
     level: float | None,
     ends: tuple[int, int],
     what: str,
@@ -176,8 +183,9 @@ def _sure_and_likely(
     """The largest k whose bound at the level is within the limit, and the largest whose bound at `LIKELY` is."""
     # asked for less than that, what is sure is at least as likely
     at = LIKELY if level is None else min(level, LIKELY)
-    likely = _last_below(limit, lambda k: upper(k, at), *ends)
-    sure = _last_below(limit, lambda k: upper(k, level), *ends)
+    upper, quick = uppers
+    likely = _last_below(limit, lambda k: upper(k, at), lambda k: quick(k, at), *ends)
+    sure = _last_below(limit, lambda k: upper(k, level), lambda k: quick(k, level), *ends)
     if sure is None:
         may = "" if likely is None else f"; likely to fit: {words(likely)}"
         raise NothingFits(f"{what} is sure to fit {format_bytes(limit)}{may}", likely=likely)
@@ -199,11 +207,13 @@ LARGEST_DROP = 2.0
 tensors per pixel three remain)."""
 
 
-def _last_below(limit: float, upper: Callable[[int], float], first: int, last: int) -> int | None:
+def _last_below(
+    limit: float, upper: Callable[[int], float], quick: Callable[[int], float], first: int, last: int
+) -> int | None:
     """The largest k from first to last with ``upper(k) <= limit``; None if the first is above it.
 
     The bound rises with k, but for drops where a regime begins (past 2^31 elements convolutions are split): beyond the
-    first k that is too large there may be others that are not.
+    first k that is too large there may be others that are not. ``quick`` is the equation's own bound, which has the drops.
     """
     if upper(first) > limit:
         return None
@@ -212,9 +222,9 @@ def _last_below(limit: float, upper: Callable[[int], float], first: int, last: i
         middle = (low + high + 1) // 2
         low, high = (middle, high) if upper(middle) <= limit else (low, middle - 1)
     for k in range(low + 1, last + 1):
-        needed = upper(k)
+        needed = quick(k)
         if needed <= limit:
-            low = k
+            low = k if upper(k) <= limit else low
         elif needed > LARGEST_DROP * limit:
             break
     return low

@@ -74,6 +74,11 @@ class Predictor:
         return self.artifact.provenance
 
     @property
+    def equation(self) -> Predictor:
+        """The model without any simulation (see `sdfit.predict.replayed`): itself."""
+        return self
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that it can predict."""
         known = {"allocated", *(name for name, groups in self.artifact.metrics.items() if groups)}

@@ -18,6 +18,7 @@ from sdfit.equation.metrics import (
     CONSTANT_BYTES,
     FEATURE_COLUMNS,
     NEVER_BELOW_LIVE,
+    REPLAYED_FAMILY,
     extent,
     families,
     highest,
@@ -259,6 +260,21 @@ class Variant:
         """The chance that a run needs no more than ``spare_bytes`` above its prediction."""
         scores = self.scores(metric, int(place_codes(peaks, sizes)), level)
         return scores.share_below(spare_bytes / float(self._unit(peaks, sizes)))
+
+    def replayed_margin(self, peaks: Mapping[str, float], metric: str, level: float, *, upper: bool) -> float:
+        """How far above a replay of a run its one-sided bound lies, or below it [bytes].
+
+        From what published whole runs lay beside their traces; the furthest of them where there are too few for the level.
+        """
+        scores = self._scores[metric][REPLAYED_FAMILY]
+        level = min(level, conformal.supported_level(scores))
+        found = scores.quantile(level) if upper else -scores.lower_quantile(level)
+        return max(found, 0.0) * float(conformal.scale(peaks, self.weights))
+
+    def replayed_chance(self, peaks: Mapping[str, float], metric: str, spare_bytes: float) -> float:
+        """The chance that a run needs no more than ``spare_bytes`` above its replay."""
+        unit = float(conformal.scale(peaks, self.weights))
+        return self._scores[metric][REPLAYED_FAMILY].share_below(spare_bytes / unit)
 
     def _unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
         """What a score is in units of [bytes]; outside the swept domain it grows with the distance."""

@@ -31,6 +31,10 @@ class Model(Protocol):
     def name(self) -> str:
         """The card."""
 
+    @property
+    def equation(self) -> Model:
+        """The same without any simulation: quick."""
+
     def supported_level(self, metric: str) -> float:
         """The highest level that its scores support."""
 

@@ -74,7 +74,7 @@ def test_a_verdict_as_plain_values(noisy: Predictor) -> None:
     ("args", "kwargs", "words"),
     [
         ((512, 512), {"height": 512}, "height was given twice"),
-        ((512,) * 14, {}, "14 values were given by place; there are 12 fields"),
+        ((512,) * 20, {}, r"20 values were given by place; there are \d+ fields"),
         ((512,), {}, "needs height and width"),
     ],
 )

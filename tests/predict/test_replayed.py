@@ -1,0 +1,110 @@
+"""A model that replays what its equation leaves open: exact where asked, quick where the equation is sure, honest about it."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+
+import sdfit
+from sdfit.errors import SdfitError
+from sdfit.predict.replayed import Replayed, ReplayedPrediction
+from sdfit.units import GIB
+from sdfit.workload import Workload
+
+
+@pytest.fixture(scope="module")
+def f():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sdfit.load("t4")
+
+
+class Counted:
+    """A replay that is an eighth above the equation, and knows what it was asked."""
+
+    def __init__(self, f, factor=1.125):
+        self.f, self.factor, self.asked = f, factor, []
+
+    def __call__(self, workload, metric):
+        self.asked.append((workload, metric))
+        return round(self.factor * self.f.predict_workload(workload, metric=metric))
+
+
+def test_required_is_the_replay_and_all_else_the_equation(f):
+    """And a run is replayed once, however often it is asked for."""
+    replay = Counted(f)
+    g = Replayed(f, replay)
+    w = Workload(768, 512, attention="eager")
+    got = g.predict_workload(w, metric="required", level=0.99)
+    assert isinstance(got, ReplayedPrediction) and got == round(1.125 * f.predict_workload(w, metric="required"))
+    assert g(768, 512, attention="eager", metric="required") == got and len(replay.asked) == g.replays == 1
+    for metric in ("allocated", "reserved", "device"):
+        same = g.predict_workload(w, metric=metric)
+        assert same == f.predict_workload(w, metric=metric) and type(same) is sdfit.Prediction
+    assert got.to_dict()["replayed"] and "replayed" not in f.predict_workload(w, metric="required").to_dict()
+
+
+def test_the_interval_rests_on_published_runs_alone(f):
+    """Far narrower than the equation's where packing jumps, never narrower than the published scores, and it nests."""
+    w = Workload(1024, 768, attention="eager")
+    equation, got = (
+        model.predict_workload(w, metric="required", level=0.99) for model in (f, Replayed(f, Counted(f, factor=1.0)))
+    )
+    assert got < got.upper < equation.upper and equation.lower < got.lower < got
+    scores = f.artifact.scores["required"]["replayed"]["values"]
+    assert got.upper - got > 0.9 * max(scores) * 0.5 * 2**31  # in units of activations and half the weights
+    wide = Replayed(f, Counted(f, factor=1.0)).predict_workload(w, metric="required", level=0.8)
+    assert wide.upper <= got.upper
+    assert got.chance_within(got.upper) > 0.9 and got.chance_within(got.lower - GIB) == 0
+
+
+def test_only_what_is_open_is_replayed(f):
+    """A run that surely fits, and one that surely does not, cost no replay; the answers of both models agree there."""
+    replay = Counted(f)
+    g = Replayed(f, replay, limit_bytes=8 * GIB)
+    for size, answer in ((512, "fits"), (3072, "does not fit")):
+        assert g.verdict(size, size, memory="8 GiB").answer == answer == f.verdict(size, size, memory="8 GiB").answer
+    assert not replay.asked
+    open_ = next(s for s in range(512, 3072, 8) if f.verdict(s, s, memory="8 GiB").answer == "may fit")
+    assert g.verdict(open_, open_, memory="8 GiB").prediction.to_dict()["replayed"] and replay.asked
+
+
+def test_the_largest_size_is_as_large_as_a_replay_says(f):
+    """Were every run an eighth smaller than the equation says, a larger size is sure; none beyond what it then needs."""
+    smaller, plain = Replayed(f, Counted(f, 0.875), limit_bytes=6 * GIB), f.largest(memory="6 GiB", attention="eager")
+    found = smaller.largest(memory="6 GiB", attention="eager")
+    assert found[0] >= plain[0]
+    assert smaller.predict_workload(Workload(*found, attention="eager"), metric="required", level=0.99).upper <= 6 * GIB
+
+
+def test_it_pickles_and_copies(f):
+    """The model, its predictions, and what `within` makes share what was replayed."""
+    g = Replayed(f, Counted(f))
+    got = g.predict_workload(Workload(512, 512), metric="required")
+    for again in (pickle.loads(pickle.dumps(got)), copy.deepcopy(got)):
+        assert type(again) is ReplayedPrediction and again == got and again.upper == got.upper
+    assert pickle.loads(pickle.dumps(g)).predict_workload(Workload(512, 512), metric="required") == got
+    assert g.within(4 * GIB).replays == 1
+
+
+def test_a_model_that_does_not_rest_on_traces_is_not_replayed(noisy):
+    """A measured or made-up card knows more than a simulation; one sentence."""
+    with pytest.raises(SdfitError, match="ask the model itself"):
+        Replayed(noisy, lambda workload, metric: 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}, {"attention": "sliced"}], ids=str
+)
+def test_a_real_replay_equals_a_record(f, options):
+    """Of four kinds of run where packing jumps: the smallest cap of a trace of the same run."""
+    pytest.importorskip("diffusers")
+    from sdfit.backends.trace.backend import TraceBackend
+    from sdfit.backends.trace.needed import replaying
+
+    w = Workload(584, 712, **options)
+    g = replaying(f)
+    record = TraceBackend("t4", workspaces=True).measure(w)
+    for metric in ("required", "minimum"):
+        assert g.predict_workload(w, metric=metric) == record[f"{metric}_bytes"]
