@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline  # noqa: F401  what it makes as it is imported is not the run's
+from recorded import Recorder
 
 from sdfit.backends.trace.meter import FollowStorages, Meter
 from sdfit.equation.weights import rounded
 from sdfit.units import MIB
+
+
+class Writing(Meter):
+    """A meter that tells a recorder, as PyTorch's allocator does, of requested bytes and Python frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested_bytes = 0
+        self.live: dict[int, int] = {}
+        self.recorder: Recorder | None = None
+        self.numbers: dict[int, int] = {}
+
+    def allocate(self, size_bytes: int) -> int:
+        block = super().allocate(size_bytes)
+        self.live[block] = self.requested_bytes
+        if self.recorder is not None and self.requested_bytes:
+            self.numbers[block] = self.recorder.alloc(self.requested_bytes, _frames())
+        return block
+
+    def free(self, block: int, size_bytes: int) -> None:
+        super().free(block, size_bytes)
+        del self.live[block]
+        if self.recorder is not None and block in self.numbers:
+            self.recorder.free(self.numbers.pop(block))
+
+
+class Following(FollowStorages):
+    """Tells the meter how many bytes were asked for, before they are rounded."""
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        self.meter.requested_bytes = tensor.untyped_storage().nbytes()
+        super()._see(tensor)
+
+
+def _frames() -> list[dict[str, Any]]:
+    found = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        found.append({"name": code.co_name, "filename": code.co_filename, "line": frame.f_lineno})
+        frame = frame.f_back
+    return found
 
 
 class CpuCounters:
@@ -21,10 +66,10 @@ class CpuCounters:
 
     def __init__(self, gpu: str = "cpu") -> None:
         self.device = "cpu"
-        self.meter = Meter()
+        self.meter = Writing()
         self.capacity_bytes: int | None = None
         self._failures = 0
-        self._follow = FollowStorages(self.meter, "cpu", after=self._check)
+        self._follow = Following(self.meter, "cpu", after=self._check)
 
     def facts(self) -> dict[str, Any]:
         return {"backend": "cpu", "gpu": "none (CPU tensors)", "name": "cpu", "total_memory_bytes": None}
@@ -61,6 +106,19 @@ class CpuCounters:
 
     def troubles(self) -> tuple[int, int]:
         return 0, self._failures
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], dict[str, Any]]]:
+        """What the meter counts while it runs, as PyTorch's allocator would write it down."""
+        recorder = Recorder()
+        recorder.on = False
+        self.meter.numbers = {block: recorder.alloc(size) for block, size in self.meter.live.items()}
+        recorder.on = True
+        self.meter.recorder = recorder
+        try:
+            yield recorder.snapshot
+        finally:
+            self.meter.recorder = None
 
     def cap(self, capacity_bytes: int | None) -> None:
         self.capacity_bytes = capacity_bytes

@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,9 @@ class Counters(Protocol):
 
     def troubles(self) -> tuple[int, int]:
         """How often, since the process began, the allocator gave its cache back, and how often that did not help."""
+
+    def recording(self) -> AbstractContextManager[Callable[[], dict[str, Any]]]:
+        """Let the allocator write down what it does in a ``with`` block; gives a function that returns its snapshot."""
 
     def cap(self, capacity_bytes: int | None) -> None:
         """Let the process take no more than this; None: all there is."""
@@ -152,6 +156,15 @@ class CudaCounters:
         """See `Counters.troubles`."""
         found = torch.cuda.memory_stats(self._index)
         return int(found.get("num_alloc_retries", 0)), int(found.get("num_ooms", 0))
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], dict[str, Any]]]:
+        """See `Counters.recording`: Python frames of allocations only, C++ frames take minutes to name."""
+        torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python")
+        try:
+            yield lambda: torch.cuda.memory._snapshot(self._index)
+        finally:
+            torch.cuda.memory._record_memory_history(None)
 
     def cap(self, capacity_bytes: int | None) -> None:
         """See `Counters.cap`: what is reserved may not grow past it; context and libraries are not counted."""

@@ -14,7 +14,7 @@ A worker lives long and must measure like a fresh process. What could make it di
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from sdfit.backends.boundaries import watched
 from sdfit.backends.capacity import STEP_BYTES, smallest_capacity
 from sdfit.backends.counters import ANY_CARD, Counters, CudaCounters
 from sdfit.backends.environment import software
+from sdfit.backends.history import packed
 from sdfit.backends.kernels import kernels_noted
 from sdfit.backends.pipeline import ARCHITECTURE, build_pipeline, call_arguments, place, variant_applied
 from sdfit.backends.run import Run, is_out_of_memory
@@ -46,6 +47,9 @@ class CudaBackend:
         Cap of what the process may reserve, context not included. None: all there is.
     bisect : bool
         Also bisect for ``required``, the smallest capacity of each workload that runs.
+    histories : sequence of dict
+        Workloads, as plain values, that are run once more after they were measured, with the allocator's history recorded:
+        their results have a ``history``, the content of a file (`sdfit.backends.history`).
     warm_up_side : int
         Side of the image [pixels] on which each variant is run once before its first workload; 0: it is not. With
         tiling a quarter more, so that a tile of 512 is not all.
@@ -70,6 +74,7 @@ class CudaBackend:
         num_inference_steps: int = 2,
         capacity_bytes: int | None = None,
         bisect: bool = False,
+        histories: Sequence[Mapping[str, Any]] = (),
         warm_up_side: int = 512,
         seed: int = 0,
         settings: dict[str, dict[str, Any]] | None = None,
@@ -78,6 +83,7 @@ class CudaBackend:
         self.counters = counters(gpu)
         self.weights, self.num_inference_steps, self.capacity_bytes = weights, num_inference_steps, capacity_bytes
         self.bisect, self.warm_up_side, self.seed, self.settings = bisect, warm_up_side, seed, settings
+        self.histories = frozenset(Workload.from_dict(values) for values in histories)
         self.tainted = False
         self._facts = self.counters.facts()
         self._pipe: Any = None
@@ -138,7 +144,9 @@ class CudaBackend:
             total = self._facts["total_memory_bytes"]
             fields |= {"oom_stage": run.stage, "oom_bytes": run.oom_bytes, "message": run.message}
             fields["cap_bytes"] = total if self.capacity_bytes is None else self.capacity_bytes
-        elif self.bisect and not self.tainted:
+        elif workload in self.histories and not self.tainted:
+            fields["history"] = self._history(pipe, workload, baseline)
+        if self.bisect and not (run.failed or self.tainted):
             fields["required_bytes"] = self._smallest(pipe, workload, allocated, run.reserved_bytes)
         return fields
 
@@ -173,6 +181,21 @@ class CudaBackend:
         self._baseline_bytes = self.counters.allocated()
         # where a request failed and the run went on, a convolution went on with another plan
         self.tainted = self.tainted or run.failed or run.failures > 0 or self._baseline_bytes != baseline
+
+    def _history(self, pipe: Any, workload: Workload, baseline: int) -> bytes | None:
+        """Run it again and let the allocator write it down; the measured run stays free of what that costs."""
+        with self.counters.recording() as snapshot:
+            run = self._run(pipe, workload)
+            content = None if run.failed else snapshot()
+        self._settle(run, baseline)
+        if content is None:
+            return None
+        about = {
+            "workload": workload.to_dict(),
+            "environment": self.environment(),
+            "stage_peaks_bytes": run.stage_peaks,
+        }
+        return packed(content, about)
 
     def _smallest(self, pipe: Any, workload: Workload, allocated: int, reserved: int) -> int | None:
         """Bisect, with the same allocator state before each try; None if it could not be restored."""

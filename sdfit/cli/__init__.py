@@ -13,6 +13,7 @@ import click
 from sdfit import __version__
 from sdfit.backends.environment import quiet_libraries
 from sdfit.cli.asking import advise, cards, fits, largest, models, predict
+from sdfit.cli.calibrating import calibrate
 from sdfit.cli.options import quiet_option
 from sdfit.cli.pictures import check, validate
 from sdfit.cli.running import demo, fit, sweep
@@ -28,7 +29,7 @@ def cli() -> None:
 
 
 for _command in (
-    sweep, fit, predict, fits, largest, advise, strategies, curve, check, validate, cards, explain, derive, compare, evaluate, identify, models, report, demo,
+    sweep, fit, predict, fits, largest, advise, strategies, curve, check, validate, cards, calibrate, explain, derive, compare, evaluate, identify, models, report, demo,
 ):  # fmt: skip
     _command.params.append(quiet_option())
     cli.add_command(_command)

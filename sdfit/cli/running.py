@@ -35,6 +35,11 @@ MOST_FINDINGS = 12
 @click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
 @click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
 @click.option("--kernels", default=None, help="Trace: another card's workspaces, or a file of sdfit calibrate (.json).")
+@click.option(
+    "--history",
+    is_flag=True,
+    help="Record the allocations of the first workloads of each variant, for sdfit calibrate.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 def sweep(
     gpu: str,
@@ -49,9 +54,11 @@ def sweep(
     weights: str,
     workspaces: bool,
     kernels: str | None,
+    history: bool,
     dry_run: bool,
 ) -> None:
     """Run a grid on a card and record the peaks."""
+    from sdfit.backends.history import worth_recording
     from sdfit.cli.progress import Reporter
     from sdfit.sweep import grid as grids
     from sdfit.sweep.run import sweep as run
@@ -72,6 +79,8 @@ def sweep(
         options["weights"] = weights
     elif weights != "architecture":
         raise click.UsageError(f"--weights is '{weights}'; the backend {backend} loads none, leave it out")
+    if history and backend != "cuda":
+        raise click.UsageError("--history records what a card's allocator does; leave it out, or type --backend cuda")
     if kernels and backend != "trace":
         raise click.UsageError("--kernels is for --backend trace: a card brings its own kernels")
     if backend == "trace":
@@ -97,6 +106,7 @@ def sweep(
             devices=cards_named(devices, default_workers(backend)) if devices else (),
             address=address,
             budget_s=parse_duration(budget) if budget else None,
+            histories=worth_recording(plan.workloads) if history else (),
             report=reporter,
         )
     for words in outcome.notes:

@@ -8,15 +8,16 @@ tried again on resume; an out-of-memory run is an answer and is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from sdfit.backends.history import ENDING, HISTORY
 from sdfit.errors import RecordsError, SdfitError
-from sdfit.files import file_name
+from sdfit.files import Output, file_name, write
 from sdfit.records import RECORDS, Record, kind_of, read
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
@@ -67,6 +68,17 @@ def default_path(name: str, plan: Plan, folder: Path | str = "data", backend: st
     return home / f"{date.today().isoformat()}-{grid}.jsonl"
 
 
+def history_path(records: Path, index: int) -> Path:
+    """Where the history of a workload goes: a folder beside the records, a file named by its place in the plan.
+
+    Examples
+    --------
+    >>> history_path(Path("data/h200/2026-11-25-quick.jsonl"), 3).as_posix()
+    'data/h200/2026-11-25-quick-history/0003.pickle.gz'
+    """
+    return records.with_name(f"{records.name.split('.')[0]}-history") / f"{index:04d}{ENDING}"
+
+
 def _finished(path: Path) -> int:
     """Workloads of a file that need not run again."""
     try:
@@ -112,6 +124,10 @@ class _File:
         self.jobs = (job for job in enumerate(plan.workloads) if job[0] not in known and only(job[1]))
 
     def put(self, index: int, fields: Mapping[str, Any]) -> Record:
+        fields = dict(fields)
+        history = fields.pop("history", None)
+        if history is not None:  # before its record, after which nobody would run it again
+            write(Output(history_path(self.journal.path, index), history, HISTORY))
         record = record_of(index, self.plan.workloads[index], fields)
         self.journal.append(record)
         self.oom += record.outcome == "oom"
@@ -200,6 +216,7 @@ def sweep(
     address: str | None = None,
     budget_s: float | None = None,
     only: Callable[[Workload], bool] = lambda workload: True,
+    histories: Collection[Workload] = (),
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Run what a plan still lacks.
@@ -223,6 +240,8 @@ def sweep(
         Start no further workload after this many seconds.
     only : callable
         ``only(workload)``: leave out the others this time; they are still part of the plan.
+    histories : collection of Workload
+        Of these a card also writes its allocator's history down, to `history_path` beside the records.
     report : callable
         Called after each record.
 
@@ -234,6 +253,8 @@ def sweep(
         If the file was swept under other conditions, or is being written by another sweep.
     """
     options = dict(options) | {"num_inference_steps": plan.num_inference_steps}
+    if backend == "cuda" and histories:
+        options["histories"] = [workload.to_dict() for workload in histories]
     pool: RayPool | LocalPool
     if engine == "ray":
         pool = RayPool(backend, options, workers, address)

@@ -5,6 +5,7 @@ The same class runs on a card; only its counters are others (`sdfit.backends.cou
 
 import ast
 import gc
+import gzip
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,19 +18,22 @@ from sdfit.backends import counters, cuda, kernels
 from sdfit.backends.capacity import STEP_BYTES
 from sdfit.backends.counters import chosen, claimed
 from sdfit.backends.cuda import CudaBackend
+from sdfit.backends.history import worth_recording
 from sdfit.backends.pipeline import build_pipeline
 from sdfit.backends.run import is_out_of_memory, requested_bytes
+from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import stages_of
 from sdfit.equation.weights import rounded
 from sdfit.errors import DeviceError, SdfitError
 from sdfit.records import Record, read
+from sdfit.study.calibration.read import calibrated, told
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.run import sweep
 from sdfit.sweep.workers import run_one
 from sdfit.units import MIB
 from sdfit.workload import Workload
 
-MEASURED = ("boundaries", "capacity", "counters", "cuda", "environment", "kernels", "pipeline", "run")
+MEASURED = ("boundaries", "capacity", "counters", "cuda", "environment", "history", "kernels", "pipeline", "run")
 OPTIONS = {"settings": TINY, "counters": CpuCounters, "warm_up_side": 64}
 no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
 
@@ -160,6 +164,54 @@ def test_a_second_seed_gives_the_same_bytes():
     """Peak memory does not depend on the values of the weights."""
     one, two = (CudaBackend(**OPTIONS, seed=seed).measure(job()) for seed in (0, 1))
     assert one["stage_peaks_bytes"] == two["stage_peaks_bytes"]
+
+
+# -- histories --
+
+
+def test_a_history_is_what_happened_and_costs_the_record_nothing(tmp_path):
+    """Recorded in a run of its own: its row is as without it, its blocks are the run's, and calibration finds them all."""
+    w = job(128, 192, batch_size=2)
+    plain = CudaBackend(**OPTIONS).measure(w)
+    backend = CudaBackend(**OPTIONS, histories=[w.to_dict()])
+    row = backend.measure(w)
+    content = row.pop("history")
+    names = ("stage_peaks_bytes", "baseline_bytes", "component_bytes", "reserved_bytes", "outcome")
+    assert {n: row[n] for n in names} == {n: plain[n] for n in names}
+    assert "history" not in backend.measure(job(64, 64))
+    assert not backend.tainted
+    path = tmp_path / "0000.pickle.gz"
+    path.write_bytes(content)
+    run = told(path)
+    assert (run.workload, run.card, run.num_inference_steps) == (w, "cpu", 2)
+    assert str(Path(torch.__file__).parents[1]).encode() not in gzip.decompress(content)  # the machine's own paths
+    found, _ = calibrated(run, "cpu", Tracer(settings=TINY))
+    assert found.frames and found.found > 0.97 * found.of
+    assert found.card_peaks == row["stage_peaks_bytes"]
+    assert found.placed[0] == found.placed[1] > 1000
+    assert found.weights_bytes == sum(row["component_bytes"].values())
+    kernels = [k for k in found.kernels if k.shapes.operation in ("convolution", "addmm", "mm")]
+    assert len(kernels) > 50 and not any(k.held_bytes for k in kernels)  # a processor's kernels ask for nothing
+
+
+def test_a_run_that_fails_has_no_history():
+    """Out of memory is a row without one."""
+    free = CudaBackend(**OPTIONS).measure(job(256, 256))
+    capacity = free["allocated_bytes"] - 4096
+    row = CudaBackend(**OPTIONS, capacity_bytes=capacity, histories=[job(256, 256).to_dict()]).measure(job(256, 256))
+    assert row["outcome"] == "oom" and "history" not in row
+
+
+@pytest.mark.slow
+def test_a_sweep_writes_histories_beside_its_records(tmp_path):
+    """Through a real worker process: one file for each workload asked for, in a folder of the records' name."""
+    jobs = (job(64, 64), job(64, 64, batch_size=2), job(128, 64))
+    plan = Plan("few", "", 0, 2, jobs, "0" * 16, ())
+    outcome = sweep(plan, "cuda", OPTIONS, tmp_path / "few.jsonl", workers=1, histories=worth_recording(jobs))
+    assert outcome.complete
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.gz"))
+    assert files == ["few-history/0000.pickle.gz", "few-history/0001.pickle.gz"]
+    assert [told(tmp_path / name).workload for name in files] == [jobs[0], jobs[1]]
 
 
 # -- out of memory --
@@ -470,4 +522,11 @@ def test_the_counters_of_a_card_ask_pytorch_and_nvml(monkeypatch, tmp_path):
         act()
     with made.watching():
         pass
+    calls = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda *args, **how: calls.append((args, how)))
+    monkeypatch.setattr(memory, "_snapshot", lambda index: {"segments": [], "device_traces": [[], []], "of": index})
+    with made.recording() as snapshot:
+        assert snapshot()["of"] == 0
+    assert calls == [(("all",), {"context": "alloc", "stacks": "python"}), ((None,), {})]
     made._claim.close()

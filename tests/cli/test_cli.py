@@ -163,6 +163,20 @@ def test_every_command_has_an_example() -> None:
     assert not [name for name, command in cli.commands.items() if f"sdfit {name}" not in (command.epilog or "")]
 
 
+def run_of_a_card(path: Path) -> None:
+    """A made-up card's memory snapshot of 512x512 in two steps."""
+    pytest.importorskip("diffusers")
+    from recorded import Recorder, run_on, write
+
+    from sdfit.backends.trace.tracer import Tracer
+    from sdfit.study.calibration.operations import operations_of
+    from sdfit.workload import Workload
+
+    card = Recorder()
+    run_on(card, operations_of(Tracer(num_inference_steps=2), Workload(512, 512)), cublas_bytes=8_519_680)
+    write(path, card.snapshot())
+
+
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_the_examples_of_the_help_run(
     run: Run, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_records: Path
@@ -174,6 +188,8 @@ def test_the_examples_of_the_help_run(
         (tmp_path / "photos").mkdir()
         for picture in ("photo.jpg", "photos/one.png"):
             pytest.importorskip("PIL.Image").new("RGB", (96, 64)).save(tmp_path / picture)
+    elif name == "calibrate":
+        run_of_a_card(tmp_path / "run.pickle")
     elif name in ("fit", "sweep", "demo"):
         shutil.copytree(fake_records.parent, tmp_path / "data" / "fake")
     else:

@@ -14,10 +14,13 @@ from typing import Any
 from sdfit.backends.trace.shapes import Shapes
 from sdfit.backends.trace.workspaces import Architecture, Measured, Rule, Workspaces, workspaces_for
 from sdfit.errors import SdfitError
+from sdfit.files import Kind, Output, read_bytes, write
 
 FORMAT = 1
 KEY = "sdfit_workspaces"
 SUFFIX = ".json"
+TABLE = Kind("workspace table", (SUFFIX,), KEY.encode())
+LARGEST_BYTES = 64 << 20
 _RULE = {f.name for f in fields(Rule)}
 
 
@@ -56,13 +59,8 @@ def write_table(architecture: Architecture, path: Path | str) -> Path:
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     lines += [f"{json.dumps(key)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" if values else f'"{key}": []'
               for key, values in (("rules", rules), ("measured", rows))]  # fmt: skip
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    except OSError as error:
-        raise SdfitError(f"cannot write the workspace table '{path}': {error.strerror}", path=str(path)) from error
-    return path
+    write(Output(Path(path), ("{\n" + ",\n".join(lines) + "\n}\n").encode(), TABLE))
+    return Path(path)
 
 
 def read_table(path: Path | str) -> Architecture:
@@ -75,7 +73,7 @@ def read_table(path: Path | str) -> Architecture:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(path, LARGEST_BYTES))
         if not isinstance(values, dict) or KEY not in values:
             raise ValueError("it is none")
         if values[KEY] != FORMAT:

@@ -30,13 +30,21 @@ REACH = 6
 MOST_CELLS = 600_000_000
 FOUND = 0.5
 """Share of a piece that must be found, for the run to begin there."""
+NEAR_BEST = 0.02
+"""Runs whose agreement is so near the best, as a share of the most possible, are equal; the last of them is taken."""
+AROUND, FEW = 20, 0.5
+"""A pair among so many neighbours of the trace, both ways, of which fewer than that share have one, is chance."""
+
+INNERMOST = 3
+"""Frames that must agree: the function, the block that calls it, and that one's caller; the outer ones vary with versions."""
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Allocations:
-    """Allocations in order, as numbers: sizes [bytes], and frames at three degrees of likeness (-1: none known)."""
+    """Allocations in order, as numbers: sizes [bytes], and frames at three degrees of likeness (-1: none known): lines,
+    functions, the innermost functions."""
 
     size: Indices
     lines: Indices
@@ -71,7 +79,7 @@ class Numbers:
         if stack not in self._of:
             ours = told(stack)
             names = tuple(frame[:2] for frame in ours)
-            keys = (ours, names, names[:1])
+            keys = (ours, names, names[:INNERMOST])
             self._of[stack] = tuple(self._known.setdefault(k, len(self._known)) if ours else -1 for k in keys)  # type: ignore[assignment]
         return self._of[stack]
 
@@ -116,7 +124,14 @@ def align(trace: Allocations, card: Allocations) -> Indices:
         if (kept >= 0).any():
             at += int(kept.max()) + 1
             rows = PIECE
-    return pairs
+    return _without_strays(pairs)
+
+
+def _without_strays(pairs: Indices) -> Indices:
+    """Leave out pairs that stand nearly alone."""
+    width = 2 * AROUND + 1
+    near = np.convolve(pairs >= 0, np.ones(width), "same") / np.convolve(np.ones(len(pairs)), np.ones(width), "same")
+    return np.where((near < FEW) & (len(pairs) > width), -1, pairs)
 
 
 def _best(trace: Allocations, card: Allocations, *, anywhere: bool) -> Indices:
@@ -141,8 +156,8 @@ def _best(trace: Allocations, card: Allocations, *, anywhere: bool) -> Indices:
         passed[i] = np.packbits(risen > tilted)
         paired[i] = np.packbits(took)
         row = risen - slope
-    best = np.flatnonzero(row >= row.max() - 1e-9)
-    j = int(best[-1])
+    near = NEAR_BEST * SAME_SIZE * len(trace) if anywhere else 0.0
+    j = int(np.flatnonzero(row >= row.max() - near)[-1])
     pairs = np.full(len(trace), -1, dtype=np.int64)
     for i in range(len(trace) - 1, -1, -1):
         while passed[i, j >> 3] >> (7 - (j & 7)) & 1:

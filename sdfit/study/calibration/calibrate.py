@@ -10,10 +10,10 @@ of the operation's own result, and lives as long, cannot be told from it; both a
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +22,10 @@ from sdfit.backends.trace.shapes import Shapes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.weights import rounded
 from sdfit.errors import SnapshotError
-from sdfit.study.calibration.align import Allocations, Indices, Numbers, align
+from sdfit.study.calibration.align import Allocations, Indices, Numbers, align, told
 from sdfit.study.calibration.operations import Ran, TracedRun
 from sdfit.study.calibration.snapshot import Event, Held, Snapshot, Stack
+from sdfit.study.lab import snapshots
 from sdfit.units import MIB
 from sdfit.workload import Workload
 
@@ -112,6 +113,9 @@ class Calibration:
         The most that was reserved during the run.
     segments : dict of int to int
         Segments by size at the end.
+    placed : (int, int)
+        How many of the file's allocations lie where the allocator's model puts them, and how many there are; (0, 0) with
+        expandable segments.
     failures : int
         Requests that found no memory during the run: then kernels took other plans.
     live : list of (int, int)
@@ -132,6 +136,7 @@ class Calibration:
     partings: tuple[Parting, ...]
     reserved_bytes: int
     segments: dict[int, int]
+    placed: tuple[int, int]
     failures: int
     live: list[tuple[int, int]] = field(repr=False, default_factory=list)
 
@@ -217,6 +222,8 @@ class _Sides:
         queue = [(i, int(j)) for (i, _), j in zip(self.made, self.pairs, strict=True) if j >= 0]
         for i, j in queue:
             self.card[j].owner, self.card[j].made = i, True
+        self.owners = [i for i, _ in queue]
+        self.firsts = [self.card[j].at for _, j in queue]
         for (i, j), (following, k) in zip(queue, [*queue[1:], (queue[-1][0], len(self.card))], strict=True):
             before = (i, self.card[j])
             after = self.card[k] if k < len(self.card) else None
@@ -231,6 +238,11 @@ class _Sides:
             return before[0]
         if stack and stack == after[1].event.stack:
             return after[0]
+        if told(stack):  # of an operation between the two that makes nothing, or of nobody's
+            between = self.run.operations[before[0] + 1 : after[0]]
+            names = [frame[:2] for frame in told(stack)]
+            found = (i for i, ran in enumerate(between, before[0] + 1) if [f[:2] for f in ran.stack] == names)
+            return next(found, -1)
         return before[0] if alone.gone < after[1].at else after[0]
 
     # -- what follows --
@@ -256,6 +268,7 @@ class _Sides:
             self._partings(),
             reserved,
             dict(sorted(Counter(s.size_bytes for s in self.snapshot.end.segments).items())),
+            _placed(self.snapshot),
             sum(e.action == "oom" for e in self.snapshot.events[begins : ends + 1]),
             live,
         )
@@ -266,9 +279,8 @@ class _Sides:
 
     def _kernels(self) -> Iterator[Kernel]:
         blocks: dict[int, list[_Alloc]] = defaultdict(list)
-        nexts = self._next_operation()
         for a in self._inside():
-            if a.gone < nexts[a.owner]:
+            if self._passes(a):
                 blocks[a.owner].append(a)
         seen = {a.owner for a in self.card if a.made}
         by_shapes: dict[Shapes, list[tuple[int, tuple[int, ...], str]]] = defaultdict(list)
@@ -280,12 +292,10 @@ class _Sides:
             held, requested, path = max(times, key=lambda t: t[0])
             yield Kernel(shapes, len(times), held, requested, len({t[:2] for t in times}) == 1, path)
 
-    def _next_operation(self) -> dict[int, int]:
-        """When the operation after each one makes its result: what goes before that passes."""
-        made = [(a.at, a.owner) for a in self.card if a.made]
-        found = {owner: after for (_, owner), (after, other) in pairwise(made) if other != owner}
-        found.setdefault(made[-1][1], len(self.snapshot.events))
-        return found
+    def _passes(self, block: _Alloc) -> bool:
+        """Whether a block goes before the operation after its own makes its result."""
+        following = bisect_right(self.owners, block.owner)
+        return block.gone < (self.firsts[following] if following < len(self.firsts) else len(self.snapshot.events))
 
     def _standing(self, begins: int) -> tuple[int, tuple[Standing, ...], int, int]:
         """What is there when the run begins, and what its products leave."""
@@ -309,26 +319,32 @@ class _Sides:
                 weights += rounded(block.requested_bytes)
             else:
                 rest.append(block)
-        nexts = self._next_operation()
         for a in self._inside():
             product = self.run.operations[a.owner].shapes.operation in PRODUCTS
-            if product and a.gone >= max(len(self.snapshot.events), nexts[a.owner]):
+            if product and a.gone == len(self.snapshot.events):
                 size = a.event.size_bytes
                 rest.append(Held(a.event.address, rounded(size), size, a.event.stack))
         return weights, tuple(_grouped(rest)), unsplit, max((s for b in rest if (s := _cublas(b))), default=0)
+
+    def _staying(self) -> dict[int, int]:
+        """What the allocator counts of those blocks that are there at the end, by the place of their event."""
+        counted = {block.address: block.size_bytes for block in self.snapshot.end.held}
+        ends = len(self.snapshot.events)
+        return {a.at: counted[a.event.address] for a in self.card if a.gone == ends and a.event.address in counted}
 
     def _live(self, begins: int, ends: int) -> tuple[list[tuple[int, int]], dict[str, int], int]:
         """Live bytes over the run, its stages' peaks, and the most that was reserved."""
         start = self.snapshot.start
         live, reserved = start.allocated_bytes, start.reserved_bytes
         owners = {a.at: a.owner for a in self.card if a.owner >= 0}
-        gone = {}
+        stays = self._staying()
+        gone: dict[int, int] = {}
         points: list[tuple[int, int]] = []
         peaks: dict[str, int] = {}
         most_reserved, now, stage = reserved, 0, ""
         for at, event in enumerate(self.snapshot.events[: ends + 1]):
             if event.action == "alloc":
-                gone[event.address] = rounded(event.size_bytes)
+                gone[event.address] = stays.get(at, rounded(event.size_bytes))
                 live += gone[event.address]
             elif event.action == "free_completed":
                 live -= gone.pop(event.address, rounded(event.size_bytes))
@@ -347,11 +363,10 @@ class _Sides:
 
     def _partings(self) -> tuple[Parting, ...]:
         found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-        nexts = self._next_operation()
         for a in self._inside():
             ran = self.run.operations[a.owner]
-            known = ran.shapes.operation in (*CONVOLUTIONS, *PRODUCTS) and a.gone < nexts[a.owner]
-            if not known:
+            kernel = ran.shapes.operation in (*CONVOLUTIONS, *PRODUCTS)
+            if not kernel or (not self._passes(a) and a.gone < len(self.snapshot.events)):
                 found["card", ran.shapes.operation, _place(ran, a.event.stack)].append(a.event.size_bytes)
         for (i, made), j in zip(self.made, self.pairs, strict=True):
             if j < 0:
@@ -384,6 +399,17 @@ def _passing(events: Sequence[tuple[int, int]], blocks: set[int]) -> list[bool]:
         elif size < 0 and block == last:
             found[block] = True
     return [found[block] for block in found if block in blocks]
+
+
+def _placed(snapshot: Snapshot) -> tuple[int, int]:
+    if any(segment.expandable for segment in snapshot.end.segments):
+        return 0, 0
+    seeds = [snapshots.Event("start_segment", s.address, s.size_bytes) for s in snapshot.start.segments]
+    seeds += [snapshots.Event("start_block", b.address, b.size_bytes) for b in snapshot.start.held]
+    events = tuple(snapshots.Event(*event[:3]) for event in snapshot.events)
+    recorded = snapshots.Recorded("", "", "", "", False, tuple(seeds), events)
+    found = snapshots.replay_recorded(recorded, told=True)
+    return found.equal, found.allocations
 
 
 def _most(blocks: Iterable[_Alloc]) -> tuple[int, tuple[int, ...]]:

@@ -191,7 +191,22 @@ def _rules(dtype: str, forms: dict[Shapes, Form | None], evidence: str) -> list[
             found += _of_layer(layer, seen, evidence)
     if general != NOTHING:
         found.append(_rule(dtype, general, evidence, only="aligned"))
-    return found
+    return _needed(found, forms)
+
+
+def _needed(rules: list[Rule], forms: dict[Shapes, Form | None]) -> list[Rule]:
+    """Leave out the rules without which every convolution that was seen gets the same."""
+
+    def says(these: list[Rule]) -> list[int]:
+        table = Architecture("", (), tuple(these), 0)
+        return [predicted(table, shapes) for shapes in forms]
+
+    whole = says(rules)
+    for rule in list(rules):
+        fewer = [other for other in rules if other is not rule]
+        if says(fewer) == whole:
+            rules = fewer
+    return rules
 
 
 def _of_layer(layer: Layer, seen: dict[Shapes, Form], evidence: str) -> list[Rule]:

@@ -20,12 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from sdfit.backends.history import ABOUT
 from sdfit.equation.weights import rounded
 from sdfit.errors import SnapshotError, listed
 from sdfit.study.calibration.pickles import Row, Table, load
 
-ABOUT = "sdfit"
-"""The key under which a file of ours says what ran; PyTorch's viewer passes over it."""
 HOW = "record one with torch.cuda.memory._record_memory_history() and _dump_snapshot(), or: sdfit sweep --history"
 LIVE = ("active_allocated", "active_awaiting_free", "active_pending_free")
 

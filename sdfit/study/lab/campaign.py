@@ -2,7 +2,8 @@
 
     python -m sdfit.study.lab campaign --gpu h200 --folder data/h200 --budget 9m
 
-Parts, in the order of what would be missed most: the default grid and the holdout without their largest runs, the
+Parts, in the order of what would be missed most: a few runs of every kind with the allocator's history (for ``sdfit
+calibrate``: nothing tells as much in so few seconds), the default grid and the holdout without their largest runs, the
 required capacities, the proofs (`sdfit.study.lab.proofs`), the largest runs, then the fit and the card as a smaller one
 (`sdfit.study.lab.capped`). Each record is on the disk before the next run starts; a part skips what the folder holds.
 Tables (`sdfit.study.lab.tables`) come last. ``--dry-run`` prints the plan; ``--backend fake`` or ``trace`` rehearse it
@@ -30,11 +31,12 @@ from sdfit.sweep.run import Progress, sweep, workloads_left
 from sdfit.units import format_bytes
 from sdfit.workload import Workload
 
-GRIDS = ("default", "holdout", "required")
+GRIDS = ("history", "default", "holdout", "required")
 LARGEST = "-largest"
 LARGEST_PIXELS = 8_000_000
 """Pixels times UNet samples from which a run is one of the largest: few, and they take most of the time."""
 BUDGETS_S = {
+    "history": 180.0,
     "default": 540.0,
     "holdout": 300.0,
     "required": 420.0,
@@ -165,6 +167,7 @@ def _grid(campaign: Campaign, part: str) -> None:
         workers=1,
         budget_s=campaign.left_s(part),
         only=wanted.__contains__,
+        histories=plan.workloads if grid == "history" else (),
         report=report,
     )
 

@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 def test_every_part_leaves_its_records(finished):
     """Grids beside the model; proofs and capped runs in a folder of their own, where no fit looks."""
     grids = {p.name[11:] for p in finished.folder.glob("*.jsonl")}
-    assert grids == {"default.jsonl", "holdout.jsonl", "required.jsonl"}
+    assert grids == {"history.jsonl", "default.jsonl", "holdout.jsonl", "required.jsonl"}
     assert finished.model.exists()
     side = sorted(p.name[11:17] for p in (finished.folder / "proofs").glob("*.jsonl"))
     assert side == ["capped", "proofs"]
@@ -142,7 +142,7 @@ def test_the_dry_run_prints_every_part_and_runs_nothing(tmp_path, capsys):
 def test_an_unknown_part_is_named(tmp_path, capsys):
     """With those that there are."""
     assert main(["campaign", "--folder", str(tmp_path), "--parts", "defualt"]) == 1
-    assert "no part 'defualt'; there are: default" in capsys.readouterr().err
+    assert "no part 'defualt'; there are: history, default" in capsys.readouterr().err
 
 
 def test_the_plan_meets_what_the_card_is_wanted_for():
