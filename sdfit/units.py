@@ -100,6 +100,29 @@ def parse_duration(text: str) -> float:
     return value
 
 
+def parse_share(text: str) -> float:
+    """Read a share of one: ``2%`` or ``0.02``.
+
+    Raises
+    ------
+    InvalidWorkload
+        If it is none, or is not above 0 and below 1.
+
+    Examples
+    --------
+    >>> parse_share("2 %"), parse_share("0.5")
+    (0.02, 0.5)
+    """
+    bare = text.strip()
+    try:
+        share = float(bare.removesuffix("%")) / (100 if bare.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InvalidWorkload(f"'{text}' is not a share between 0 and 1; write for example 2% or 0.02", given=text)
+    return share
+
+
 def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Align cells in columns two spaces apart.
 

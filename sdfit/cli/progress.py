@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -51,6 +52,12 @@ class Reporter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def of_few(self, progress: Progress) -> None:
+        """Show it where only some of the plan are to run."""
+        each = (progress.elapsed_s / progress.done) if progress.done else 0.0
+        left = max(self.total - progress.done - progress.crashed, 0)
+        self(replace(progress, total=self.total, eta_s=each * left))
 
     def __call__(self, progress: Progress) -> None:
         """Show it."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdfit.cli.options import example, json_option, note, out_option, records_argument
-from sdfit.errors import SdfitError
-from sdfit.units import parse_duration
-from sdfit.workload import CARD_ALONE
+from sdfit.errors import FitError, SdfitError
+from sdfit.units import aligned, parse_duration, parse_share
+from sdfit.workload import CARD_ALONE, Workload, variant_name
+
+if TYPE_CHECKING:
+    from sdfit.fit.planning import Few
 
 MOST_FINDINGS = 12
 """Findings of the fit's own judgement that are printed, the gravest first."""
@@ -21,6 +25,7 @@ MOST_FINDINGS = 12
     epilog=example(
         "sdfit sweep --gpu t4 --backend trace --grid quick --dry-run",
         "sdfit sweep --gpu mine --backend fake --grid quick",
+        "sdfit sweep --gpu t4 --backend trace --grid quick --runs 6 --dry-run",
     )
 )
 @click.option("--gpu", default="auto", show_default=True, help="The card, as in 't4'; auto takes what is there.")
@@ -31,7 +36,12 @@ MOST_FINDINGS = 12
 @click.option("--address", default=None, help="Of a Ray cluster to join, as auto or 10.0.0.1:6379.")
 @click.option("--workers", type=click.IntRange(1), default=None, help="Processes; one per card or processor.")
 @click.option("--devices", default=None, help="Cards of this machine, as 0,1: a process each; left out, all.")
-@click.option("--budget", default=None, help="Start nothing new after this time, for example 5m.")
+@click.option("--budget", default=None, help="Start nothing new after this time, as 5m; what tells most runs first.")
+@click.option(
+    "--runs", type=click.IntRange(1, 48), default=None, help="Only so many: those that tell most of the card."
+)
+@click.option("--narrow", default="2%", show_default=True, help="With --runs or --budget: ±95 % that is narrow enough.")
+@click.option("--prior", default="auto", show_default=True, help="The model that few runs correct; none: grid order.")
 @click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
 @click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
 @click.option("--kernels", default=None, help="Trace: another card's workspaces, or a file of sdfit calibrate (.json).")
@@ -51,6 +61,9 @@ def sweep(
     workers: int | None,
     devices: str | None,
     budget: str | None,
+    runs: int | None,
+    narrow: str,
+    prior: str,
     weights: str,
     workspaces: bool,
     kernels: str | None,
@@ -65,7 +78,7 @@ def sweep(
     from sdfit.sweep.workers import cards_named, default_workers
 
     plan = grids.load(grid)
-    if dry_run:
+    if dry_run and runs is None:
         click.echo(plan.summary())
         return
     options: dict[str, Any] = {"gpu": gpu}
@@ -95,7 +108,11 @@ def sweep(
                 workspaces_for(gpu)
             except SdfitError as error:
                 note(f"{error}; this trace has none")
-    with Reporter(f"{gpu} {plan.name}", len(plan.workloads)) as reporter:
+    few = _few(gpu, backend, plan.workloads, runs, budget, narrow, prior)
+    if dry_run:
+        click.echo(_few_table(few, plan.workloads) if few else plan.summary())
+        return
+    with Reporter(f"{gpu} {plan.name}", len(few.steps) if few else len(plan.workloads)) as reporter:
         outcome = run(
             plan,
             backend,
@@ -107,28 +124,75 @@ def sweep(
             address=address,
             budget_s=parse_duration(budget) if budget else None,
             histories=worth_recording(plan.workloads) if history else (),
-            report=reporter,
+            choose=few,
+            report=reporter.of_few if few else reporter,
         )
     for words in outcome.notes:
         note(words)
+    if few is not None:
+        click.echo(few.words or "time is up: the same command goes on", err=True)
     click.echo(
         f"{outcome.done} of {outcome.total} done, {outcome.oom} out of memory, {outcome.crashed} crashed, "
         f"{outcome.skipped} were there already",
         err=True,
     )
-    if not outcome.complete:
+    if not outcome.complete and few is None:
         click.echo("not complete: run the same command to go on", err=True)
     for path in outcome.paths:
         click.echo(path)
 
 
+def _few(
+    gpu: str,
+    backend: str,
+    workloads: Sequence[Workload],
+    runs: int | None,
+    budget: str | None,
+    narrow: str,
+    prior: str,
+) -> Few | None:
+    """What to run where few runs are wanted; None: the whole grid in its order."""
+    if runs is None and (budget is None or prior == "none" or (backend == "fake" and prior == "auto")):
+        return None
+    from sdfit.fit.planning import MOST_RUNS
+    from sdfit.fit.priors import few_for
+
+    share = parse_share(narrow)
+    try:
+        return few_for(gpu, workloads, prior=prior, runs=runs or MOST_RUNS, narrow=share)
+    except FitError as error:
+        if runs is not None or prior != "auto":
+            raise
+        note(f"{error}; this sweep follows the grid's order")
+        return None
+
+
+def _few_table(few: Few, workloads: Sequence[Workload]) -> str:
+    """The runs in their order, and what each leads to."""
+    lines = [("run", "size", "images", "prompt", "guidance", "variant", "95 % interval then")]
+    for number, step in enumerate(few.steps, start=1):
+        w = workloads[step.index]
+        size = f"{w.height}x{w.width}"
+        guidance = f"{w.guidance_scale:g}"
+        then = f"±{step.width:.1%}"
+        lines.append(
+            (str(number), size, str(w.batch_size), str(w.prompt_length), guidance, variant_name(w.variant), then)
+        )
+    head = f"prior: {few.prior.artifact.name} ({few.prior.artifact.provenance}); intervals as planned, for 95 % of the grid"
+    return f"{head}\n{aligned(lines, left=0)}"
+
+
 @click.command(epilog=example("sdfit fit"))
 @records_argument
 @click.option("--gpu", default=None, help="Fit only this card's records under ./data.")
+@click.option("--prior", default="auto", show_default=True, help="The model that few records correct; none: fit all.")
 @out_option
 @json_option
-def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None, as_json: bool) -> None:
-    """Fit the equation to records; without files, to all that was swept under ./data."""
+def fit(files: tuple[Path, ...], gpu: str | None, prior: str, out: Path | None, as_json: bool) -> None:
+    """Fit the equation to records; without files, to all that was swept under ./data.
+
+    Fewer than 40 runs correct the model of the card's kernels instead.
+    """
     from sdfit.fit.card import coefficients, fit_summary
     from sdfit.fit.files import fit_files, swept_files
     from sdfit.judging.judge import judge
@@ -139,11 +203,13 @@ def fit(files: tuple[Path, ...], gpu: str | None, out: Path | None, as_json: boo
         raise click.UsageError(f"--out is one file and there are records of {', '.join(jobs)}; choose one with --gpu")
     published = residuals.read()
     for name, paths in jobs.items():
-        result = fit_files(paths, name or None, out, published)
+        result = fit_files(paths, name or None, out, published, prior)
         for words in result.notes:
             note(words)
         if as_json:
-            found = {"evaluation": result.artifact.evaluation, "coefficients": coefficients(result.artifact)}
+            known = {name: result.artifact.prior.get(name) for name in ("name", "provenance", "rows", "scale")}
+            told = {"prior": known} if result.artifact.prior else {}
+            found = {"evaluation": result.artifact.evaluation, **told, "coefficients": coefficients(result.artifact)}
             click.echo(json.dumps(found, indent=2))
         else:
             click.echo(fit_summary(result.artifact))

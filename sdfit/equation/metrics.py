@@ -114,6 +114,18 @@ REPLAYED_FAMILY = "replayed"
 """The family of the scores of runs that were replayed (`sdfit.predict.replayed`); no place is in it."""
 
 
+def group_fields(name: str) -> dict[str, str]:
+    """What the places of a group agree in, as text, from its name.
+
+    Examples
+    --------
+    >>> group_fields("1|unet")
+    {'regime': '1', 'piece': 'unet'}
+    """
+    values = name.split("|") if name else []
+    return dict(zip(next(fields for fields in WIDENING if len(fields) == len(values)), values, strict=True))
+
+
 def families(place: Place) -> tuple[str, ...]:
     """The families whose conformal scores a run may use, the narrowest first; ``""`` holds all.
 

@@ -10,6 +10,7 @@ import numpy as np
 from sdfit.equation.regimes import REGIMES
 from sdfit.equation.sizes import Sizes
 from sdfit.equation.terms import TERMS, design_matrix
+from sdfit.fit import whose
 from sdfit.predict.artifact import RESTS_ON, Artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.units import aligned, percent
@@ -39,6 +40,7 @@ def coefficients(artifact: Artifact) -> list[dict[str, Any]]:
                         "unit": TERMS[name].unit,
                         "unidentified": stage["unidentified"].get(name),
                     }
+                    | ({"whose": whose.whose(artifact, key, row, name)} if artifact.prior else {})
                 )
     return found
 
@@ -93,8 +95,11 @@ def fit_summary(artifact: Artifact) -> str:
         f"{len(artifact.swept)} variants, {len(artifact.stages)} sets of coefficients",
         _errors("stages, fitted", ev["fitted"]),
     ]
+    if artifact.prior:
+        head, *stages = whose.summary(artifact)
+        lines[2:2] = [head, *(f"  {line}" for line in stages)]
     if "cross_validated" in ev:
-        lines.append(_errors(f"stages, on unseen resolutions ({ev['folds']} folds)", ev["cross_validated"]))
+        lines.append(_errors(f"stages, {_unseen(artifact)}", ev["cross_validated"]))
     for metric, found in ev.get("metrics", {}).items():
         lines.append(_errors(f"{metric}, on unseen resolutions", found))
     plain = list(artifact.baseline["variants"].values())
@@ -104,6 +109,11 @@ def fit_summary(artifact: Artifact) -> str:
         f"{percent(max(found['worst'] for found in plain), 3)}"
     )
     return "\n".join(lines)
+
+
+def _unseen(artifact: Artifact) -> str:
+    """What the cross-validated errors are of."""
+    return "each run by the others" if artifact.prior else f"unseen resolutions ({artifact.evaluation['folds']} folds)"
 
 
 def _errors(title: str, found: dict[str, Any]) -> str:
@@ -139,7 +149,7 @@ def accuracy_rows(artifact: Artifact) -> Rows:
     add("allocated, by stages, fitted", ev["fitted"], ev["rows"])
     if "cross_validated" in ev:
         found = ev["cross_validated"]
-        add(f"allocated, by stages, unseen resolutions ({ev['folds']} folds)", found, found["rows"])
+        add(f"allocated, by stages, {_unseen(artifact)}", found, found["rows"])
     for metric, found in ev.get("metrics", {}).items():
         if metric != "allocated" or "cross_validated" not in ev:
             add(f"{metric}, unseen resolutions", found, found["rows"])
@@ -186,6 +196,10 @@ def model_card(artifact: Artifact) -> str:
     ]
     if "published" in artifact.evaluation:
         lines += ["", *published_lines(artifact)]
+    if artifact.prior:
+        head, *stages = whose.summary(artifact)
+        lines += ["", "## Whose the coefficients are", "", f"{head}.", "", *(f"- {line}" for line in stages)]
+        lines += ["", *_markdown(whose.moved_rows(artifact))]
     lines += ["", "## What the intervals rest on", "", *(f"- {line}" for line in evidence_lines(artifact))]
     lines += ["", "## Variants swept", "", *_markdown(swept_rows(artifact))]
     lines += ["", "## Coefficients", ""]
@@ -201,6 +215,8 @@ def model_card(artifact: Artifact) -> str:
 def evidence_lines(artifact: Artifact) -> list[str]:
     """What each metric's interval rests on, a sentence each."""
     counts = {metric: table[""]["count"] for metric, table in artifact.scores.items() if "" in table}
+    if artifact.prior:
+        return [f"{metric}: {whose.EVIDENCE[metric != 'allocated']}" for metric in counts]
     if artifact.provenance != "published":
         return [f"{metric}: {count} runs on resolutions that the fit did not see" for metric, count in counts.items()]
     lines = []

@@ -77,6 +77,7 @@ def fit_files(
     name: str | None = None,
     out: Path | None = None,
     published: Sequence[PublishedRow] = (),
+    prior: str = "none",
 ) -> Fitted:
     """Fit records files and save the model with its card.
 
@@ -89,14 +90,18 @@ def fit_files(
         None: ``models/<name>.joblib`` under the current folder.
     published : sequence of PublishedRow
         See `sdfit.fit.fit.fit`.
+    prior : str
+        The model that few records correct, as `sdfit.fit.priors.prior_of` takes it; ``none``: every coefficient is fitted.
 
     Raises
     ------
-    RecordsError, FitError
+    RecordsError, FitError, UnknownModel
     SdfitError
         If the model or its card cannot be written; see `sdfit.files.write`.
     """
+    from sdfit.fit.few import fit_few
     from sdfit.fit.fit import fit
+    from sdfit.fit.priors import prior_of
 
     files = [read(path) for path in paths]
     grids = [str(f.environment.get("grid")) for f in files]
@@ -104,7 +109,9 @@ def fit_files(
         if grid in JUDGES:
             raise RecordsError(f"'{path}' is of the grid '{grid}', which judges models and is never fitted")
     data = pool(files)
-    artifact = fit(data, name, [_source(p, f) for p, f in zip(paths, files, strict=True)], published)
+    sources = [_source(p, f) for p, f in zip(paths, files, strict=True)]
+    known = prior_of(prior, data)
+    artifact = fit(data, name, sources, published) if known is None else fit_few(data, known, name, sources)
     path = out or Path("models", f"{file_name(artifact.name)}.joblib")
     card = Output(path.with_suffix(".md"), model_card(artifact).encode(), CARD)
     write(Output(path, artifact.to_bytes(), MODEL), card, inputs=paths)

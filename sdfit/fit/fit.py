@@ -152,7 +152,7 @@ def fit(
                 "provenance": rests_on,
                 "environment": environment | {"sdfit": sdfit.__version__},
                 "sources": list(sources),
-                "components": _components(ok),
+                "components": components_of(ok),
                 "stages": {"|".join(key): _stage(models[key], obs) for key, obs in seen.items()},
                 "metrics": metrics,
                 "scores": kept(scores),
@@ -230,7 +230,7 @@ def _has_an_equation(w: Workload) -> bool:
     return w.offload not in IN_PIECES and not (w.offload == "sequential" and w.vae == "tiny")
 
 
-def _components(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
+def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
     """Bytes of the weights by dtype: each component's, and what each combination held before a run."""
     found: dict[str, dict[str, int]] = {}
     for record in ok:

@@ -55,16 +55,18 @@ class PublishedRow(Protocol):
         """Why the trace misses it, as far as anybody knows."""
 
 
-def by_family(scored: Iterable[tuple[Place, float]], *, narrow: bool = True) -> dict[str, Array]:
-    """Sort scores by the families of their places; ``""`` holds all of them, families with too few are left out.
+def by_family(scored: Iterable[tuple[Place, float | Array]], *, narrow: bool = True) -> dict[str, Array]:
+    """Sort scores, one or more a place, by the families of the places; ``""`` holds all, families with too few are left out.
 
     Without ``narrow`` only the two widest are kept: of metrics that decide nothing.
     """
-    table: dict[str, list[float]] = {"": []}
+    table: dict[str, list[Array]] = {"": [np.empty(0)]}
     for place, value in scored:
+        found = np.atleast_1d(np.asarray(value, dtype=float))
         for name in families(place)[0 if narrow else -2 :]:
-            table.setdefault(name, []).append(value)
-    return {name: np.sort(values) for name, values in table.items() if not name or len(values) >= FEWEST_SCORES}
+            table.setdefault(name, []).append(found)
+    sorted_ = {name: np.sort(np.concatenate(values)) for name, values in table.items()}
+    return {name: values for name, values in sorted_.items() if not name or len(values) >= FEWEST_SCORES}
 
 
 def published_scores(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdfit.files import MODEL, Output, write
 FORMAT = 2
 RESTS_ON = {
     "measured": "a sweep of that card",
+    "corrected": "a model of its kernels, corrected by a few measured runs of that card",
     "published": "a simulated trace, its kernel workspaces calibrated on published measurements",
     "traced": "a simulated trace without any kernel workspace, which predicts too little",
     "fake": "a made-up card, for tests",
@@ -62,6 +63,11 @@ class Artifact:
         The plain four-term regression over whole runs, kept for comparison.
     evaluation : dict
         Cross-validated errors, relative.
+    prior : dict
+        Empty, unless few runs corrected another model: its ``name`` and ``provenance``, the ``rows`` that did, the ``scale`` of
+        `sdfit.fit.correction.Posterior`, and ``stages``: as in that field -> ``terms`` that were corrected, and for each
+        row of ``coef`` the ``prior``'s coefficients of these terms and ``told``, the share of each one's variance that the runs
+        removed. The other terms are the prior's. Left out of the file where it is empty.
     """
 
     name: str
@@ -76,13 +82,15 @@ class Artifact:
     baseline: dict[str, Any]
     evaluation: dict[str, Any]
     format: int = FORMAT
+    prior: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The content of its file; the same model gives the same bytes."""
         import joblib
 
         buffer = io.BytesIO()
-        joblib.dump(canonical(asdict(self)), buffer, compress=0, protocol=4)
+        values = {name: value for name, value in asdict(self).items() if name != "prior" or value}
+        joblib.dump(canonical(values), buffer, compress=0, protocol=4)
         return buffer.getvalue()
 
     def save(self, path: Path | str) -> Path:

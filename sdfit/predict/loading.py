@@ -110,7 +110,9 @@ def _checked(value: Any) -> Artifact:
     for name, kind in _FIELD_TYPES.items():
         if type(value.get(name)) is not kind:
             raise ArtifactError(f"its field '{name}' is missing or no {kind.__name__}")
-    unknown = set(value) - set(_FIELD_TYPES)
+    if type(value.get("prior", {})) is not dict:
+        raise ArtifactError("its field 'prior' is no dict")
+    unknown = set(value) - set(_FIELD_TYPES) - {"prior"}
     if unknown:
         raise ArtifactError(f"it has an unknown field '{sorted(unknown)[0]}'")
     if value["provenance"] not in RESTS_ON:
@@ -119,6 +121,8 @@ def _checked(value: Any) -> Artifact:
     for key, stage in value["stages"].items():
         _check_stage(key, stage)
     _check_tables(value)
+    if value.get("prior"):
+        _check_prior(value["prior"], value["stages"])
     return Artifact(**value)
 
 
@@ -159,6 +163,35 @@ def _check_tables(value: dict[str, Any]) -> None:
         raise
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ArtifactError("its field 'components', 'metrics' or 'scores' is damaged") from error
+
+
+def _check_prior(prior: dict[str, Any], stages: dict[str, Any]) -> None:
+    """Check what is said of the model that a few runs corrected: a share of every corrected coefficient."""
+    try:
+        fits = (
+            type(prior["name"]) is str
+            and prior["provenance"] in RESTS_ON
+            and type(prior["rows"]) is int
+            and prior["rows"] > 0
+            and prior["scale"] >= 1
+            and set(prior["stages"]) == set(stages)
+            and all(_is_told(found, stages[key]) for key, found in prior["stages"].items())
+        )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ArtifactError("its field 'prior' is damaged") from error
+    if not fits:
+        raise ArtifactError("its field 'prior' does not fit its stages")
+
+
+def _is_told(found: Any, stage: dict[str, Any]) -> bool:
+    terms, shares = found["terms"], found["told"]
+    return (
+        set(terms) <= set(stage["terms"])
+        and len(found["prior"]) == len(shares) == len(stage["coef"])
+        and all(len(row) == len(terms) for row in (*found["prior"], *shares))
+        and all(0 <= share <= 1 for row in shares for share in row)
+        and all(c >= 0 for row in found["prior"] for c in row)
+    )
 
 
 def _is_group(found: Any) -> bool:

@@ -70,7 +70,7 @@ class Predictor:
 
     @property
     def provenance(self) -> str:
-        """What the numbers rest on: ``measured``, ``published``, ``traced`` or ``fake``."""
+        """What the numbers rest on: ``measured``, ``corrected``, ``published``, ``traced`` or ``fake``."""
         return self.artifact.provenance
 
     @property
@@ -95,6 +95,10 @@ class Predictor:
     def evidence(self) -> str:
         """How many runs its numbers rest on, and whose: this card's, its architecture's, or those of a neighbour."""
         evaluation, card = self.artifact.evaluation, self.card
+        prior = self.artifact.prior
+        if prior:
+            whose = "measured" if self.provenance == "corrected" else "none of them on a card"
+            return f"{prior['rows']} runs, {whose}, correct the model '{prior['name']}' ({prior['provenance']})"
         if self.provenance != "published":
             rows = f"{evaluation.get('rows', 0)} runs"
             return f"{rows} measured" if self.provenance == "measured" else f"{rows}, none of them on a card"
@@ -118,7 +122,7 @@ class Predictor:
         """One line on which model answers for a card, and what its numbers rest on."""
         artifact = self.artifact
         what = f"{self.name}: " + (f"model '{artifact.name}', " if artifact.name != self.name else "")
-        if artifact.provenance == "measured":
+        if artifact.provenance == "measured" or artifact.prior:
             return what + self.evidence
         what += f"not measured; it rests on {RESTS_ON[artifact.provenance]}"
         what += f"; {self.evidence}" if artifact.provenance == "published" else ""

@@ -8,7 +8,7 @@ tried again on resume; an out-of-memory run is an answer and is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -24,6 +24,8 @@ from sdfit.sweep.journal import Journal
 from sdfit.sweep.ray import RayPool
 from sdfit.sweep.workers import Job, LocalPool, crashed, default_workers, left_out
 from sdfit.workload import Workload
+
+Choose = Callable[[Sequence[Record]], Iterator[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,9 @@ def record_of(index: int, workload: Workload, fields: Mapping[str, Any]) -> Reco
 class _File:
     """The records of one kind of card: what its file lacks, and how far it is."""
 
-    def __init__(self, plan: Plan, journal: Journal[Record], only: Callable[[Workload], bool]) -> None:
+    def __init__(
+        self, plan: Plan, journal: Journal[Record], only: Callable[[Workload], bool], choose: Choose | None
+    ) -> None:
         self.plan, self.journal = plan, journal
         known = finished(journal.rows)
         foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
@@ -121,7 +125,8 @@ class _File:
         self.skipped = self.done = len(known)
         self.oom = [r.outcome for r in known.values()].count("oom")
         self.crashed = 0
-        self.jobs = (job for job in enumerate(plan.workloads) if job[0] not in known and only(job[1]))
+        places = range(len(plan.workloads)) if choose is None else choose(journal.rows)
+        self.jobs = ((i, plan.workloads[i]) for i in places if i not in known and only(plan.workloads[i]))
 
     def put(self, index: int, fields: Mapping[str, Any]) -> Record:
         fields = dict(fields)
@@ -149,9 +154,11 @@ class _Sweep:
         out: Path | None,
         budget_s: float | None,
         only: Callable[[Workload], bool],
+        choose: Choose | None,
         held: ExitStack,
     ) -> None:
         self.plan, self.backend, self.out, self.budget_s, self.only = plan, backend, out, budget_s, only
+        self.choose = choose
         self.started = time.monotonic()
         self.files: dict[str, _File | None] = {}
         self._held = held
@@ -201,7 +208,7 @@ class _Sweep:
             "seed": self.plan.seed,
             "num_inference_steps": self.plan.num_inference_steps,
         }
-        return _File(self.plan, self._held.enter_context(Journal(path, facts, RECORDS)), self.only)
+        return _File(self.plan, self._held.enter_context(Journal(path, facts, RECORDS)), self.only, self.choose)
 
 
 def sweep(
@@ -217,6 +224,7 @@ def sweep(
     budget_s: float | None = None,
     only: Callable[[Workload], bool] = lambda workload: True,
     histories: Collection[Workload] = (),
+    choose: Choose | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Run what a plan still lacks.
@@ -242,6 +250,9 @@ def sweep(
         ``only(workload)``: leave out the others this time; they are still part of the plan.
     histories : collection of Workload
         Of these a card also writes its allocator's history down, to `history_path` beside the records.
+    choose : callable, optional
+        ``choose(records)`` gives the places of the workloads to run, one after the other, as long as more are wanted;
+        ``records``, those of one kind of card, grows as they come. None: all, in the plan's order.
     report : callable
         Called after each record.
 
@@ -263,7 +274,7 @@ def sweep(
     with ExitStack() as held:
         held.callback(pool.close)
         first = pool.environment()
-        one = _Sweep(plan, backend, out, budget_s, only, held)
+        one = _Sweep(plan, backend, out, budget_s, only, choose, held)
         one.file_of(first)
         for environment, index, fields in pool.run_for(one.take):
             report(one.put(environment, index, fields))

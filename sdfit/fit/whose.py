@@ -1,0 +1,65 @@
+"""Whose the coefficients of a corrected model are: the card's, as its runs tell them, or its prior's. In words and as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+from sdfit.equation.regimes import REGIMES
+from sdfit.equation.terms import TERMS
+from sdfit.predict.artifact import Artifact
+
+TOLD, LEFT = 0.9, 0.1
+"""A coefficient is the card's from so large a share of its variance on that the runs removed, the prior's up to the other."""
+WORDS = {"card": "the card's", "both": "both's", "prior": "the prior's"}
+EVIDENCE = (
+    "draws of what the runs leave open of the corrections, and errors of the prior's equation on unseen resolutions",
+    "every sum of one such draw and one of the prior's own scores, stretched where the runs lie further apart",
+)
+"""What the intervals of a corrected model rest on: of allocated memory, of the other metrics."""
+
+
+def whose(artifact: Artifact, key: str, row: int, term: str) -> str:
+    """Whose a coefficient of a corrected model is: ``card``, ``prior``, or ``both``.
+
+    The runs removed `TOLD` of its variance or more, at most `LEFT`, or something between.
+    """
+    told = artifact.prior["stages"][key]
+    share = told["told"][row][told["terms"].index(term)] if term in told["terms"] else 0.0
+    return "card" if share >= TOLD else "prior" if share <= LEFT else "both"
+
+
+def summary(artifact: Artifact) -> list[str]:
+    """How many constants and slopes are whose: a sentence, then a line for each stage."""
+    counts: dict[str, Counter[str]] = {}
+    for key, stage in artifact.stages.items():
+        for term, row in product(artifact.prior["stages"][key]["terms"], range(len(stage["coef"]))):
+            name = f"{key.split('|')[0]}, {'constants' if term == '1' else term}"
+            counts.setdefault(name, Counter())[whose(artifact, key, row, term)] += 1
+    known, every = artifact.prior, sum(counts.values(), Counter[str]())
+    head = (
+        f"{known['rows']} runs correct the prior '{known['name']}' ({known['provenance']}): of its {every.total()} constants and "
+        f"slopes {_shared(every)}; all other terms are the prior's"
+    )
+    return [head, *(f"{name}: {_shared(found)}" for name, found in counts.items())]
+
+
+def _shared(found: Counter[str]) -> str:
+    return ", ".join(f"{found[owner]} {words}" for owner, words in WORDS.items() if found[owner])
+
+
+def moved_rows(artifact: Artifact) -> list[tuple[str, ...]]:
+    """Every coefficient that is not all the prior's, before and after; the head first."""
+    lines: list[tuple[str, ...]] = [("stage", "regime", "term", "prior", "corrected", "unit", "whose")]
+    for key, stage in artifact.stages.items():
+        told = artifact.prior["stages"][key]
+        for (i, term), row in product(enumerate(told["terms"]), range(len(stage["coef"]))):
+            owner = whose(artifact, key, row, term)
+            if owner == "prior":
+                continue
+            where = [REGIMES[r].words for r, index in enumerate(stage["regimes"]) if index == row]
+            now = stage["coef"][row][stage["terms"].index(term)]
+            numbers = (f"{value:.6g}" for value in (told["prior"][row][i], now))
+            regime = "; ".join(where) if len(stage["coef"]) > 1 else "all"
+            lines.append((" ".join(key.split("|")), regime, term, *numbers, TERMS[term].unit, owner))
+    return lines
