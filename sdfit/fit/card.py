@@ -9,6 +9,7 @@ import numpy as np
 
 from sdfit.equation.regimes import REGIMES
 from sdfit.equation.sizes import Sizes
+from sdfit.equation.stages import STAGE
 from sdfit.equation.terms import TERMS, design_matrix
 from sdfit.fit import whose
 from sdfit.predict.artifact import RESTS_ON, Artifact
@@ -46,14 +47,13 @@ def coefficients(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def short_rows(artifact: Artifact) -> Rows:
-    """A line for each stage and regime of the default dtype that differs, with the terms that matter there.
+    """A line for each stage and regime that differs, with the terms that matter there.
 
-    A term matters that is `SHOWN_FROM` of the sum at the smallest or at the largest size that was swept.
+    Of the default dtype, where weights are on the card as a whole and kernels are chosen as usual. A term matters that is
+    `SHOWN_FROM` of the sum at the smallest or at the largest size that was swept.
     """
     lines: Rows = [("stage", "regime", "peak above the weights [B]")]
-    usual = str(CHOICES["dtype"][0])
-    keys = [key for key in artifact.stages if usual in key.split("|")] or list(artifact.stages)
-    for key in keys:
+    for key in usual_stages(artifact):
         stage = artifact.stages[key]
         columns = design_matrix(tuple(key.split("|")), _ends(stage["domain"]))
         for row, values in enumerate(stage["coef"]):
@@ -66,6 +66,14 @@ def short_rows(artifact: Artifact) -> Rows:
             ]
             lines.append((" ".join(key.split("|")), _regime(stage, row), " + ".join(parts)))
     return lines
+
+
+def usual_stages(artifact: Artifact) -> list[str]:
+    """The stages of the default dtype that only the fields reach which reach them always; all where there are none."""
+    usual = str(CHOICES["dtype"][0])
+    parts = {key: key.split("|") for key in artifact.stages}
+    found = [key for key, (name, *rest) in parts.items() if usual in rest and len(rest) == len(STAGE[name].fields)]
+    return found or list(artifact.stages)
 
 
 def _ends(domain: dict[str, Any]) -> Sizes:

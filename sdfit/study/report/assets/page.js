@@ -142,7 +142,7 @@
     if (card.wrong_half && w.dtype === "float16") lines.push(`${facts.wrong_half}.`);
     const { height, width, n } = p.told.sizes;
     lines.push(`Runs as ${height}x${width} (height x width), ${w.batch_size} image${w.batch_size > 1 ? "s" : ""}, ${n} UNet sample${n > 1 ? "s" : ""}.`);
-    if (chance !== null) lines.push(batch.sure ? `Up to ${batch.sure} image${batch.sure > 1 ? "s" : ""} of this size per call ${batch.sure > 1 ? "are" : "is"} sure to fit${batch.likely > batch.sure ? `, ${batch.likely} likely` : ""}.` : "Not even one image of this size is sure to fit.");
+    if (chance !== null) lines.push(batchInWords(batch));
     $("in-words").textContent = lines.join(" ");
     $("strip").replaceChildren(element("b", {}, $("verdict").textContent), element("span", {}, `${bytes(p.value)} of ${bytes(there)}`));
     const most = Math.max(there, p.upper) * 1.02, share = (amount) => `${(100 * Math.min(amount, most) / most).toFixed(2)}%`;
@@ -152,6 +152,12 @@
       element("u", { style: `left:${share(there)}` }),
       element("span", { style: late ? `right:calc(100% - ${share(there)})` : `left:${share(there)}` }, `memory ${bytes(there)}`));
     $("meter").replaceChildren(meter);
+  }
+
+  function batchInWords({ sure, likely }) {
+    if (!sure) return "Not even one image of this size is sure to fit.";
+    const most = sure > 1 ? `Up to ${sure} images of this size per call are sure to fit` : "One image of this size per call is sure to fit";
+    return likely > sure ? `${most}, ${likely} likely.` : `${most}.`;
   }
 
   const MEANS = { required: "smallest cap under which it runs", allocated: "live blocks", reserved: "segments taken from the driver", device: "what nvidia-smi shows", minimum: "smallest cap if no kernel takes a workspace: slower" };
