@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from browser import Page, unusable
+from worlds import grid, measured, with_regimes
 
 import sdfit
 from sdfit.equation.terms import TERMS
@@ -399,6 +400,22 @@ def test_models_of_every_provenance_are_answered_alike(
     traced = Predictor(replace(shipped["t4"].artifact, provenance="traced"), None, "t4", shipped["t4"].card)
     for model in (f, noisy, traced):
         held_together(opened(model), model, 60, seed=3, every=10)
+
+
+@needs_chromium
+def test_weights_that_come_module_by_module_are_answered_alike(opened: Callable[[Predictor], Page]) -> None:
+    """A made-up card that was swept with every offload, slices of every size and other executions, regimes of their own."""
+    pytest.importorskip("sklearn")
+    from sdfit.fit.fit import fit
+
+    options: list[dict[str, Any]] = [{"offload": kind} for kind in CHOICES["offload"]]
+    options += [{"attention": kind} for kind in CHOICES["attention"]] + [{"dtype": "float32", "execution": "tf32"}]
+    options += [{"execution": "channels_last"}, {"offload": "sequential", "safety_checker": False}]
+    swept = [w for one in options for w in grid(sides=(256, 384, 520, 768), batches=(1, 3), **one)]
+    made = with_regimes(fit(measured(swept)), random.Random(1))
+    stages = {key: stage | {"low": stage["coef"], "high": stage["coef"]} for key, stage in made.stages.items()}
+    f = Predictor(replace(made, stages=stages))
+    held_together(opened(f), f, 150, seed=4, every=10)
 
 
 @needs_chromium
