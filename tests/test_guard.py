@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import gc
@@ -13,6 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,9 +43,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdfit.backends.pipeline import build_pipeline
 from sdfit.errors import InvalidWorkload
-from sdfit.guard import ExceedsWarning, Free, NotCovered, WillNotFit
+from sdfit.guard import ExceedsWarning, Free, NotCovered, WillNotFit, free_memory
+from sdfit.guard.memory import device_of
 from sdfit.guard.reader import Reader
-from sdfit.predict.pipelines import read
+from sdfit.predict.pipelines import components, read
 from sdfit.predict.predictor import Predictor
 from sdfit.units import GIB
 from sdfit.workload import Workload
@@ -67,12 +70,13 @@ def whole() -> Any:
 def pipe(whole: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The same, to be changed, and its runs only written down: with the processors and flags that it had then."""
     made = StableDiffusionImg2ImgPipeline(**copy.deepcopy(whole.components), requires_safety_checker=True)
-    made.runs, made.restore = [], lambda: None
+    made.runs, made.restore, made.pause = [], lambda: None, lambda: None
 
     @functools.wraps(StableDiffusionImg2ImgPipeline.__call__)
     def run(self: Any, *args: Any, **kwargs: Any) -> str:
         kinds = {type(p).__name__ for p in self.unet.attn_processors.values()}
         self.runs.append((args, kwargs, self.vae.use_tiling, self.vae.use_slicing, kinds))
+        self.pause()
         if kwargs.get("strength") == 0.123:
             raise RuntimeError("the run failed")
         return "pictures"
@@ -539,6 +543,14 @@ def test_tf32_is_named_where_it_matters(pipe: Any, f: Predictor, monkeypatch: py
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def test_expandable_segments_are_told_of(pipe: Any, f: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is required is then less than the models say: acting on the bound is safe, and the caller knows."""
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "expandable_segments:True")
+    with pytest.warns(ExceedsWarning, match="expandable_segments is on") as caught:
+        sdfit.guard(pipe, f, memory="80 GiB").predict(image=PICTURE, prompt="a")
+    assert caught[0].filename == __file__
+
+
 def test_an_allocator_that_is_set_to_its_defaults_is_covered(
     pipe: Any, f: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -734,3 +746,212 @@ def test_warnings_say_where_the_call_was(pipe: Any, f: Predictor) -> None:
         warnings.simplefilter("always")
         guarded(**BIG)
     assert [w.filename for w in caught if w.category is ExceedsWarning] == [__file__]
+
+
+def used(pipe: Any, f: Predictor, spare: float, own: int) -> tuple[Any, dict[str, float], Any]:
+    """A guard of a made-up card, what runs hold on it, and the requirement of a run beside the pipeline's own weights."""
+    held = {"run": 0.0, "other": 0.0}
+
+    def ask(pipe: Any) -> Free:
+        taken = round(held["run"] + held["other"])
+        return Free(round(spare) - taken, own, own + taken)
+
+    guarded = sdfit.guard(pipe, f, ask=ask, on_exceed="skip")
+    return guarded, held, guarded.predict(**BIG).upper - own
+
+
+def test_what_a_promised_run_has_taken_counts_once(pipe: Any, f: Predictor) -> None:
+    """With room for 2.5 runs the second is told yes before and after the first has its memory, the third never."""
+    own = round(2.7 * GIB)
+    each = sdfit.guard(pipe, f, memory="80 GiB").predict(**BIG).upper - own
+    guarded, held, _ = used(pipe, f, each * 2.5, own)
+    with guarded.reserve(**BIG):
+        for share in (0.0, 0.4, 1.0):
+            held["run"] = each * share
+            with guarded.reserve(**BIG), pytest.raises(WillNotFit), guarded.reserve(**BIG):
+                pass
+        held["other"] = each * 0.6  # more than the promised run may have taken: someone else's
+        with pytest.raises(WillNotFit), guarded.reserve(**BIG):
+            pass
+        held.update(run=0.0, other=0.0)
+    held["run"] = each * 0.6  # nothing is promised: it is another's
+    with guarded.reserve(**BIG), pytest.raises(WillNotFit), guarded.reserve(**BIG):
+        pass
+
+
+def test_another_process_is_seen_while_runs_are_in_progress(pipe: Any, f: Predictor) -> None:
+    """Its memory is no longer free, and nothing of this process has grown."""
+    own, room = round(2.7 * GIB), {"spare": 0.0}
+    each = sdfit.guard(pipe, f, memory="80 GiB").predict(**BIG).upper - own
+    guarded = sdfit.guard(pipe, f, ask=lambda pipe: Free(round(room["spare"]), own, own))
+    room["spare"] = each * 2.5
+    with guarded.reserve(**BIG):
+        room["spare"] = each * 1.9
+        with pytest.raises(WillNotFit), guarded.reserve(**BIG):
+            pass
+
+
+def test_a_call_inside_its_reservation_draws_on_it(pipe: Any, f: Predictor) -> None:
+    """It is not counted twice, one call at a time, in threads that take the context along; afterwards it asks again."""
+    own = round(2.7 * GIB)
+    each = sdfit.guard(pipe, f, memory="80 GiB").predict(**BIG).upper - own
+    guarded = sdfit.guard(pipe, f, ask=lambda pipe: Free(round(each * 1.5), own), on_exceed="skip")
+    with guarded.reserve(**BIG):
+        assert guarded(**BIG) == guarded(**BIG) == "pictures"
+        told: list[Any] = []
+        context = contextvars.copy_context()
+        for target in (lambda: context.run(guarded, **BIG), lambda: guarded(**BIG)):
+            thread = threading.Thread(target=lambda target=target: told.append(target()))
+            thread.start()
+            thread.join()
+        assert told == ["pictures", None], "a bare thread holds nothing"
+        with guarded._draw() as held:
+            assert held == pytest.approx(each) and guarded(**BIG) is None, "another call draws on it"
+        huge = BIG | {"image": picture(2048, 2048)}
+        assert guarded(**huge) is None, "it holds less than that call needs"
+    assert guarded(**BIG) == "pictures"
+
+
+def test_a_call_larger_than_its_reservation_takes_the_rest(pipe: Any, f: Predictor) -> None:
+    """Where the rest is there, it runs."""
+    own = round(2.7 * GIB)
+    guarded = sdfit.guard(pipe, f, ask=lambda pipe: Free(20 * round(GIB), own), on_exceed="skip")
+    with guarded.reserve(image=picture(512, 512), prompt="a"):
+        assert guarded(**BIG) == "pictures"
+
+
+def test_an_amount_holds_the_weights_once(pipe: Any, f: Predictor) -> None:
+    """Two runs of one pipeline share its weights: an amount for the weights and two runs is enough for two."""
+    upper = sdfit.guard(pipe, f, memory="80 GiB").predict(**BIG).upper
+    own = sum(p.numel() * p.element_size() for part in components(pipe).values() for p in part.parameters())
+    guarded = sdfit.guard(pipe, f, memory=2 * upper - own + 4096)
+    with guarded.reserve(**BIG), guarded.reserve(**BIG), pytest.raises(WillNotFit), guarded.reserve(**BIG):
+        pass
+    other = sdfit.guard(pipe, f, memory=upper - 2**20)
+    with pytest.raises(WillNotFit):
+        other(**BIG)
+
+
+def test_another_thread_sees_nothing_of_what_is_adapted(pipe: Any, f: Predictor) -> None:
+    """While one run is adapted, readings of others are those of before, and their runs wait; then they run untiled."""
+    small: dict[str, Any] = {"image": picture(512, 512), "prompt": "a"}
+    inside, go, told = threading.Event(), threading.Event(), []
+    guarded = sdfit.guard(pipe, f, memory="5 GiB", on_exceed="adapt")
+    pipe.pause = lambda: (inside.set(), go.wait(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = threading.Thread(target=lambda: told.append(guarded(**BIG)))
+        adapted.start()
+        assert inside.wait(20) and pipe.vae.use_tiling
+        pipe.pause = lambda: None
+        assert guarded.workload(**small).vae_tiling is False
+        other = threading.Thread(target=lambda: told.append(sdfit.guard(pipe, f, memory="80 GiB")(**small)))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and told == [], "it waits"
+        go.set()
+        adapted.join(20)
+        other.join(20)
+    assert told == ["pictures"] * 2 and [run[2] for run in pipe.runs] == [True, False] and not pipe.vae.use_tiling
+
+
+def test_adapting_waits_for_runs_and_not_for_its_own(pipe: Any, f: Predictor) -> None:
+    """It begins once the others are over; inside a run of the same pipeline it is refused at once, and nothing hangs."""
+    small: dict[str, Any] = {"image": picture(512, 512), "prompt": "a"}
+    guarded = sdfit.guard(pipe, f, memory="5 GiB", on_exceed="adapt")
+    inside, go, told = threading.Event(), threading.Event(), []
+
+    def pause() -> None:
+        pipe.pause = lambda: None
+        with pytest.raises(WillNotFit):
+            guarded(**BIG)
+        inside.set()
+        go.wait(20)
+
+    pipe.pause = pause
+    first = threading.Thread(target=lambda: told.append(guarded(**small)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first.start()
+        assert inside.wait(20)
+        second = threading.Thread(target=lambda: told.append(guarded(**BIG)))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive() and not pipe.vae.use_tiling
+        go.set()
+        first.join(20)
+        second.join(20)
+    assert told == ["pictures"] * 2 and [run[2] for run in pipe.runs] == [False, True]
+
+
+class Card:
+    """A CUDA card as far as `free_memory` asks it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, share: float = 1.0) -> None:
+        self.asked: list[str] = []
+        answers = {
+            "mem_get_info": (8 * GIB, 16 * GIB), "memory_allocated": 3 * GIB, "memory_reserved": 4 * GIB,
+            "get_per_process_memory_fraction": share, "current_device": 1, "get_device_name": "Tesla T4",
+        }  # fmt: skip
+        for name, answer in answers.items():
+            patch.setattr(torch.cuda, name, lambda *where, answer=answer: self.asked.extend(map(str, where)) or answer)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", 1, torch.device("cuda", 1)])
+def test_the_device_is_the_one_that_hooks_say(
+    pipe: Any, f: Predictor, monkeypatch: pytest.MonkeyPatch, device: Any
+) -> None:
+    """Whether accelerate has it as a device, a name or a number, with or without its index."""
+    card = Card(monkeypatch)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        part._hf_hook = SimpleNamespace(execution_device=device)
+    assert str(device_of(pipe)) == "cuda:1"
+    free = free_memory(pipe)
+    assert (free.spare_bytes, free.own_bytes, free.allocated_bytes) == (9 * GIB, 0, 3 * GIB) and "cuda:1" in card.asked
+
+
+def test_a_cap_on_the_process_counts(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of 16 GiB of which 3 are allocated leaves 5."""
+    Card(monkeypatch, share=0.5)
+    pipe.unet._hf_hook = SimpleNamespace(execution_device="cuda:1")
+    assert free_memory(pipe).spare_bytes == 5 * GIB
+
+
+def test_without_a_name_the_model_is_that_of_the_pipelines_card(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card that the pipeline is on, not the machine's first; asked for at the call, for it may move there later."""
+    asked: list[str] = []
+    monkeypatch.setattr("sdfit.guard.guarded.load", lambda name: asked.append(name) or sdfit.load("t4"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guarded = sdfit.guard(pipe, memory="80 GiB")
+        assert guarded.predict(image=PICTURE, prompt="a").upper > 0 and asked == ["auto"]
+        Card(monkeypatch)
+        for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+            part._hf_hook = SimpleNamespace(execution_device="cuda:1")
+        assert guarded.model.name and asked == ["auto", "Tesla T4"]
+
+
+def test_guards_pickle_and_copy(whole: Any, f: Predictor) -> None:
+    """A copy guards the same pipeline with the same options; a deep one, and one from a pickle, the copy of it within."""
+    guarded = sdfit.guard(whole, f, memory="80 GiB", on_exceed="skip", allow=("vae_tiling",))
+    before = guarded.predict(**BIG).upper
+    shallow, deep, stored = copy.copy(guarded), copy.deepcopy(guarded), pickle.loads(pickle.dumps(guarded))
+    assert shallow.pipe is whole and deep.pipe is not whole and stored.pipe is not whole
+    for again in (shallow, deep, stored):
+        assert (again.on_exceed, again.memory, again.allow) == ("skip", "80 GiB", ("vae_tiling",))
+        assert again.predict(**BIG).upper == before
+
+
+def test_a_picture_that_is_taken_for_latents_is_told_of(pipe: Any, f: Predictor) -> None:
+    """Once, at the caller's line, with what to type."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB", on_exceed="skip")
+    call: dict[str, Any] = {"image": picture(64, 64, "RGBA"), "prompt": "a"}
+    with pytest.warns(ExceedsWarning, match=r"mode 'RGBA' for latents.* makes 512x512 .*\.convert\('RGB'\)") as caught:
+        guarded(**call)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guarded(**call)
+    with pytest.warns(ExceedsWarning) as caught, copy.copy(guarded).reserve(**call):
+        pass
+    assert caught[0].filename == __file__

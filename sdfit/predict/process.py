@@ -101,6 +101,16 @@ def unknown(dtype: str) -> list[str]:
     return found
 
 
+def remark() -> str:
+    """What of the settings changes the number without making it wrong to act on; empty if nothing.
+
+    Expandable segments waste less between blocks: seven traced runs required 1.0 to 6.6 % less with them (simulated).
+    """
+    if allocator().get("expandable_segments", "").lower() != "true":
+        return ""
+    return "expandable_segments is on: runs then need a few per cent less than sdfit says, which assumes it off"
+
+
 def allocator() -> dict[str, str]:
     """PyTorch's allocator settings by name, from the environment or as set since."""
     torch = sys.modules.get("torch")
