@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdfit.backends.trace.segments import Block, CachingAllocator
+from sdfit.backends.trace.segments import CACHE_GIVEN_BACK, Block, CachingAllocator
 from sdfit.equation.weights import rounded
 from sdfit.study.calibration.operations import Ran, TracedRun
 
@@ -128,11 +128,14 @@ def run_on(
     known: dict[Any, list[Any]] = {}
     weights = iter(run.weights)
     for block, size in run.events:
+        if (block, size) == CACHE_GIVEN_BACK:
+            recorder.empty_cache()
+            continue
         if size < 0:
             recorder.free(numbers.pop(block))
             continue
         if block not in of_block:
-            requested = next(weights)
+            requested = next(weights) if run.workload.offload == "none" else size
             assert rounded(requested) == size
             numbers[block] = recorder.alloc(
                 requested, stack_of([("convert", "torch/nn/modules/module.py", 1343)], frames, known)

@@ -70,7 +70,7 @@ def calibrate(
     )
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
     if out is not None:
-        click.echo(f"wrote {write_table(found.architecture, out)}", err=True)
+        click.echo(f"wrote {write_table(found.architecture, out, inputs=snapshots)}", err=True)
     if figure is not None:
         from sdfit.study.calibration.figure import draw
 

@@ -7,6 +7,7 @@ and what was measured, each with its evidence.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ def workspaces_of(name: str) -> Workspaces:
     return Workspaces(read_table(name)) if name.endswith(SUFFIX) else workspaces_for(name)
 
 
-def write_table(architecture: Architecture, path: Path | str) -> Path:
+def write_table(architecture: Architecture, path: Path | str, *, inputs: Iterable[Path] = ()) -> Path:
     """Write a table, one rule and one measured kernel a line.
 
     Raises
     ------
     SdfitError
-        If the file cannot be written.
+        If the file cannot be written, or is one of ``inputs``.
     """
     plain = Rule((), (), "")
     rules = [{k: v for k, v in asdict(r).items() if k in ("dtypes", "copies", "evidence") or v != getattr(plain, k)}
@@ -59,7 +60,7 @@ def write_table(architecture: Architecture, path: Path | str) -> Path:
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     lines += [f"{json.dumps(key)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" if values else f'"{key}": []'
               for key, values in (("rules", rules), ("measured", rows))]  # fmt: skip
-    write(Output(Path(path), ("{\n" + ",\n".join(lines) + "\n}\n").encode(), TABLE))
+    write(Output(Path(path), ("{\n" + ",\n".join(lines) + "\n}\n").encode(), TABLE), inputs=inputs)
     return Path(path)
 
 

@@ -275,7 +275,11 @@ class _Sides:
 
     def _inside(self) -> list[_Alloc]:
         """The card's own blocks of the run that belong to an operation."""
-        return [a for a in self.card[self.first :] if a.owner >= 0 and not a.made]
+        found = [a for a in self.card[self.first :] if a.owner >= 0 and not a.made]
+        if self.run.workload.offload == "none":
+            return found
+        weights = set(self.run.weights)  # they come and go during the run
+        return [a for a in found if a.event.size_bytes not in weights or self._passes(a)]
 
     def _kernels(self) -> Iterator[Kernel]:
         blocks: dict[int, list[_Alloc]] = defaultdict(list)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from sdfit.backends.history import ABOUT
 from sdfit.equation.weights import rounded
 from sdfit.errors import SnapshotError, listed
+from sdfit.files import open_regular
 from sdfit.study.calibration.pickles import Row, Table, load
 
 HOW = "record one with torch.cuda.memory._record_memory_history() and _dump_snapshot(), or: sdfit sweep --history"
@@ -170,13 +172,14 @@ def read(path: Path | str, *, device: int | None = None) -> Snapshot:
 
 
 def _opened(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        head = file.read(6)
+    file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    head = file.read(6)
+    file.seek(0)
     if head.startswith(b"\x1f\x8b"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
+        return cast(BinaryIO, gzip.open(file))
     if head.startswith(b"\xfd7zXZ\x00"):
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    return path.open("rb")
+        return cast(BinaryIO, lzma.open(file))
+    return file
 
 
 class _Kept:
