@@ -434,7 +434,7 @@ def _most(blocks: Iterable[_Alloc]) -> tuple[int, tuple[int, ...]]:
 
 def _cublas(block: Held) -> int:
     """The size of a block that is cuBLAS's, by its frames or, without any, by its size; 0 if it is not."""
-    named = any("cublas" in frame.name.lower() for frame in block.stack)
+    named = any("cublas" in frame.name.lower() or frame.name == "getNewWorkspace" for frame in block.stack)
     return block.requested_bytes if named or block.requested_bytes in CUBLAS_BYTES else 0
 
 

@@ -31,7 +31,7 @@ from sdfit.study.calibration.operations import Ran, TracedRun, operations_of
 from sdfit.study.calibration.report import Report, report
 from sdfit.study.calibration.rules import architecture_of, explained, followed, predicted
 from sdfit.study.calibration.snapshot import Event, Frame, read
-from sdfit.study.lab.snapshots import lines_of
+from sdfit.study.lab.snapshots import lines_of, names  # noqa: E402
 from sdfit.units import MIB
 from sdfit.workload import Workload
 
@@ -259,11 +259,12 @@ def test_another_run_than_the_one_named_is_refused(options: dict[str, Any], fram
     assert "\n" not in str(error.value)
 
 
-def test_another_models_history_is_refused(tmp_path: Path) -> None:
-    """A language model's published list, as a snapshot: few of its blocks are ours, and the sentence says so."""
+@pytest.mark.parametrize("name", names())
+def test_another_models_history_is_refused(name: str, tmp_path: Path) -> None:
+    """Every published list, as a snapshot: few of its blocks are ours, and the sentence says so."""
     events = [
-        {"action": row["action"], "addr": int(row["offset"]), "size": int(row["size_bytes"]), "stream": 0, "frames": []}
-        for row in lines_of("silmont-769df2")
+        {"action": row["action"], "addr": int(row["offset"] or 0), "size": int(row["size_bytes"] or 0), "frames": []}
+        for row in lines_of(name)
         if not row["action"].startswith("start_")
     ]
     path = write(tmp_path / "s.pickle", {"segments": [], "device_traces": [events]})
