@@ -74,4 +74,4 @@ def calibrate(
     if figure is not None:
         from sdfit.study.calibration.figure import draw
 
-        click.echo(f"wrote {draw(*pairs[0], found.architecture, figure, word=found.word)}", err=True)
+        click.echo(f"wrote {draw(*pairs[0], found.architecture, figure, word=found.word, base=base)}", err=True)

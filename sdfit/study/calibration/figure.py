@@ -21,7 +21,7 @@ from sdfit.workload import variant_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, CARD, TRACE, PEAK = "#222222", "#0072B2", "#009E73", "#D55E00"
+INK, CARD, TRACE, PEAK, PRIOR = "#222222", "#0072B2", "#009E73", "#D55E00", "#8a8a8a"
 BANDS = ("#ffffff", "#f0f1f4")
 NAMES = {
     "text_encoder": "text",
@@ -69,7 +69,15 @@ def traced_live(run: TracedRun, table: Architecture, standing_bytes: int) -> lis
     return points
 
 
-def draw(calibration: Calibration, run: TracedRun, table: Architecture, path: str | Path, *, word: str) -> Path:
+def draw(
+    calibration: Calibration,
+    run: TracedRun,
+    table: Architecture,
+    path: str | Path,
+    *,
+    word: str,
+    base: Architecture | None = None,
+) -> Path:
     """Draw both and write the figure; the ending says the format.
 
     Parameters
@@ -82,6 +90,8 @@ def draw(calibration: Calibration, run: TracedRun, table: Architecture, path: st
     path : str or Path
     word : str
         What the recorded run is: measured, or simulated.
+    base : Architecture, optional
+        The kernels known before; a grey line behind shows the trace with them.
 
     Raises
     ------
@@ -90,9 +100,10 @@ def draw(calibration: Calibration, run: TracedRun, table: Architecture, path: st
     """
     standing = sum(s.counted_bytes for s in calibration.standing) + calibration.unsplit_bytes
     both = (calibration.live, traced_live(run, table, standing))
+    prior = traced_live(run, base, standing) if base is not None else None
     stages = [ran.stage for ran in run.operations]
     scale, bands = _scale(stages)
-    lowest, highest = min(v for p in both for _, v in p), max(v for p in both for _, v in p)
+    lowest, highest = min(v for p in both for _, v in p), max(v for p in (*both, prior or ()) for _, v in p)
     room = max(highest - lowest, 1)
     figure, upper = blank(11, 6.4)
     upper.remove()
@@ -100,6 +111,12 @@ def draw(calibration: Calibration, run: TracedRun, table: Architecture, path: st
     titles = (f"{calibration.card} ({word})", f"trace (simulated), kernels of the table '{table.name}'")
     for ax, points, colour, title in zip(axes, both, (CARD, TRACE), titles, strict=True):
         _one(ax, points, scale, bands, colour, title)
+        if base is not None and prior is not None and points is both[1]:
+            before, _, _ = _curve(prior, scale)
+            ax.plot(*before, color=PRIOR, lw=0.8, zorder=1.5)
+            ax.text(
+                0.008, 0.74, f"grey: with the kernels of '{base.name}'", transform=ax.transAxes, fontsize=8.5, color=INK
+            )
         ax.set_ylim((lowest - 0.06 * room) / GIB, (highest + 0.2 * room) / GIB)
     w = calibration.workload
     axes[0].set_title(
@@ -122,9 +139,8 @@ def _scale(stages: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, float, fl
     return np.append(np.concatenate(pieces), edges[-1]), bands
 
 
-def _one(
-    axes: Axes, points: Points, scale: np.ndarray, bands: list[tuple[str, float, float]], colour: str, title: str
-) -> None:
+def _curve(points: Points, scale: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+    """The line of a run; of each operation that changes anything also its place and its highest value [GiB]."""
     place = np.array([at for at, _ in points])
     live = np.array([v for _, v in points], dtype=float) / GIB
     # what happens within one operation is drawn as its highest and its last value
@@ -132,12 +148,19 @@ def _one(
     highest = np.maximum.reduceat(live, first)
     last = live[np.append(first[1:] - 1, len(live) - 1)]
     begins, ends = scale[place[first]], scale[np.append(place[first][1:], len(scale) - 1)]
+    x = np.ravel(np.column_stack([begins, begins, ends]))
+    y = np.ravel(np.column_stack([highest, last, last]))
+    return (x, y), begins, highest
+
+
+def _one(
+    axes: Axes, points: Points, scale: np.ndarray, bands: list[tuple[str, float, float]], colour: str, title: str
+) -> None:
+    (x, y), begins, highest = _curve(points, scale)
     for i, (name, left, right) in enumerate(bands):
         axes.axvspan(left, right, color=BANDS[i % 2], lw=0, zorder=0)
         axes.text((left + right) / 2, 0.97, name, transform=axes.get_xaxis_transform(), ha="center", va="top",
                   fontsize=8.5, color=INK)  # fmt: skip
-    x = np.ravel(np.column_stack([begins, begins, ends]))
-    y = np.ravel(np.column_stack([highest, last, last]))
     axes.fill_between(x, 0, y, color=colour, alpha=0.2, lw=0, zorder=1)
     axes.plot(x, y, color=colour, lw=0.8, zorder=2)
     peak = int(np.argmax(highest))

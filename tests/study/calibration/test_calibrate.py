@@ -31,7 +31,7 @@ from sdfit.study.calibration.operations import Ran, TracedRun, operations_of
 from sdfit.study.calibration.report import Report, report
 from sdfit.study.calibration.rules import architecture_of, explained, followed, predicted
 from sdfit.study.calibration.snapshot import Event, Frame, read
-from sdfit.study.lab.snapshots import lines_of, names  # noqa: E402
+from sdfit.study.lab.snapshots import lines_of, names
 from sdfit.units import MIB
 from sdfit.workload import Workload
 
