@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 @click.option("--image", type=click.Path(path_type=Path), default=None, help="Take height and width from a picture.")
 @click.option("--metric", default=None, help="One of required, allocated, reserved, device; left out: all.")
 @level_option
+@click.option("--replay", is_flag=True, help="Required memory by simulating the run, not by the equation; seconds.")
 @json_option
 def predict(
-    gpu: str, image: Path | None, metric: str | None, level: float | None, as_json: bool, **fields: Any
+    gpu: str, image: Path | None, metric: str | None, level: float | None, replay: bool, as_json: bool, **fields: Any
 ) -> None:
     """Predict the peak memory of one run: what it requires, then what the counters will show."""
     from sdfit.predict.library import load
@@ -50,6 +51,8 @@ def predict(
     from sdfit.predict.verdict import best_metric
 
     workload, f = workload_from(fields, image), load(gpu)
+    if replay:
+        f = settling(f, replay, None)
     level = DEFAULT_LEVEL if level is None else level
     shown = [metric] if metric is not None else [best_metric(f), *(m for m in f.metrics if m != best_metric(f))]
     peaks = [f.predict_workload(workload, metric=name, level=level) for name in shown]

@@ -22,8 +22,10 @@ replay_option = click.option(
 )
 
 
-def settling(f: Predictor, replay: bool | None, limit_bytes: float) -> Predictor:
-    """The model, or one that simulates a run whenever its equation does not say whether it needs more than a limit.
+def settling(f: Predictor, replay: bool | None, limit_bytes: float | None) -> Predictor:
+    """The model, or one that simulates a run whenever its equation does not say whether it needs more than a limit [bytes].
+
+    Without a limit every run is simulated.
 
     Raises
     ------

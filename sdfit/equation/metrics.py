@@ -11,6 +11,7 @@ jumps: a group has coefficients for each range of sizes between such jumps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +100,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 """What runs that share conformal scores agree in, the narrowest first."""
 
 
+@cache
 def metric_groups(place: Place) -> tuple[str, ...]:
     """The groups whose coefficients a metric may use, the narrowest first; ``""`` holds all.
 
@@ -126,6 +128,7 @@ def group_fields(name: str) -> dict[str, str]:
     return dict(zip(next(fields for fields in WIDENING if len(fields) == len(values)), values, strict=True))
 
 
+@cache
 def families(place: Place) -> tuple[str, ...]:
     """The families whose conformal scores a run may use, the narrowest first; ``""`` holds all.
 
