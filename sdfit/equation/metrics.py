@@ -20,7 +20,7 @@ from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Numbers, Sizes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.terms import COLUMN, products
-from sdfit.workload import DTYPE_BYTES, SLICES, VARIANT_FIELDS, VariantKey
+from sdfit.workload import DTYPE_BYTES, SLICES, STREAMED, VARIANT_FIELDS, VariantKey
 
 METRICS = ("allocated", "reserved", "device", "required", "minimum")
 """What the README's glossary explains; each a peak over one run [bytes]."""
@@ -43,6 +43,17 @@ PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid") for stage in 
 PIECES = tuple(dict.fromkeys(PIECE.values()))
 
 
+def packs_like(attention: str, offload: str) -> str:
+    """The attention of a `Place`.
+
+    Examples
+    --------
+    >>> packs_like("sdpa", "model"), packs_like("sdpa", "sequential")
+    ('sdpa', 'sdpa/sequential')
+    """
+    return f"{attention}/{offload}" if offload in STREAMED else attention
+
+
 class Place(NamedTuple):
     """What runs that pack alike have in common.
 
@@ -51,7 +62,8 @@ class Place(NamedTuple):
     element_bytes : int
         Of the dtype.
     attention, vae, offload : str
-        As in `sdfit.workload.Workload`.
+        As in `sdfit.workload.Workload`; where weights come module by module that is said of the attention too, because
+        such runs pack like no others (`packs_like`).
     sliced, tiled : bool
         Whether the VAE really runs in slices, or in tiles: at one image, or up to 512 pixels, it does not.
     guided, three : bool
@@ -178,7 +190,7 @@ three=False, regime=1, piece='vae_decoder')
     flags, which = divmod(rest, len(REGIMES))
     return Place(
         element_bytes=DTYPE_BYTES[values["dtype"]],
-        attention=values["attention"],
+        attention=packs_like(values["attention"], values["offload"]),
         vae=values["vae"],
         offload=values["offload"],
         sliced=bool(flags & 4),

