@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all bench lint models sums chromium clean
+.PHONY: demo test test-all bench lint matrix models sums chromium clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sdfit needs Python 3.11 or newer; type: make PYTHON=python3.11")'
@@ -27,6 +27,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Other Pythons and releases: the wheel, each diffusers since 0.32, whole installs (gigabytes; MATRIX="--part wheel" for less).
+matrix: $(READY)
+	$(BIN)/python -m sdfit.study.lab matrix $(MATRIX)
 
 # The shipped models, made again from the records under data/, and the registry of both folders.
 models: $(READY)

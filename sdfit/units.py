@@ -123,6 +123,20 @@ def parse_share(text: str) -> float:
     return share
 
 
+def format_duration(seconds: float) -> str:
+    """Write a time span as a person would say it.
+
+    Examples
+    --------
+    >>> format_duration(42.4), format_duration(300), format_duration(5400)
+    ('42 s', '5 min', '1 h 30 min')
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Align cells in columns two spaces apart.
 

@@ -21,8 +21,42 @@ from sdfit.cli.study import compare, derive, evaluate, explain, identify, report
 from sdfit.cli.weighing import curve, strategies
 from sdfit.errors import QUIET, run_command
 
+ABOUT = """\b
+Examples:
+  sdfit fits --gpu rtx3060 --height 1024 --width 1024 --batch-size 4
+  sdfit COMMAND --help        each command ends with examples of its own
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+\b
+Exit codes:
+  0  done, yes      1  a known failure, in one sentence      2  usage
+  3  no             130  interrupted; the same command goes on
+
+\b
+Environment:
+  SDFIT_MODELS  a folder of models, looked into first
+  SDFIT_QUIET   1: no notes, as --quiet
+  NO_COLOR      any value: no colour
+
+\b
+Completion by the Tab key, for this shell or in its start-up file:
+  eval "$(_SDFIT_COMPLETE=bash_source sdfit)"    # or zsh_source
+  _SDFIT_COMPLETE=fish_source sdfit | source
+
+Answers go to stdout, all else to stderr; --json gives plain values, in bytes.
+"""
+
+
+class _Whole(click.Group):
+    """A group whose help says of each command its whole first sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Group.format_commands`, which cuts the sentences short."""
+        rows = [(name, " ".join((c.help or "").split("\n\n")[0].split())) for name, c in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=_Whole, context_settings={"help_option_names": ["-h", "--help"]}, epilog=ABOUT)
 @click.version_option(__version__, prog_name="sdfit")
 def cli() -> None:
     """How much GPU memory will a Stable Diffusion v1.5 img2img run need, and will it fit?"""

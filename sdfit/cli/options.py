@@ -23,10 +23,14 @@ def workload_options(command: F) -> F:
         options = CHOICES[name]
         if isinstance(options[0], bool):
             negative = "--no-" + name.replace("_", "-")
-            command = click.option(f"{flag}/{negative}", name, default=options[0], show_default=True)(command)
+            command = click.option(
+                f"{flag}/{negative}", name, default=options[0], show_default=True, help=_CHOICES[name]
+            )(command)
         else:
             kind = click.Choice([str(o) for o in options])
-            command = click.option(flag, name, type=kind, default=options[0], show_default=True)(command)
+            command = click.option(flag, name, type=kind, default=options[0], show_default=True, help=_CHOICES[name])(
+                command
+            )
     command = click.option(
         "--prompt", expose_value=False, help="Any text costs the same: it is padded and cut to 77 tokens."
     )(command)
@@ -42,10 +46,40 @@ _NUMBERS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--batch-size", int, 1, "Images per call."),
     ("--guidance-scale", float, 7.5, "Above 1 doubles the UNet's batch."),
 )
+_CHOICES = {
+    "dtype": "Of weights and activations.",
+    "attention": "sdpa is fused, PyTorch's default; the others hold the scores: all, or those of some heads.",
+    "vae": "kl is the checkpoint's own, tiny is TAESD.",
+    "vae_slicing": "Decode one image at a time.",
+    "vae_tiling": "Decode in tiles where the image is larger than one.",
+    "offload": "Weights wait on the host: by component (model), or by module or block.",
+    "safety_checker": "Whether it is loaded.",
+    "execution": "How PyTorch runs it; all but the default are known only where a card was swept so.",
+}
+"""What each discrete field of a Workload means."""
+
+
+def names_of_cards(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    """Complete what was begun of a card or a model, for the shell."""
+    from sdfit.predict.cards import table
+    from sdfit.predict.library import available
+
+    names = {"auto", *available(), *(card.slug for card in table())}
+    return sorted(name for name in names if name.startswith(begun.lower()))
+
+
+def names_of_grids(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    """Complete what was begun of a grid's name, for the shell."""
+    from sdfit.sweep.grid import names
+
+    return [name for name in names() if name.startswith(begun)]
+
+
 gpu_option = click.option(
     "--gpu",
     default="auto",
     show_default=True,
+    shell_complete=names_of_cards,
     help="A card (sdfit cards), a model (sdfit models) or a path; auto: the card here.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Plain values, amounts in bytes.")

@@ -103,7 +103,13 @@ def check(
 @pictures_argument
 @gpu_option
 @memory_option
-@click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["cuda", "trace", "fake"]),
+    default="cuda",
+    show_default=True,
+    help="cuda measures; trace simulates a card; fake is a made-up one.",
+)
 @out_option
 @workload_options
 @level_option

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from sdfit.sweep.run import Progress
+from sdfit.units import format_duration
 
 LINE_EVERY_S = 10.0
 
@@ -70,5 +71,5 @@ class Reporter:
         now = time.monotonic()
         if now - self._last_s >= LINE_EVERY_S or progress.done + progress.crashed == progress.total:
             self._last_s = now
-            left = f", about {progress.eta_s:.0f} s left" if progress.eta_s else ""
+            left = f", about {format_duration(progress.eta_s)} left" if progress.eta_s else ""
             print(f"{self.title}: {progress.done}/{progress.total} done, {failed}{left}", file=sys.stderr, flush=True)

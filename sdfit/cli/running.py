@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdfit.cli.options import example, json_option, note, out_option, records_argument
+from sdfit.cli.options import example, json_option, names_of_cards, names_of_grids, note, out_option, records_argument
 from sdfit.errors import FitError, SdfitError
 from sdfit.units import aligned, parse_duration, parse_share
 from sdfit.workload import CARD_ALONE, Workload, variant_name
@@ -28,11 +28,35 @@ MOST_FINDINGS = 12
         "sdfit sweep --gpu t4 --backend trace --grid quick --runs 6 --dry-run",
     )
 )
-@click.option("--gpu", default="auto", show_default=True, help="The card, as in 't4'; auto takes what is there.")
-@click.option("--grid", default="default", show_default=True, help="Name of a grid, as in quick, or a .toml file.")
-@click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
+@click.option(
+    "--gpu",
+    default="auto",
+    show_default=True,
+    shell_complete=names_of_cards,
+    help="The card, as in 't4'; auto takes what is there.",
+)
+@click.option(
+    "--grid",
+    default="default",
+    show_default=True,
+    shell_complete=names_of_grids,
+    help="Name of a grid, as in quick, or a .toml file.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["cuda", "trace", "fake"]),
+    default="cuda",
+    show_default=True,
+    help="cuda measures; trace simulates a card; fake is a made-up one.",
+)
 @out_option
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Workers on this machine, or on those of a Ray cluster.",
+)
 @click.option("--address", default=None, help="Of a Ray cluster to join, as auto or 10.0.0.1:6379.")
 @click.option("--workers", type=click.IntRange(1), default=None, help="Processes; one per card or processor.")
 @click.option("--devices", default=None, help="Cards of this machine, as 0,1: a process each; left out, all.")
@@ -51,6 +75,7 @@ MOST_FINDINGS = 12
     help="Record the allocations of the first workloads of each variant, for sdfit calibrate.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+@json_option
 def sweep(
     gpu: str,
     grid: str,
@@ -69,6 +94,7 @@ def sweep(
     kernels: str | None,
     history: bool,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Run a grid on a card and record the peaks."""
     from sdfit.backends.history import worth_recording
@@ -79,7 +105,8 @@ def sweep(
 
     plan = grids.load(grid)
     if dry_run and runs is None:
-        click.echo(plan.summary())
+        counted = {"grid": plan.name, "grid_sha256": plan.sha256, "runs": len(plan.workloads)}
+        click.echo(json.dumps(counted) if as_json else plan.summary())
         return
     options: dict[str, Any] = {"gpu": gpu}
     if address is not None and engine != "ray":
@@ -138,6 +165,10 @@ def sweep(
     )
     if not outcome.complete and few is None:
         click.echo("not complete: run the same command to go on", err=True)
+    if as_json:
+        counts = {name: getattr(outcome, name) for name in ("done", "total", "oom", "crashed", "skipped", "complete")}
+        click.echo(json.dumps({"paths": [str(path) for path in outcome.paths], **counts}))
+        return
     for path in outcome.paths:
         click.echo(path)
 

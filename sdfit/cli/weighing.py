@@ -72,7 +72,12 @@ def strategies(
 )
 @click.option("--gpu", multiple=True, help="A card, model or path; give it again for several. Left out: the card here.")
 @memory_option
-@click.option("--over", type=click.Choice(["height", "width", "size", "batch", "tokens", "steps"]), required=True)
+@click.option(
+    "--over",
+    type=click.Choice(["height", "width", "size", "batch", "tokens", "steps"]),
+    required=True,
+    help="What runs along the axis; size is a square's side.",
+)
 @click.option("--from", "start", type=int, required=True, help="The first value.")
 @click.option("--to", "end", type=int, required=True, help="The last value.")
 @click.option("--step", type=int, default=None, help="Left out: as fine as it matters, at most 256 points.")

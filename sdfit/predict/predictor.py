@@ -124,8 +124,10 @@ class Predictor:
         what = f"{self.name}: " + (f"model '{artifact.name}', " if artifact.name != self.name else "")
         if artifact.provenance == "measured" or artifact.prior:
             return what + self.evidence
-        what += f"not measured; it rests on {RESTS_ON[artifact.provenance]}"
-        what += f"; {self.evidence}" if artifact.provenance == "published" else ""
+        if artifact.provenance == "published":
+            what += f"not measured; it rests on a calibrated simulation and {self.evidence}"
+        else:
+            what += f"not measured; it rests on {RESTS_ON[artifact.provenance]}"
         return what + (f". {WRONG_HALF}" if self.wrong_half else "")
 
     @property

@@ -72,8 +72,12 @@ def find(grid: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    names = sorted(p.stem for p in shipped("sweeps").glob("*.toml"))
-    raise GridError(f"no grid '{grid}'; there are: {listed(names)}, or give the path of a .toml file", grid=grid)
+    raise GridError(f"no grid '{grid}'; there are: {listed(names())}, or give the path of a .toml file", grid=grid)
+
+
+def names() -> list[str]:
+    """The grids that ship."""
+    return sorted(p.stem for p in shipped("sweeps").glob("*.toml"))
 
 
 def load(grid: str) -> Plan:

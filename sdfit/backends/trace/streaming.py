@@ -10,7 +10,7 @@ that meets such a stand-in would mix host and card, and is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -113,13 +113,22 @@ def _back_to_host(post_forward: Callable[..., Any], stand_ins: dict[str, Any]) -
     return run
 
 
+def _no_accelerator(group_offloading: Any) -> AbstractContextManager[Any]:
+    """Let diffusers find an accelerator's module, of which it uses nothing without streams: there is none for meta."""
+    if hasattr(group_offloading, "TorchDeviceBackend"):
+        return patch.object(group_offloading, "TorchDeviceBackend", lambda device: None)
+    if hasattr(torch, "accelerator"):  # diffusers before 0.41 asks PyTorch
+        return patch.object(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    return nullcontext()
+
+
 @contextmanager
 def _grouped(part: Any, offload: str) -> Iterator[None]:
     from diffusers.hooks import apply_group_offloading, group_offloading
 
     apply = getattr(part, "enable_group_offload", None)
     forwards = [(module, vars(module).get("forward")) for module in part.modules()]
-    with patch.object(group_offloading, "TorchDeviceBackend", lambda device: None):  # there is none for meta
+    with _no_accelerator(group_offloading):
         if apply is not None:
             apply(onload_device=META, offload_device=META, **GROUPS[offload])
         else:

@@ -27,7 +27,13 @@ def lab() -> None:
 
 @lab.command()
 @gpu_option
-@click.option("--backend", type=click.Choice(["cuda", "trace", "fake"]), default="cuda", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["cuda", "trace", "fake"]),
+    default="cuda",
+    show_default=True,
+    help="What runs it: a card, a trace, or a made-up card.",
+)
 @click.option(
     "--folder", type=click.Path(path_type=Path), required=True, help="Where records are, and go; it names the model."
 )
@@ -133,6 +139,46 @@ def snapshots() -> None:
     from sdfit.study.lab import snapshots as module
 
     click.echo(module.table())
+
+
+@lab.command()
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path("build/matrix"), show_default=True, help="For installs."
+)
+@click.option("--part", type=click.Choice(["wheel", "diffusers", "installs"]), multiple=True, help="Left out: all.")
+@click.option("--release", multiple=True, help="Of diffusers; left out: each since 0.32.")
+def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...]) -> None:
+    """Predict and trace under other Pythons and releases, and print where memory differs; fetches gigabytes."""
+    from sdfit.study.lab import matrix as module
+
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, ...]] = []
+    if not part or "wheel" in part:
+        rows += module.wheels(folder)
+    parts = {"diffusers": module.diffusers(folder, release or module.DIFFUSERS), "installs": module.installs(folder)}
+    for name, traced in parts.items():
+        if part and name not in part:
+            continue
+        for row in traced:
+            click.echo("  ".join(row), err=True)
+            rows.append(row)
+    click.echo(module.table(rows))
+
+
+@lab.command()
+@click.option("--take", type=click.IntRange(2), default=40, show_default=True, help="Runs of each sweep.")
+@click.option("--part", type=click.Choice(["scaling", "driver", "lost"]), multiple=True, help="Left out: all three.")
+def engines(take: int, part: tuple[str, ...]) -> None:
+    """Measure what a sweep's engines cost: scaling, the driver's work for a row, and a machine that is lost."""
+    from sdfit.study.lab import engines as module
+
+    if not part or "scaling" in part:
+        click.echo(module.scaling(take))
+    if not part or "driver" in part:
+        click.echo(module.driver())
+    if not part or "lost" in part:
+        click.echo(module.lost_machine(take))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
