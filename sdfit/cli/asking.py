@@ -251,9 +251,8 @@ def advise(
         shown = {"max_batch_size": batch, "options": [option.to_dict() for option in options], "memory": there.words}
         click.echo(json.dumps(answer.to_dict() | shown, indent=2))
     elif answer.answer == FITS:
-        click.echo(
-            f"already fits: at most {amount(answer.prediction.upper)} of {there.words}; up to {batch} image(s) a call do"
-        )
+        fits = f"already fits: at most {amount(answer.prediction.upper)} of {there.words}; up to {batch} image(s) a call do"
+        click.echo("\n".join([fits, *_options_in_words(options, "with more room:")]))
     else:
         changes = _options_in_words(options, "with") or ["  nothing that was tried makes it fit"]
         click.echo("\n".join([*in_words(answer, there), f"largest batch of this size: {batch}", *changes]))

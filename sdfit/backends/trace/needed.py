@@ -9,6 +9,9 @@ from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
 from sdfit.workload import Workload
 
+PATIENCE = 12
+"""One question takes a handful of runs; only who asks many gains by the programs of their modules."""
+
 
 class Needed:
     """``needed(workload, metric) -> bytes``: traces a run and replays it through the allocator.
@@ -21,7 +24,7 @@ class Needed:
 
     def __init__(self, kernels: str) -> None:
         self.kernels = kernels
-        self._tracer = Tracer(workspaces_for(kernels))
+        self._tracer = Tracer(workspaces_for(kernels), patience=PATIENCE)
 
     def __reduce__(self) -> tuple[type[Needed], tuple[str]]:
         return (Needed, (self.kernels,))

@@ -35,7 +35,7 @@ from sdfit.equation.weights import rounded
 from sdfit.workload import Workload
 
 WORTH_FINDING = 2
-"""Calls of a module at sizes of its own, after which its program is looked for: that takes three more."""
+"""Calls of a module after which its program is looked for, which takes three more: for a sweep, where hundreds follow."""
 _TIMESTEP = torch.int64
 _WHOLE = ("sdpa", "eager", "math")
 """Attention that runs the same operations for any number of images, from two on."""
@@ -45,8 +45,15 @@ _HANDED_THROUGH = "images"
 
 @dataclass(slots=True)
 class Known:
-    """What is known of a tracer's modules from earlier runs."""
+    """What is known of a tracer's modules from earlier runs.
 
+    Parameters
+    ----------
+    patience : int
+        Calls of a module at sizes of its own, after which its program is looked for.
+    """
+
+    patience: int = WORTH_FINDING
     programs: dict[Hashable, Program | None] = field(default_factory=dict)
     calls: dict[Hashable, tuple[Taken, Any]] = field(default_factory=dict)
     wanted: dict[Hashable, int] = field(default_factory=dict)
@@ -54,7 +61,7 @@ class Known:
     def learn(self, pipe: Any, workload: Workload) -> None:
         """Look for the programs that were wanted often enough, with the pipeline set to a workload's variant."""
         for key, count in list(self.wanted.items()):
-            if count >= WORTH_FINDING:
+            if count >= self.patience:
                 del self.wanted[key]
                 kind, batch, exact, even = key[0], key[1], key[2], key[3]  # type: ignore[index]
                 runs = [(at, _record(pipe, kind, at)) for at in probes(kind, batch, exact=exact, even=even)]

@@ -33,7 +33,7 @@ from PIL import Image
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
 from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation
-from sdfit.backends.trace.repeats import Known, skipped
+from sdfit.backends.trace.repeats import WORTH_FINDING, Known, skipped
 from sdfit.backends.trace.streaming import streamed
 from sdfit.backends.trace.workspaces import unsplit_bytes
 from sdfit.equation.stages import COMPONENTS, resident
@@ -137,6 +137,8 @@ class Tracer:
         Steps of the denoising loop; two reach the peak, as PNDM runs them (three UNet calls).
     settings : dict, optional
         Other component settings, for tests (see `sdfit.backends.pipeline.build_components`).
+    patience : int
+        See `sdfit.backends.trace.repeats.Known`.
     """
 
     def __init__(
@@ -145,12 +147,13 @@ class Tracer:
         *,
         num_inference_steps: int = 2,
         settings: dict[str, dict[str, Any]] | None = None,
+        patience: int = WORTH_FINDING,
     ) -> None:
         self.workspace, self.num_inference_steps, self.settings = workspace, num_inference_steps, settings
         self._pipes: dict[tuple[str, str, bool], Any] = {}
         self._weights: dict[int, dict[str, _Weights]] = {}
         self._unsplit: dict[tuple[int, tuple[str, ...]], int] = {}
-        self._known: Known | None = Known()
+        self._known: Known | None = Known(patience)
 
     def pipeline(self, workload: Workload) -> Any:
         """The meta pipeline that a workload runs on."""
