@@ -80,6 +80,10 @@ class SweepWarning(UserWarning):
     """A sweep goes on with fewer workers than were asked for."""
 
 
+class LocalModelWarning(UserWarning):
+    """A model of the current folder answers where one that ships with sdfit would have."""
+
+
 def listed(values: Iterable[object]) -> str:
     """Join values for a message.
 

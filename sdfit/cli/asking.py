@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from sdfit.units import aligned, format_bytes
 
 if TYPE_CHECKING:
     from sdfit.predict.advise import LargestBatch, LargestSize
+    from sdfit.predict.artifact import Artifact
     from sdfit.predict.memory import Memory
     from sdfit.predict.options import Option
     from sdfit.predict.prediction import Prediction
@@ -275,6 +277,20 @@ def _options_in_words(options: list[Option], verb: str) -> list[str]:
     ]
 
 
+def _readable(paths: Mapping[str, Path]) -> dict[str, Artifact]:
+    """The models of some files; one that is damaged is a note, and does not hide the others."""
+    from sdfit.errors import ArtifactError
+    from sdfit.predict.loading import load_artifact
+
+    found = {}
+    for name, path in paths.items():
+        try:
+            found[name] = load_artifact(path)
+        except ArtifactError as error:
+            note(str(error))
+    return found
+
+
 @click.command(epilog=example("sdfit cards 3060", "sdfit cards --json"))
 @click.argument("pattern", default="")
 @json_option
@@ -282,16 +298,17 @@ def cards(pattern: str, as_json: bool) -> int:
     """List the cards that sdfit knows by name, their memory, and which model answers for each."""
     from sdfit.predict.cards import matching
     from sdfit.predict.library import answering, available
-    from sdfit.predict.loading import load_artifact
     from sdfit.predict.predictor import Predictor
 
     models = available()
     found = [(card, answering(card, models)) for card in matching(pattern)]
-    artifacts = {name: load_artifact(models[name]) for name in {model for _, model in found if model}}
+    artifacts = _readable({name: models[name] for _, name in found if name})
     rests = [
-        Predictor(artifacts[model], models[model], card.slug, card).evidence if model else "no model yet"
+        "no model yet" if not model
+        else "its model cannot be read" if model not in artifacts
+        else Predictor(artifacts[model], models[model], card.slug, card).evidence
         for card, model in found
-    ]
+    ]  # fmt: skip
     if as_json:
         rows = [card.to_dict() | {"model": m, "rests_on": why} for (card, m), why in zip(found, rests, strict=True)]
         click.echo(json.dumps(rows, indent=2))
@@ -311,18 +328,12 @@ def cards(pattern: str, as_json: bool) -> int:
 @json_option
 def models(as_json: bool) -> None:
     """List the models that can be loaded, and what each rests on."""
-    from sdfit.errors import ArtifactError
     from sdfit.fit.card import models_table
     from sdfit.predict.library import available
-    from sdfit.predict.loading import load_artifact
     from sdfit.predict.predictor import Predictor
 
-    found = {}
-    for name, path in available().items():
-        try:
-            found[name] = Predictor(load_artifact(path), path)
-        except ArtifactError as error:  # one damaged file does not hide the others
-            note(str(error))
+    paths = available()
+    found = {name: Predictor(artifact, paths[name]) for name, artifact in _readable(paths).items()}
     if as_json:
         rows = {
             name: {

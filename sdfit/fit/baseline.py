@@ -59,5 +59,5 @@ def baseline_design(workloads: Sequence[Workload]) -> Array:
 
 def predict_baseline(predictor: Predictor, workload: Workload) -> float | None:
     """What an artifact's plain regression says of a workload [bytes]; None if its variant was not swept."""
-    found = predictor.artifact.baseline.get("variants", {}).get(variant_name(workload.variant))
+    found = predictor.artifact.baseline["variants"].get(variant_name(workload.variant))
     return None if found is None else float(np.dot(baseline_design([workload])[0], found["coef"]))

@@ -12,8 +12,9 @@ from sdfit.equation.sizes import Sizes
 from sdfit.equation.stages import STAGE
 from sdfit.equation.terms import TERMS, design_matrix
 from sdfit.fit import whose
-from sdfit.predict.artifact import RESTS_ON, Artifact
+from sdfit.predict.artifact import Artifact
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.schema import RESTS_ON
 from sdfit.units import aligned, percent
 from sdfit.workload import CHOICES
 
@@ -141,8 +142,7 @@ def source_rows(artifact: Artifact) -> Rows:
     """The records files that a model was fitted to."""
     rows: Rows = [("records", "sha256", "rows", "out of memory")]
     for source in artifact.sources:
-        digest = str(source.get("sha256", ""))[:16]
-        rows.append((str(source.get("name")), digest, str(source.get("rows", "")), str(source.get("oom", ""))))
+        rows.append((source["name"], source["sha256"][:16], str(source["rows"]), str(source["oom"])))
     return rows
 
 
@@ -222,7 +222,7 @@ def model_card(artifact: Artifact) -> str:
 
 def evidence_lines(artifact: Artifact) -> list[str]:
     """What each metric's interval rests on, a sentence each."""
-    counts = {metric: table[""]["count"] for metric, table in artifact.scores.items() if "" in table}
+    counts = {metric: table[""]["count"] for metric, table in artifact.scores.items()}
     if artifact.prior:
         return [f"{metric}: {whose.EVIDENCE[metric != 'allocated']}" for metric in counts]
     if artifact.provenance != "published":

@@ -152,7 +152,7 @@ def fitted_on(artifact: Artifact, paths: Sequence[Path], data: RecordsFile) -> l
     data : RecordsFile
         What they hold, pooled.
     """
-    fitted = {str(source.get("sha256")) for source in artifact.sources}
+    fitted = {source["sha256"] for source in artifact.sources}
     own = [path.name for path in paths if hashlib.sha256(path.read_bytes()).hexdigest() in fitted]
     found = (
         [f"'{artifact.name}' was fitted on {listed(own)}: these errors say nothing of runs that it never saw"]

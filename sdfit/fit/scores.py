@@ -99,5 +99,6 @@ def kept(scores: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, dict[
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for metric, table in scores.items():
         samples = {name: Scores.of(values) for name, values in table.items() if len(values)}
-        found[metric] = {name: {"count": s.size, "values": list(s.values)} for name, s in samples.items()}
+        if samples:
+            found[metric] = {name: {"count": s.size, "values": list(s.values)} for name, s in samples.items()}
     return found

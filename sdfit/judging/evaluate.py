@@ -114,7 +114,7 @@ def _points(predictor: Predictor, record: Record, level: float) -> list[Point]:
     stage = max(record.stage_peaks_bytes, key=record.stage_peaks_bytes.__getitem__)
     for metric in METRICS:
         actual = getattr(record, f"{metric}_bytes")
-        if not actual or (metric != "allocated" and not predictor.artifact.metrics.get(metric)):
+        if not actual or (metric != "allocated" and metric not in predictor.artifact.metrics):
             continue
         value: Prediction = predictor.predict_workload(record.workload, metric=metric, level=level)
         bound = predictor.predict_workload(record.workload, metric=metric, level=UPPER_LEVEL).upper
@@ -142,7 +142,7 @@ def _oom(predictor: Predictor, record: Record) -> OomPoint | None:
     cap = record.cap_bytes or predictor.artifact.environment.get("total_memory_bytes")
     if not cap:
         return None
-    metric = "required" if predictor.artifact.metrics.get("required") else "allocated"
+    metric = "required" if "required" in predictor.artifact.metrics else "allocated"
     value = predictor.predict_workload(record.workload, metric=metric, level=UPPER_LEVEL)
     return OomPoint(record.index, record.workload, int(cap), float(value), float(value) > cap, value.upper > cap)
 

@@ -2,7 +2,7 @@
 
 The file holds nothing but dict, list, str, int, float, bool and None, brought to one canonical form through JSON with
 sorted keys, so the same model is the same bytes and the pickle inside needs no global. `sdfit.predict.loading` reads it
-without executing anything; `joblib.load` reads it too.
+without executing anything, `sdfit.predict.schema` says what each field may be; `joblib.load` reads it too.
 
 Format history
 --------------
@@ -18,17 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdfit.errors import ArtifactError
 from sdfit.files import MODEL, Output, write
+from sdfit.predict import schema
+from sdfit.predict.schema import FORMAT
 
-FORMAT = 2
-RESTS_ON = {
-    "measured": "a sweep of that card",
-    "corrected": "a model of its kernels, corrected by a few measured runs of that card",
-    "published": "a simulated trace, its kernel workspaces calibrated on published measurements",
-    "traced": "a simulated trace without any kernel workspace, which predicts too little",
-    "fake": "a made-up card, for tests",
-}
-"""Each provenance, and what the numbers then rest on."""
+LARGEST_BYTES = 1 << 20
+"""Of an artifact's file; the largest that ships has a tenth of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +36,7 @@ class Artifact:
     name : str
         The card, as in ``models/<name>.joblib``.
     provenance : str
-        A key of `RESTS_ON`.
+        A key of `sdfit.predict.schema.RESTS_ON`.
     environment : dict
         What the records were made under (see `sdfit.records.MATTERS`).
     sources : list of dict
@@ -85,12 +81,21 @@ class Artifact:
     prior: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The content of its file; the same model gives the same bytes."""
+        """The content of its file; the same model gives the same bytes.
+
+        Raises
+        ------
+        ArtifactError
+            If a field holds what no artifact may, or it is too large: it could not be loaded again.
+        """
         import joblib
 
         buffer = io.BytesIO()
-        values = {name: value for name, value in asdict(self).items() if name != "prior" or value}
-        joblib.dump(canonical(values), buffer, compress=0, protocol=4)
+        plain = canonical({name: value for name, value in asdict(self).items() if name != "prior" or value})
+        schema.check(plain)
+        joblib.dump(plain, buffer, compress=0, protocol=4)
+        if buffer.tell() > LARGEST_BYTES:
+            raise ArtifactError(f"'{self.name}' has {buffer.tell()} bytes; an artifact has at most {LARGEST_BYTES}")
         return buffer.getvalue()
 
     def save(self, path: Path | str) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Container
 from difflib import get_close_matches
 from pathlib import Path
 
-from sdfit.errors import SimulatedModelWarning, UnknownModel, listed
+from sdfit.errors import LocalModelWarning, SimulatedModelWarning, UnknownModel, listed
 from sdfit.files import shipped
 from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_card, table
 from sdfit.predict.loading import load_artifact
@@ -17,13 +17,15 @@ from sdfit.predict.predictor import Predictor
 from sdfit.units import GIB
 
 AUTO = "auto"
+LOCAL = Path("models")
+"""Models of the current folder."""
 _warned: set[str] = set()
 
 
 def model_folders() -> list[Path]:
     """Where artifacts are looked for by name: ``SDFIT_MODELS``, ``./models``, the shipped ones."""
     chosen = os.environ.get("SDFIT_MODELS")
-    return [*([Path(chosen)] if chosen else []), Path("models"), shipped("models")]
+    return [*([Path(chosen)] if chosen else []), LOCAL, shipped("models")]
 
 
 def available() -> dict[str, Path]:
@@ -154,12 +156,27 @@ def load(name: str | Path = AUTO) -> Predictor:
     -----
     SimulatedModelWarning
         Once per name, if the model does not rest on a sweep of that card.
+    LocalModelWarning
+        Once per name, if the model is of the current folder and one that ships would have answered.
     """
     path, short, card = find_model(name)
     artifact = load_artifact(path)
     predictor = Predictor(artifact, path, short, card if short is not None else _row_of(artifact.name))
     once = f"{predictor.name} {path.absolute()}"
-    if predictor.provenance != "measured" and once not in _warned:
+    if once not in _warned:
         _warned.add(once)
-        warnings.warn(predictor.rests_on, SimulatedModelWarning, stacklevel=2)
+        if short is not None and path.parent == LOCAL and _ships(path.stem, short, card):
+            words = f"{short}: the model is {path} of this folder, not the one that ships with sdfit"
+            warnings.warn(words, LocalModelWarning, stacklevel=2)
+        if predictor.provenance != "measured":
+            warnings.warn(predictor.rests_on, SimulatedModelWarning, stacklevel=2)
     return predictor
+
+
+def _ships(model: str, short: str, card: Card | None) -> bool:
+    """Whether a model that ships, and is not the same file, would have answered."""
+    folder = shipped("models")
+    if LOCAL.resolve() == folder.resolve():
+        return False
+    names = {path.stem for path in folder.glob("*.joblib")}
+    return model in names or short in names or bool(card and answering(card, names))

@@ -11,10 +11,11 @@ from sdfit.equation.metrics import METRICS
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import InvalidWorkload, listed
 from sdfit.predict import advise, conformal, verdict
-from sdfit.predict.artifact import RESTS_ON, Artifact
+from sdfit.predict.artifact import Artifact
 from sdfit.predict.cards import CONTEXT_BYTES, Card, architecture_of, find_card
 from sdfit.predict.memory import available
 from sdfit.predict.prediction import Prediction
+from sdfit.predict.schema import RESTS_ON
 from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
 from sdfit.predict.verdict import Verdict
@@ -81,7 +82,7 @@ class Predictor:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that it can predict."""
-        known = {"allocated", *(name for name, groups in self.artifact.metrics.items() if groups)}
+        known = {"allocated", *self.artifact.metrics}
         if "reserved" in known:
             known.add("device")  # with a stated CUDA context, where the records hold none
         return tuple(name for name in METRICS if name in known)
@@ -100,9 +101,9 @@ class Predictor:
             whose = "measured" if self.provenance == "corrected" else "none of them on a card"
             return f"{prior['rows']} runs, {whose}, correct the model '{prior['name']}' ({prior['provenance']})"
         if self.provenance != "published":
-            rows = f"{evaluation.get('rows', 0)} runs"
+            rows = f"{evaluation['rows']} runs"
             return f"{rows} measured" if self.provenance == "measured" else f"{rows}, none of them on a card"
-        published: dict[str, int] = evaluation.get("published", {}).get("cards", {})
+        published: dict[str, int] = evaluation["published"]["cards"] if "published" in evaluation else {}
         architecture = card.architecture if card is not None else architecture_of(self.name)
         own = published.get(card.slug, 0) if card is not None else 0
         known = {name: find_card(name) for name in published}
@@ -254,8 +255,8 @@ offload, safety_checker, execution
 
     def supported_level(self, metric: str) -> float:
         """The highest level that a metric's conformal scores support; 0 without any."""
-        count: int = self.artifact.scores.get(metric, {}).get("", {}).get("count", 0)
-        return count / (count + 1)
+        every = self.artifact.scores.get(metric)
+        return every[""]["count"] / (every[""]["count"] + 1) if every else 0.0
 
     def verdict(
         self,

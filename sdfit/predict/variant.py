@@ -85,7 +85,7 @@ class Variant:
         self._regimes = {stage: model["regimes"] for stage, model in models.items()}
         self._coefficients = {stage: _aligned(model, self.weights[stage]) for stage, model in models.items()}
         self.domain = _common_domain([model["domain"] for model in models.values()])
-        self._metrics = {metric: groups for metric, groups in artifact.metrics.items() if groups}
+        self._metrics = artifact.metrics
         self._edges = edges(self.stages)
         self._matrices: dict[tuple[int, ...], Array] = {}
         self._scores = {

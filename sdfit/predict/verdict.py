@@ -94,7 +94,7 @@ class Verdict:
 def best_metric(predictor: Model) -> str:
     """The metric that says whether a run fits: ``required`` where the model has it, else the safer ``reserved``."""
     known = predictor.artifact.metrics
-    return next((m for m in ("required", "reserved") if known.get(m)), "allocated")
+    return next((m for m in ("required", "reserved") if m in known), "allocated")
 
 
 def safe_level(predictor: Model, metric: str) -> float:
@@ -184,7 +184,7 @@ def verdict(
 
 def _without_workspaces(predictor: Model, needed: Prediction) -> float:
     """The upper bound of what the run would need if no kernel took a workspace [bytes]; infinite if that is not known."""
-    if needed.metric != "required" or not predictor.artifact.metrics.get("minimum"):
+    if needed.metric != "required" or "minimum" not in predictor.artifact.metrics:
         return math.inf
     try:
         return predictor.predict_workload(needed.workload, metric="minimum", level=needed.level).upper

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from sdfit.equation.regimes import REGIMES
 from sdfit.errors import ArtifactError, SdfitError, UnknownVariant
 from sdfit.files import shipped
 from sdfit.predict.artifact import FORMAT, Artifact, canonical
-from sdfit.predict.loading import PLAIN, load_artifact
+from sdfit.predict.loading import load_artifact, read_plain
 from sdfit.predict.predictor import Predictor
 
 PROTO = b"\x80\x04"
@@ -70,7 +69,7 @@ def test_joblib_reads_it_and_finds_plain_values(fake_model: Path) -> None:
 def test_it_holds_no_global_and_is_small(fake_model: Path) -> None:
     """The pickle inside holds instructions for plain values only; a model of the default grid has at most 100 KB."""
     names = {opcode.name for opcode, _, _ in pickletools.genops(fake_model.read_bytes())}
-    assert names <= PLAIN
+    assert read_plain(fake_model.read_bytes()) == pickle.loads(fake_model.read_bytes())
     assert not names & {"GLOBAL", "STACK_GLOBAL", "INST", "REDUCE", "BUILD", "NEWOBJ", "PERSID", "BINPERSID"}
     assert fake_model.stat().st_size <= 100_000
 
@@ -164,14 +163,13 @@ def test_shared_and_nested_tables_are_refused(tmp_path: Path) -> None:
     for _ in range(60):
         doubled = [doubled, doubled]
     path = tmp_path / "b.joblib"
-    tables = ("environment", "components", "stages", "metrics", "scores", "baseline", "evaluation")
-    whole = {name: {} for name in tables} | {"name": "x", "provenance": "fake", "swept": [], "format": FORMAT}
-    content = pickle.dumps(whole | {"sources": doubled}, protocol=4)
-    refused(path, content, "twice")
+    refused(path, pickle.dumps({"sources": doubled}, protocol=4), "twice")
     loop: list[Any] = []
     loop.append(loop)
-    refused(path, pickle.dumps(whole | {"sources": loop}, protocol=4))
-    refused(path, PROTO + b"}" + text("sources") + b"]" * 100_000 + b"a" * 99_999 + b"s.")
+    refused(path, pickle.dumps({"sources": loop}, protocol=4), "twice")
+    nested = b"]" * 100_000 + b"a" * 99_999
+    refused(path, PROTO + b"}" + text("sources") + nested + b"s.", "no sdfit artifact")
+    refused(path, PROTO + b"}(" + text("format") + b"K\x02" + text("sources") + nested + b"u.", "lacks the field")
 
 
 def test_foreign_files_are_refused(tmp_path: Path, fake_records: Path) -> None:
@@ -198,7 +196,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.joblib"
     with path.open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(ArtifactError, match="1000000000 bytes"):
+    with pytest.raises(ArtifactError, match="it has 1000000000 bytes"):
         load_artifact(path)
 
 
@@ -239,73 +237,12 @@ def end_of(path: Path) -> str:
     return "predicts" if math.isfinite(peak) and peak >= 0 else "predicts nonsense"
 
 
-def damaged(artifact: Artifact, **changes: Any) -> dict[str, Any]:
-    """The fields of an artifact with some replaced."""
-    return asdict(artifact) | changes
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"format": 99}, f"format is 99; this sdfit reads format {FORMAT}"),
-        ({"name": 5}, "field 'name'"),
-        ({"stages": []}, "field 'stages'"),
-        ({"provenance": "divine"}, "divine"),
-        ({"surplus": 1}, "unknown field 'surplus'"),
-        ({"components": {"float16": {"unet": "1e9"}}}, "components"),
-        ({"components": {"float16": {"unet": -1}}}, "components"),
-        ({"components": {"float16": 3}}, "damaged"),
-        ({"metrics": {"reserved": {"": {"edges": [], "coef": [[1.0]]}}}}, "metrics"),
-        ({"metrics": {"reserved": {"": {"edges": [1.0], "coef": [[0.0] * 8]}}}}, "metrics"),
-        ({"metrics": {"reserved": {"": {"edges": [], "coef": [[0.0] * 7 + [-1.0]]}}}}, "metrics"),
-        ({"metrics": {"reserved": {"": {}}}}, "damaged"),
-        ({"scores": {"allocated": {"": {"count": 2, "values": [1.0, 0.0]}}}}, "ascending"),
-        ({"scores": {"allocated": {"": {"count": 3, "values": [0.0, 1.0]}}}}, "ascending"),
-        ({"scores": {"allocated": {"": {"count": 10**12, "values": [0.0]}}}}, "ascending"),
-        ({"scores": {"allocated": {"": {"count": 1, "values": ["x"]}}}}, "damaged"),
-        ({"scores": {"allocated": {"": [1.0]}}}, "damaged"),
-        ({"evaluation": {"rows": float("nan")}}, "not finite"),
-        ({"stages": {"unet|float16": {}}}, "unknown stage"),
-        ({"stages": {"unet|float16|sdpa": {}}}, "damaged"),
-        ({"stages": {"unet|float16|sdpa": 7}}, "damaged"),
-    ],
-)
-def test_wrong_fields_are_named(fake_model: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    """A field that is missing, unknown, of the wrong kind or of no use is named."""
-    refused(tmp_path / "x.joblib", pickle.dumps(damaged(load_artifact(fake_model), **change), protocol=4), words)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"coef": [[-1.0, 0, 0, 0, 0, 0]]},
-        {"coef": [["__import__('os')", 0, 0, 0, 0, 0]]},
-        {"coef": []},
-        {"coef": [[1.0]]},
-        {"terms": ["1"]},
-        {"regimes": [0] * (len(REGIMES) - 1) + [7]},
-        {"regimes": [0] * (len(REGIMES) - 1) + [0.0]},
-        {"regimes": [0] * (len(REGIMES) - 1)},
-        {"domain": {}},
-        {"domain": {"A": [1, 2], "B": [0, 0], "B·A": [1, 2], "L": [77, 77]}},
-        {"domain": {"A": [9, 2], "B": [1, 1], "B·A": [1, 2], "L": [77, 77]}},
-        {"domain": {"A": [1, 2, 3], "B": [1, 1], "B·A": [1, 2], "L": [77, 77]}},
-    ],
-)
-def test_a_stage_that_cannot_be_computed_is_refused(fake_model: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    """Negative or textual coefficients, regimes without a row, domains upside down: refused when loaded, not later."""
-    artifact = load_artifact(fake_model)
-    key = "unet|float16|sdpa"
-    stages = artifact.stages | {key: artifact.stages[key] | change}
-    refused(tmp_path / "x.joblib", pickle.dumps(damaged(artifact, stages=stages), protocol=4), "unet")
-
-
 def test_saving_what_is_not_finite_fails_and_leaves_the_old_file(fake_model: Path, tmp_path: Path) -> None:
     """A model with a NaN cannot be saved, and the file that was there stays."""
     artifact = load_artifact(fake_model)
     path = artifact.save(tmp_path / "kept.joblib")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        replace(artifact, evaluation={"worst": float("nan")}).save(path)
+        replace(artifact, evaluation=artifact.evaluation | {"rows": float("nan")}).save(path)
     assert path.read_bytes() == fake_model.read_bytes()
 
 

@@ -19,8 +19,9 @@ from sdfit.fit.card import (
     source_rows,
 )
 from sdfit.judging.evaluation import Evaluation
-from sdfit.predict.artifact import RESTS_ON, Artifact
+from sdfit.predict.artifact import Artifact
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.schema import RESTS_ON
 from sdfit.study.report import figures, tables
 from sdfit.study.report.facts import card_facts, cards_of, model_facts
 from sdfit.study.report.shell import asset, calculator, html_table, link, page, text_table
@@ -83,7 +84,7 @@ def report(predictor: Predictor, unseen: Evaluation | None = None, *, home: str 
 
 def _best_known(artifact: Artifact, cards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the cards that a model answers for, the one with most published measurements; without any the first."""
-    published: dict[str, int] = artifact.evaluation.get("published", {}).get("cards", {})
+    published: dict[str, int] = artifact.evaluation["published"]["cards"] if "published" in artifact.evaluation else {}
     return max(cards, key=lambda card: published.get(str(card["typed"]).split("-")[0], 0))
 
 

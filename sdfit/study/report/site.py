@@ -9,8 +9,9 @@ from typing import Any
 from sdfit.errors import listed
 from sdfit.fit.card import Rows
 from sdfit.predict.advise import NothingFits
-from sdfit.predict.artifact import RESTS_ON, Artifact
+from sdfit.predict.artifact import Artifact
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.schema import RESTS_ON
 from sdfit.study.report.facts import card_facts, cards_of, model_facts
 from sdfit.study.report.shell import calculator, html_table, page
 from sdfit.units import format_bytes, percent
