@@ -129,7 +129,7 @@ CHANGES: list[tuple[Change, str]] = [
     (put("name", "../../x"), "the name of a file"),
     (put("name", "x\u202egnp"), "printable text"),
     (put("name", 5), "'name' is 5"),
-    (put("provenance", "divine"), "one of measured, published, traced, fake"),
+    (put("provenance", "divine"), "one of measured, corrected, published, traced, fake"),
     (put("environment", "gpu", "T4\r\nnote: all is well"), "printable text"),
     (put("environment", "gpu", ["T4"]), "'gpu' is a list"),
     (put("environment", "T4\n", "x"), "printable text"),
