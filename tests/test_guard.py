@@ -604,6 +604,15 @@ def test_a_call_that_sdfit_does_not_know_is_refused(pipe: Any, f: Predictor, cal
     assert pipe.runs == []
 
 
+def test_a_size_beyond_the_models_is_not_covered(pipe: Any, f: Predictor) -> None:
+    """diffusers runs it, sdfit has no number: refused, or run unchecked."""
+    call: dict[str, Any] = {"image": picture(300, 40), "prompt": "a"}
+    with pytest.raises(NotCovered, match="width is 40; it must be from 64 to 16384; run the pipeline itself"):
+        sdfit.guard(pipe, f, memory="80 GiB")(**call)
+    with pytest.warns(ExceedsWarning, match="not checked: width is 40"):
+        assert sdfit.guard(pipe, f, memory="80 GiB", on_unknown="warn")(**call) == "pictures"
+
+
 def test_its_signature_is_the_pipelines_own(pipe: Any, f: Predictor) -> None:
     """All of its keywords pass through; one that it does not take is refused with diffusers' reason; the image is needed."""
     guarded = sdfit.guard(pipe, f, memory="80 GiB")

@@ -66,7 +66,10 @@ def check(
     as_csv: bool,
     **fields: Any,
 ) -> int:
-    """Say of pictures, or folders of them, which fit; exit code 3 if one does not. Only their headers are read."""
+    """Say of pictures, or folders of them, which fit; exit code 3 if one does not. Only their headers are read.
+
+    A picture is taken as diffusers' load_image gives it: its first frame, turned as its EXIF says, as RGB.
+    """
     from sdfit.predict import pictures
     from sdfit.predict.library import load
     from sdfit.predict.memory import available
@@ -95,7 +98,7 @@ def check(
     head = ("image", "verdict", "resolution", "required", "largest that fits")
     _shown([answer.to_dict() for answer in answers], head, lines, kind)
     if kind == "text":
-        click.echo(f"memory: {there.words}")
+        click.echo(f"memory: {there.words}\npictures: as diffusers' load_image gives them: first frame, turned, RGB")
     return 3 if any(a.verdict is None or a.verdict.answer == "does not fit" for a in answers) else 0
 
 

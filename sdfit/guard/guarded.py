@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdfit.errors import SdfitError, listed
+from sdfit.errors import InvalidWorkload, SdfitError, listed
 from sdfit.guard.memory import LEDGER, Free, device_of, given_memory
 from sdfit.guard.reader import Reader
 from sdfit.guard.turns import turns_of
@@ -126,7 +126,14 @@ class Guard:
 
     def _workload(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Workload, str]:
         reading = self._turns.read(self._reader.read)
-        found, odd, remark = workload_of(reading, arguments(self.__signature__, args, kwargs))
+        try:
+            found, odd, remark = workload_of(reading, arguments(self.__signature__, args, kwargs))
+        except InvalidWorkload as error:
+            if "field" not in error.facts:  # what diffusers fails on
+                raise
+            raise NotCovered(
+                f"{error}; run the pipeline itself, or guard it with on_unknown='warn'", unknown=[str(error)]
+            ) from None
         unknown = [*reading.unknown, *odd]
         if unknown:
             raise NotCovered(

@@ -1,7 +1,8 @@
 """Sizes of pictures, from their headers alone, and what a model says of each.
 
-Pillow reads the headers; no pixel is decoded, so a picture of 200 megapixels costs what a small one does. A rotation that a
-camera noted (EXIF) is applied, as diffusers' `load_image` does.
+Pillow reads the headers; no pixel is decoded. A picture is taken as diffusers' `load_image` gives it: its first frame, turned as
+the camera noted (EXIF), ``.convert("RGB")``; and what `load_image` fails on is told, but for damage inside the compressed data.
+Given to a pipeline as it is, without `load_image`, a picture of another mode than RGB fails or runs as latents.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from sdfit.errors import InvalidWorkload, SdfitError, needs
 from sdfit.predict.advise import NothingFits, largest
+from sdfit.predict.torn import torn
 from sdfit.predict.verdict import Model, Verdict, verdict
 from sdfit.workload import Workload
 
@@ -24,8 +26,6 @@ STEP = 64
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 """What counts as a picture in a folder; a file that is named counts whatever it is called."""
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-"""What the last bytes of a whole file hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,42 +91,41 @@ def look(path: Path) -> Picture:
             return Picture(path, problem="not a file")
         if not path.stat().st_size:
             return Picture(path, problem="an empty file")
-        with _any_size(Image), Image.open(path) as image:
+        with _any_size(Image) as limit, Image.open(path) as image:
             width, height = image.size
-            kind = image.format or ""
             # of a PNG without a note in its header Pillow would decode the pixels to look behind them
-            noted = kind != "PNG" or "exif" in image.info
-            turned = noted and image.getexif().get(_ORIENTATION) in _TURNED
+            noted = image.format != "PNG" or "exif" in image.info
+            if noted and image.getexif().get(_ORIENTATION) in _TURNED and not _turned_already(image):
+                width, height = height, width
             mode, frames = image.mode, getattr(image, "n_frames", 1)
-        if turned:
-            width, height = height, width
-        if _torn(path, kind):
-            return Picture(path, height, width, "truncated: the end of the file is missing")
+            image.seek(0)
+            if torn(path, image):
+                return Picture(path, height, width, "truncated: the end of the file is missing")
+        if limit is not None and width * height > 2 * limit:  # where Pillow raises; from the limit on it warns
+            most = f"{width * height / 1e6:.0f} megapixels, and Pillow opens {2 * limit / 1e6:.0f} at most"
+            return Picture(path, height, width, f"{most} (PIL.Image.MAX_IMAGE_PIXELS)")
     except Exception as error:  # Pillow's readers raise of every kind on damaged files
         return Picture(path, problem=f"not a picture that can be read ({_reason(error)})")
     remarks = [f"animated, {frames} frames: the first is taken"] * (frames > 1)
-    remarks += [f"{mode}: becomes RGB with 8 bits"] * (mode not in ("RGB", "RGBA", "L", "P", "LA", "1"))
+    remarks += [f"{mode}: taken as RGB"] * (mode != "RGB")
     return Picture(path, height, width, remark="; ".join(remarks))
 
 
 @contextmanager
-def _any_size(library: Any) -> Iterator[None]:
-    """Headers of any size are read: the limit is there for those who decode."""
+def _any_size(library: Any) -> Iterator[int | None]:
+    """Headers of any size are read; gives the limit that there is for those who decode [pixels]."""
     before = library.MAX_IMAGE_PIXELS
     library.MAX_IMAGE_PIXELS = None
     try:
-        yield
+        yield before
     finally:
         library.MAX_IMAGE_PIXELS = before
 
 
-def _torn(path: Path, kind: str) -> bool:
-    end = _ENDS.get(kind)
-    if end is None:
-        return False
-    with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 4096), os.SEEK_END)
-        return end not in file.read()
+def _turned_already(image: Any) -> bool:
+    """Whether the size is that of the turned picture: so Pillow has it for a TIFF."""
+    tags = getattr(image, "tag_v2", {})
+    return bool(tags) and image.size != (tags.get(256), tags.get(257))
 
 
 def _reason(error: Exception) -> str:

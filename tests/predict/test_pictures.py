@@ -38,7 +38,8 @@ def huge(path: Path, width: int, height: int) -> Path:
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tiff", "a.gif"])
 def test_sizes_come_from_headers(tmp_path: Path, name: str) -> None:
     """Height and width of every common format."""
-    assert look(saved(tmp_path / name)) == Picture(tmp_path / name, 72, 80)
+    remark = "P: taken as RGB" if name == "a.gif" else ""
+    assert look(saved(tmp_path / name)) == Picture(tmp_path / name, 72, 80, remark=remark)
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (72, 80)), (3, (72, 80)), (6, (80, 72)), (8, (80, 72))])
@@ -52,16 +53,61 @@ def test_a_rotation_that_the_camera_noted_is_applied(tmp_path: Path, orientation
     assert (transposed.height, transposed.width) == size
 
 
-def test_200_megapixels_are_a_header(tmp_path: Path) -> None:
-    """No pixel is decoded and no bomb is suspected; Pillow's own limit is as it was."""
+def test_200_megapixels_are_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pixel is decoded; that Pillow will not open it is told, with its size; without Pillow's limit it has an answer."""
     before = image.MAX_IMAGE_PIXELS
-    found = look(huge(tmp_path / "huge.png", 20000, 10000))
-    assert (found.height, found.width, found.problem) == (10000, 20000, "")
+    found = look(huge(tmp_path / "huge.png", 16384, 12208))
+    assert (found.height, found.width) == (12208, 16384)
+    assert found.problem == "200 megapixels, and Pillow opens 179 at most (PIL.Image.MAX_IMAGE_PIXELS)"
     assert before == image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", None)
+    assert look(tmp_path / "huge.png").problem == ""
+
+
+FORMATS = ("a.png", "a.jpg", "a.webp", "a.bmp", "a.tiff", "a.gif", "a.ppm")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("orientation", [1, 2, 5, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "I;16"])
+def test_a_picture_is_what_load_image_gives(tmp_path: Path, name: str, orientation: int, mode: str) -> None:
+    """Of every format, orientation and mode that Pillow writes: height and width of what diffusers gets."""
+    load_image = pytest.importorskip("diffusers.utils").load_image
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    try:
+        path = saved(tmp_path / name, mode=mode, exif=exif)
+    except (OSError, ValueError):
+        pytest.skip(f"no {name} of mode {mode}")
+    if name == "a.tiff" and mode != "RGB" and orientation in (5, 6, 8):
+        pytest.skip("Pillow turns a TIFF that it maps into memory twice")
+    loaded, found = load_image(str(path)), look(path)
+    assert (found.height, found.width, found.problem) == (loaded.height, loaded.width, "")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_is_torn_where_load_image_fails(tmp_path: Path, name: str) -> None:
+    """Cut anywhere it is told; whole, or with bytes behind its end, it is not: as Pillow does when it decodes it."""
+    load_image = pytest.importorskip("diffusers.utils").load_image
+    noise = image.effect_noise((160, 96), 90).convert("RGB")
+    thumbnail = image.Exif()
+    thumbnail[0x010E] = "a note with an end marker \xff\xd9 in it"
+    noise.save(tmp_path / name, **({"exif": thumbnail} if name == "a.jpg" else {}))
+    whole = (tmp_path / name).read_bytes()
+    for share in (0.05, 0.3, 0.6, 0.9, 1.0, 1.5):
+        path = tmp_path / f"cut-{name}"
+        length = round(len(whole) * share)
+        path.write_bytes(whole[:length] + b"\0" * (length - len(whole)))
+        try:
+            load_image(str(path))
+            loads = True
+        except Exception:
+            loads = False
+        assert (look(path).problem == "") == loads, f"{share} of it"
 
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:
-    """Empty, no picture, truncated, a folder: a problem each; animated, 16 bits, CMYK: a remark."""
+    """Empty, no picture, truncated, a folder: a problem each; animated, other modes than RGB: a remark."""
     empty, text, torn = (tmp_path / name for name in ("empty.png", "text.png", "torn.jpg"))
     empty.touch()
     text.write_text("no picture")
@@ -74,9 +120,9 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     ]  # fmt: skip
     frames = [image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 200)]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
-    assert look(tmp_path / "moves.gif").remark == "animated, 2 frames: the first is taken"
-    assert look(saved(tmp_path / "deep.png", mode="I;16")).remark == "I;16: becomes RGB with 8 bits"
-    assert look(saved(tmp_path / "print.jpg", mode="CMYK")).remark == "CMYK: becomes RGB with 8 bits"
+    assert look(tmp_path / "moves.gif").remark == "animated, 2 frames: the first is taken; P: taken as RGB"
+    assert look(saved(tmp_path / "deep.png", mode="I;16")).remark == "I;16: taken as RGB"
+    assert look(saved(tmp_path / "print.jpg", mode="CMYK")).remark == "CMYK: taken as RGB"
 
 
 def test_folders_are_searched_in_order_without_hidden_files_and_loops(tmp_path: Path) -> None:
