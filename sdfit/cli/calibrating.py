@@ -16,7 +16,11 @@ from sdfit.errors import SdfitError
 @click.argument("snapshots", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SNAPSHOT...")
 @workload_options
 @click.option(
-    "--num-inference-steps", type=click.IntRange(1), default=50, show_default=True, help="UNet steps that really ran."
+    "--num-inference-steps",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Denoising steps that ran: steps times strength.",
 )
 @click.option("--gpu", default=None, help="The card it was recorded on, as in t4: names the table, gives it a prior.")
 @click.option("--kernels", default=None, help="The prior, if not the card's own: another card, or a table (.json).")
@@ -66,7 +70,7 @@ def calibrate(
         name=card,
         base=base,
         evidence=f"recorded on {card}: {', '.join(path.name for path in snapshots)}",
-        simulated=any(run.simulated for run in runs),
+        word=" and ".join(dict.fromkeys(run.source for run in runs)),
     )
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
     if out is not None:

@@ -9,6 +9,7 @@ from sdfit.equation.stages import stages_of
 from sdfit.errors import DeviceError
 from sdfit.predict.cards import card_slug
 from sdfit.records import Record
+from sdfit.study.calibration.read import calibrated, told
 from sdfit.units import GIB, MIB
 from sdfit.workload import Workload
 
@@ -92,3 +93,19 @@ def test_required_is_bisected_and_a_cap_below_it_is_an_oom_row(backend):
     assert failed["oom_bytes"] <= row["allocated_bytes"] + 64 * MIB
     assert backend.tainted
     assert row["reserved_bytes"] < 16 * GIB
+
+
+def test_a_history_shows_every_kernel(backend, monkeypatch, tmp_path):
+    """Recorded, read and set beside the trace: nearly all of its allocations are found, and the stages' peaks agree."""
+    w = Workload(512, 512)
+    monkeypatch.setattr(backend, "histories", frozenset({w}))
+    row = backend.measure(w)
+    path = tmp_path / "0000.pickle.gz"
+    path.write_bytes(row["history"])
+    run = told(path)
+    found, _ = calibrated(run, str(run.card))
+    assert (run.workload, run.source) == (w, "measured")
+    assert found.frames and found.found > 0.9 * found.of
+    assert found.placed[0] > 0.99 * found.placed[1]
+    for stage, peak in row["stage_peaks_bytes"].items():
+        assert found.card_peaks[stage] == pytest.approx(peak, rel=0.002)  # remainders that were not split are left out

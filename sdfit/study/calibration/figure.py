@@ -89,7 +89,7 @@ def draw(
         Whose workspaces the trace gets.
     path : str or Path
     word : str
-        What the recorded run is: measured, or simulated.
+        What the recorded run is: measured, recorded or simulated.
     base : Architecture, optional
         The kernels known before; a grey line behind shows the trace with them.
 

@@ -24,7 +24,8 @@ class Told:
     workload: Workload | None
     num_inference_steps: int
     card: str | None
-    simulated: bool
+    source: str
+    """``measured`` by sdfit on a card, ``recorded`` by somebody who says nothing of it, or ``simulated``."""
 
 
 def told(path: Path, device: int | None = None) -> Told:
@@ -38,7 +39,7 @@ def told(path: Path, device: int | None = None) -> Told:
     snapshot = read(path, device=device)
     about = dict(snapshot.about or {})
     if not about:
-        return Told(path, snapshot, None, 0, None, False)
+        return Told(path, snapshot, None, 0, None, "recorded")
     environment = about.get("environment")
     environment = environment if isinstance(environment, dict) else {}
     steps = environment.get("num_inference_steps", 2)
@@ -51,7 +52,7 @@ def told(path: Path, device: int | None = None) -> Told:
                             path=str(path)) from error  # fmt: skip
     name = environment.get("name")
     return Told(path, snapshot, workload, steps, name if isinstance(name, str) else None,
-                environment.get("backend") != "cuda")  # fmt: skip
+                "measured" if environment.get("backend") == "cuda" else "simulated")  # fmt: skip
 
 
 def named(runs: Sequence[Told], gpu: str | None) -> str:

@@ -46,20 +46,15 @@ class Report:
         The new table.
     base : Architecture, optional
         The kernels known so far.
-    simulated : bool
-        Whether the snapshots come from a trace and not from a card.
+    word : str
+        What the snapshots' own numbers are: measured, recorded (by others) or simulated.
     """
 
     calibrations: tuple[Calibration, ...]
     besides: tuple[Beside, ...]
     architecture: Architecture
     base: Architecture | None
-    simulated: bool
-
-    @property
-    def word(self) -> str:
-        """What the snapshots' own numbers are."""
-        return "simulated" if self.simulated else "measured"
+    word: str
 
     def kernels(self) -> dict[Shapes, Kernel]:
         """Every kernel once, with the most that it held in any run."""
@@ -199,7 +194,7 @@ def report(
     base: Architecture | None,
     evidence: str,
     tracer: Tracer | None = None,
-    simulated: bool = False,
+    word: str = "recorded",
 ) -> Report:
     """Make the table of some calibrations and set the trace with it beside them.
 
@@ -215,6 +210,8 @@ def report(
         What the new rules rest on, in words.
     tracer : Tracer, optional
         Whose settings the traces take; for tests.
+    word : str
+        See `Report`.
     """
     tracer = tracer or Tracer()
     found = [c for c, _ in calibrations]
@@ -234,7 +231,7 @@ def report(
             peaks.append(traced.stage_peaks)
             reserved.append(replay(traced.events).reserved_bytes)
         besides.append(Beside(c.card_peaks, peaks[0], peaks[1], (c.reserved_bytes, reserved[0], reserved[1])))
-    return Report(tuple(found), tuple(besides), table, base, simulated)
+    return Report(tuple(found), tuple(besides), table, base, word)
 
 
 def _like(tracer: Tracer, workspaces: Workspaces | None) -> Tracer:

@@ -276,7 +276,7 @@ def told(tmp_path: Path) -> tuple[Report, list[tuple[Calibration, TracedRun]]]:
     truth = ARCHITECTURES["sm70"]
     run = traced()
     pairs = [(calibrate(snapshot_of(run, tmp_path, holds=kernels_of(truth)), run, card="v100"), run)]
-    return report(pairs, name="v100", base=ARCHITECTURES["sm75"], evidence="one run", simulated=True), pairs
+    return report(pairs, name="v100", base=ARCHITECTURES["sm75"], evidence="one run", word="simulated"), pairs
 
 
 def test_the_text_says_what_was_found_and_that_it_is_simulated(tmp_path: Path) -> None:
