@@ -5,6 +5,9 @@ the file says. This one knows dictionaries, lists, tuples, text, bytes, numbers,
 ends the reading before anything came of it. It reads in pieces, so that a file of any size, compressed or not, never lies
 in memory as a whole, and lets the caller put something smaller in the place of a table or a list once it is complete.
 
+`sdfit.predict.loading` reads artifacts the same way, but those are small trees in which nothing may stand twice; a snapshot is
+large, and shares its frames among all its events.
+
 What it does not know: pickles of protocols 0 and 1, which are text; PyTorch has never written them.
 """
 

@@ -145,6 +145,22 @@ def test_an_unknown_part_is_named(tmp_path, capsys):
     assert "no part 'defualt'; there are: history, default" in capsys.readouterr().err
 
 
+def test_the_first_part_records_every_kind_of_run(tmp_path, monkeypatch):
+    """The histories come first, of each workload of their grid, which has every kind that the card is wanted for."""
+    asked = []
+    module = sys.modules["sdfit.study.lab.campaign"]
+    monkeypatch.setattr(module, "sweep", lambda plan, *_, **how: asked.append((plan.name, how["histories"])))
+    run(campaign(tmp_path / "h200", take=None, backend="cuda"), PARTS[:2])
+    plan = grid.load("history").workloads
+    assert asked == [("history", plan), ("default", ())]
+    assert len(plan) >= 12
+    half = [w for w in plan if w.dtype == "float16" and w.attention == "sdpa"]
+    assert {w.batch_size for w in half if w.pixels == 512 * 512} == {1, 2, 4}
+    assert {("float32", "sdpa"), ("float16", "eager")} <= {(w.dtype, w.attention) for w in plan}
+    assert any(w.vae_tiling for w in plan) and (1200, 1800) in {(w.height, w.width) for w in plan}
+    assert any(w.batch_size * 256 * w.pixels >= 2**31 for w in plan)
+
+
 def test_the_plan_meets_what_the_card_is_wanted_for():
     """At least 400 workloads and 40 shapes in depth, 25 of each other kind, 120 held out of other shapes, 60 required."""
     default, holdout, required = (grid.load(name) for name in ("default", "holdout", "required"))
