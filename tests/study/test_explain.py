@@ -18,6 +18,8 @@ WORKLOADS = [
     Workload(640, 768, vae_tiling=True),
     Workload(256, 256, batch_size=3, vae_slicing=True, prompt_length=154),
     Workload(512, 512, offload="model"),
+    Workload(256, 256, offload="sequential"),
+    Workload(512, 512, offload="group_block", batch_size=2),
 ]
 
 

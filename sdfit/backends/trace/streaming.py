@@ -24,13 +24,18 @@ META = torch.device("meta")
 
 
 @contextmanager
-def streamed(pipe: Any, offload: str, follow: Any) -> Iterator[None]:
+def streamed(pipe: Any, offload: str, follow: Any) -> Iterator[int]:
     """Let a pipeline's weights come and go as under an offload of `sdfit.workload.STREAMED`, for a ``with`` block.
 
     Parameters
     ----------
     follow : FollowStorages
         What counts the tensors that come.
+
+    Yields
+    ------
+    int
+        What is on the card all the time beside whole components: the buffers of the others [bytes].
 
     Notes
     -----
@@ -44,14 +49,15 @@ def streamed(pipe: Any, offload: str, follow: Any) -> Iterator[None]:
         for part in moving.values():
             undo.enter_context(_sequential(part, follow.meter) if offload == "sequential" else _grouped(part, offload))
         stay = [b for part in moving.values() for b in part.buffers()] if offload == "sequential" else []
-        held = [follow.meter.allocate(rounded(b.untyped_storage().nbytes())) for b in stay]
+        sizes = [rounded(b.untyped_storage().nbytes()) for b in stay]
+        held = [follow.meter.allocate(size) for size in sizes]
         follow.keep_apart(host)
         try:
-            yield
+            yield sum(sizes)
         finally:
             follow.keep_apart([])
-            for block, buffer in zip(held, stay, strict=True):
-                follow.meter.free(block, rounded(buffer.untyped_storage().nbytes()))
+            for block, size in zip(held, sizes, strict=True):
+                follow.meter.free(block, size)
 
 
 def _buffers(part: Any, offload: str) -> list[torch.Tensor]:

@@ -259,7 +259,7 @@ class Tracer:
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
         with _no_collection(), variant_applied(pipe, workload), attention:
-            with streams, watched(pipe, enter), repeats, follow:
+            with streams as buffers, watched(pipe, enter), repeats, follow:
                 _RUN[task](pipe, workload, steps, call or {})
                 enter("")
                 meter.leave()
@@ -272,7 +272,7 @@ class Tracer:
             meter.stage_peaks,
             seconds,
             events,
-            standing + unsplit,
+            standing + unsplit + (buffers or 0),
             unsplit,
             {stage: residency.resident_bytes(stage) for stage in meter.stage_peaks},
             frozenset(meter.workspaces),
