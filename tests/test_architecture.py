@@ -246,3 +246,9 @@ def test_the_reader_of_imports_sees_what_hides() -> None:
     names = [imported("sdfit.equation.terms", statement) for statement in relative]  # type: ignore[arg-type]
     assert names == [["sdfit.equation.sizes"], ["sdfit.workload"]]
     assert tied({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """pytest imports them by their last name alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
