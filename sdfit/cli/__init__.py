@@ -17,6 +17,7 @@ from sdfit.cli.calibrating import calibrate
 from sdfit.cli.options import quiet_option
 from sdfit.cli.pictures import check, validate
 from sdfit.cli.running import demo, fit, sweep
+from sdfit.cli.sending import records
 from sdfit.cli.study import compare, derive, evaluate, explain, identify, report
 from sdfit.cli.weighing import curve, strategies
 from sdfit.errors import QUIET, run_command
@@ -63,7 +64,7 @@ def cli() -> None:
 
 
 for _command in (
-    sweep, fit, predict, fits, largest, advise, strategies, curve, check, validate, cards, calibrate, explain, derive, compare, evaluate, identify, models, report, demo,
+    sweep, fit, predict, fits, largest, advise, strategies, curve, check, validate, cards, calibrate, explain, derive, compare, evaluate, identify, models, report, demo, records,
 ):  # fmt: skip
     _command.params.append(quiet_option())
     cli.add_command(_command)

@@ -185,6 +185,7 @@ def _few(
     """What to run where few runs are wanted; None: the whole grid in its order."""
     if runs is None and (budget is None or prior == "none" or (backend == "fake" and prior == "auto")):
         return None
+    from sdfit.backends.environment import a_card_is_there
     from sdfit.fit.planning import MOST_RUNS
     from sdfit.fit.priors import few_for
 
@@ -192,6 +193,8 @@ def _few(
     try:
         return few_for(gpu, workloads, prior=prior, runs=runs or MOST_RUNS, narrow=share)
     except FitError as error:
+        if backend == "cuda":
+            a_card_is_there(gpu)  # without one there is nothing to plan for, and that is what to say
         if runs is not None or prior != "auto":
             raise
         note(f"{error}; this sweep follows the grid's order")

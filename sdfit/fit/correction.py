@@ -50,12 +50,12 @@ The size's effect has no place in the equation: a kernel that is chosen at some 
 misfit. It makes the plan visit several sizes, and intervals allow for those that it did not."""
 ATTENTION_SHARES = {"kind": 0.10, "kind, regime": 0.05, "own": 0.08}
 """The same in stages that depend on the kind of attention: convolutions seldom set their peak, and attention decides which."""
-CARD_BYTES, KIND_BYTES, UNET_BYTES, OWN_BYTES = 64 << 20, 16 << 20, 64 << 20, 2 << 20
+CARD_BYTES, KIND_BYTES, UNET_BYTES, OWN_BYTES = 64 << 20, 16 << 20, 128 << 20, 2 << 20
 """Standard deviation of constants: the card's in every stage (cuBLAS, say), a kind's (the UNet's filters are larger), one set of
 coefficients' [bytes]."""
 SIZE_EDGES = (640_000, 2_560_000)
 """Where sizes are told apart, in pixels of a pass: 800² and 1600²."""
-MISFIT, MISFIT_BYTES, UNET_MISFIT_BYTES = 0.002, 4 << 20, 12 << 20
+MISFIT, MISFIT_BYTES, UNET_MISFIT_BYTES = 0.002, 4 << 20, 16 << 20
 """How far a stage lies from a corrected equation: this share of the run's activations, and so many bytes. The UNet's more: in
 small images its peak is at other operations than in large ones."""
 MOST_DISCOUNT = 100.0
@@ -239,7 +239,7 @@ def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
     if lacking:
         raise FitError(
             f"the prior '{prior.artifact.name}' knows nothing of {lacking[0].variant}; it knows: "
-            f"{listed(prior.artifact.swept)}"
+            f"{listed(prior.artifact.swept)}; --prior names another, --prior none fits every coefficient"
         )
     rows = prior.rows([r.workload for r in ok])
     stages = [(i, stage) for i, r in enumerate(ok) for stage in stages_of(r.workload.variant)]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import sdfit
-from sdfit.equation.metrics import Place, place_codes, place_of
+from sdfit.equation.metrics import REPLAYED_FAMILY, Place, place_codes, place_of
 from sdfit.equation.regimes import REGIMES
 from sdfit.equation.sizes import Array, Sizes
 from sdfit.equation.stages import StageKey, stage_key, stages_of
@@ -247,6 +247,8 @@ def _beside(prior: Artifact, drawn: Mapping[str, Array], stretched: Mapping[str,
         basis = metric if metric in prior.scores else "reserved"
         found[metric] = {}
         for family, own in prior.scores.get(basis, {}).items():
+            if family == REPLAYED_FAMILY:  # a replay is of the prior's workspaces, not of the card's
+                continue
             some = np.quantile(drawn.get(family, drawn[""]), np.linspace(0, 1, MOST_SUMMED))
             found[metric][family] = np.add.outer(some, factor * sample(own, MOST_SUMMED)).ravel()
     return found

@@ -14,7 +14,20 @@ from sdfit.records import Record
 from sdfit.workload import variant_name
 
 SEVERITIES = ("error", "warning", "note")
-KINDS = ("outlier", "term", "regime", "sign", "monotone", "duplicate", "censored", "held out", "too few")
+KINDS = (
+    "environment",
+    "order",
+    "physics",
+    "outlier",
+    "term",
+    "regime",
+    "sign",
+    "monotone",
+    "duplicate",
+    "censored",
+    "held out",
+    "too few",
+)
 GRAVE = 0.05
 """A row, or a held-out resolution, that is off by more than this share is an error; below it, a warning."""
 DUPLICATES = 0.001

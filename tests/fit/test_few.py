@@ -262,5 +262,7 @@ def test_from_the_command_line(
     assert "enough after 8 runs" in capsys.readouterr().err
     assert main(["sweep", "--gpu", "mine", "--backend", "fake", "--runs", "3"]) == 1
     assert "name one with --prior" in capsys.readouterr().err
+    assert main(["sweep", "--runs", "3"]) == 1
+    assert "there is no CUDA card here" in capsys.readouterr().err
     assert main([*sweep[:-1], "wide", "--runs", "3"]) == 2
     assert "'wide' is not a share" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import click
 from sdfit.backends.environment import a_card_is_there, quiet_libraries
 from sdfit.errors import GridError, listed, run_command
 from sdfit.files import shipped
-from sdfit.units import parse_duration
+from sdfit.units import parse_bytes, parse_duration
 
 gpu_option = click.option(
     "--gpu", default="auto", show_default=True, help="The card, as in h200; auto takes what is there."
@@ -179,6 +179,23 @@ def engines(take: int, part: tuple[str, ...]) -> None:
         click.echo(module.driver())
     if not part or "lost" in part:
         click.echo(module.lost_machine(take))
+
+
+@lab.command()
+@click.option(
+    "--memory", default="14GiB", show_default=True, help="Of every card: larger workloads are not asked about."
+)
+@click.option("--cache", type=click.Path(path_type=Path), default=None, help="A file to keep the traces in.")
+@click.option("--figure", type=click.Path(path_type=Path), default=None, help="Draw the errors (.png).")
+@click.option("--json", "as_json", is_flag=True, help="Plain values, errors as fractions.")
+def few(memory: str, cache: Path | None, figure: Path | None, as_json: bool) -> None:
+    """Hold few runs against made-up and traced cards, beside random runs and the whole grid; takes minutes."""
+    from sdfit.study.lab import few as module
+
+    lines = module.study(parse_bytes(memory), cache, lambda name: click.echo(name, err=True))
+    click.echo(json.dumps(module.to_dict(lines), indent=2) if as_json else module.table(lines))
+    if figure is not None:
+        click.echo(f"wrote {module.draw(lines, figure)}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,271 @@
+"""How few runs tell a card: errors against the number of runs, planned and at random, beside a fit of the whole grid.
+
+Held on made-up cards and on the traced ones (`sdfit.study.lab.cards`), each corrected from a prior of other kernels. What is judged
+on are the workloads of the grid that the card holds, which the fit of the whole grid has seen, and those of the holdout, which
+nothing has. All of it is simulated.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from sdfit.backends.trace.workspaces import ARCHITECTURES
+from sdfit.equation.sizes import Array
+from sdfit.files import shipped
+from sdfit.fit.correction import Posterior, Prior, Rows, correct
+from sdfit.fit.few import fit_few
+from sdfit.fit.fit import fit_stage, predict_stages
+from sdfit.fit.observations import observe
+from sdfit.fit.planning import Few
+from sdfit.predict.loading import load_artifact
+from sdfit.predict.predictor import Predictor
+from sdfit.records import Record, RecordsFile
+from sdfit.study.lab.cards import MADE_UP, MadeUp, Skeleton, skeletons
+from sdfit.sweep import grid
+from sdfit.units import aligned, percent
+
+COUNTS = (2, 4, 8, 16, 32)
+"""Numbers of runs."""
+WANTED = 16
+DRAWS = 5
+"""Random choices of each number of runs; the median of their worst errors is shown."""
+TIMES, LEAST = 1.5, 0.005
+"""Sixteen runs are to reach so many times the worst error of the full grid, or this error."""
+TRACED = {"sm61": "sm75", "sm70": "sm75", "sm75": "sm70", "sm90": "sm75"}
+"""Traced cards, and the prior that each is corrected from: a model of other kernels."""
+PRIOR = "sm75"
+"""Of the made-up cards."""
+HEADROOM = 0.97
+"""A card holds runs whose peak is at most this share of its memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What was found of one card; errors are relative, of allocated memory.
+
+    Parameters
+    ----------
+    card, prior : str
+    workloads : int
+        Of the grid that it holds.
+    planned, at_random : dict
+        Number of runs -> worst error over the holdout.
+    planned_grid : dict
+        Number of runs -> worst error over the grid.
+    at_random_grid : float
+        The same for `WANTED` runs at random.
+    worst_at : str
+        Where on the grid `WANTED` planned runs are off most.
+    full, full_grid : float
+        Worst errors of a fit of the whole grid, over the holdout and over its own rows.
+    coverage, coverage_grid : float
+        Share of 95 % intervals of the fit to `WANTED` runs that hold.
+    scale : float
+        `sdfit.fit.correction.Posterior.scale` of that fit.
+    """
+
+    card: str
+    prior: str
+    workloads: int
+    planned: dict[int, float]
+    at_random: dict[int, float]
+    planned_grid: dict[int, float]
+    at_random_grid: float
+    worst_at: str
+    full: float
+    full_grid: float
+    coverage: float
+    coverage_grid: float
+    scale: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether `WANTED` runs do as well as asked for, on workloads that no fit has seen."""
+        return self.planned[WANTED] <= max(TIMES * self.full, LEAST)
+
+    @property
+    def reached_grid(self) -> bool:
+        """The same on the grid's own workloads, which the fit of the whole grid has seen."""
+        return self.planned_grid[WANTED] <= max(TIMES * self.full_grid, LEAST)
+
+
+class _Judged:
+    """Workloads whose truth is known, through the eyes of a prior."""
+
+    def __init__(self, prior: Prior, records: Sequence[Record]) -> None:
+        self.prior, self.records = prior, records
+        self.rows: Rows = prior.rows([r.workload for r in records])
+        self.actual = np.array([r.allocated_bytes for r in records], dtype=float)
+
+    def worst(self, posterior: Posterior) -> float:
+        """The worst error of a corrected model."""
+        moved = (self.rows.X * self.prior.kept) @ posterior.mean
+        return _worst(self.rows.highest(self.rows.prior_bytes + moved), self.actual)
+
+    def worst_at(self, posterior: Posterior) -> str:
+        """Where that is: size, images, stage."""
+        moved = (self.rows.X * self.prior.kept) @ posterior.mean
+        predicted = self.rows.highest(self.rows.prior_bytes + moved)
+        record = self.records[int(np.argmax(np.abs(predicted / self.actual - 1)))]
+        w, peaks = record.workload, record.stage_peaks_bytes
+        return f"{w.height}x{w.width} x{w.batch_size} {max(peaks, key=peaks.__getitem__)}"
+
+    def covered(self, predictor: Predictor) -> float:
+        """The share of 95 % intervals that hold."""
+        ends = np.array([predictor.predict_workload(r.workload).interval for r in self.records])
+        return float(np.mean((ends[:, 0] <= self.actual) & (self.actual <= ends[:, 1])))
+
+
+def study(
+    memory_bytes: float, cache: Path | None = None, report: Callable[[str], None] = lambda words: None
+) -> list[Line]:
+    """Hold few runs against every card.
+
+    Parameters
+    ----------
+    memory_bytes : float
+        What each card has; larger workloads are not asked about.
+    cache : Path, optional
+        A file to keep traces in: there are some 900, two or three a second.
+    report : callable
+        Called with each card's name.
+    """
+    seen = skeletons(grid.load("default").for_the_trace().workloads, cache)
+    unseen = skeletons(grid.load("holdout").for_the_trace().workloads, cache)
+    cards = [(card, PRIOR) for card in MADE_UP.values()]
+    cards += [(MadeUp(name, "traced", ARCHITECTURES[name]), prior) for name, prior in TRACED.items()]
+    priors: dict[str, tuple[Prior, Few]] = {}
+    lines = []
+    for card, name in cards:
+        report(card.name)
+        if name not in priors:
+            prior = Prior(load_artifact(shipped("models") / f"{name}.joblib"))
+            priors[name] = prior, Few(prior, [s.workload for s in seen], max(COUNTS), memory_bytes)
+        lines.append(_line(card, *priors[name], seen, unseen, memory_bytes))
+    return lines
+
+
+def _line(
+    card: MadeUp,
+    prior: Prior,
+    few: Few,
+    seen: Sequence[Skeleton],
+    unseen: Sequence[Skeleton],
+    memory_bytes: float,
+) -> Line:
+    swept = card.records(seen)
+    grid_, hold = (
+        [r for r in records if (r.allocated_bytes or 0) <= HEADROOM * memory_bytes]
+        for records in (swept, card.records(unseen))
+    )
+    held = {r.index for r in grid_}
+    judged, fresh = _Judged(prior, grid_), _Judged(prior, hold)
+    planned = [swept[step.index] for step in few.steps if step.index in held]
+    rng = random.Random(7)
+    drawn = {count: [correct(prior, rng.sample(grid_, count)) for _ in range(DRAWS)] for count in COUNTS}
+    posteriors = {count: correct(prior, planned[:count]) for count in COUNTS}
+    whole = {key: fit_stage(key, rows) for key, rows in observe(grid_).items()}
+    environment = {"backend": "trace", "name": card.name, "total_memory_bytes": int(memory_bytes)}
+    artifact = fit_few(RecordsFile(environment, planned[:WANTED], []), prior.artifact)
+    predictor = Predictor(artifact)
+    return Line(
+        card=card.name,
+        prior=prior.artifact.name,
+        workloads=len(grid_),
+        planned={count: fresh.worst(found) for count, found in posteriors.items()},
+        at_random={count: median(map(fresh.worst, found)) for count, found in drawn.items()},
+        planned_grid={count: judged.worst(found) for count, found in posteriors.items()},
+        at_random_grid=median(map(judged.worst, drawn[WANTED])),
+        worst_at=judged.worst_at(posteriors[WANTED]),
+        full=_full(whole, hold, fresh.actual),
+        full_grid=_full(whole, grid_, judged.actual),
+        coverage=fresh.covered(predictor),
+        coverage_grid=judged.covered(predictor),
+        scale=artifact.prior["scale"],
+    )
+
+
+def _full(models: Mapping[Any, Any], records: Sequence[Record], actual: Array) -> float:
+    return _worst(np.array([max(p.values()) for p in predict_stages(models, records)]), actual)
+
+
+def _worst(predicted: Array, actual: Array) -> float:
+    return float(np.max(np.abs(predicted / actual - 1)))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A line per card: worst errors by number of runs, the full grid's, whether sixteen runs do, coverage."""
+    head = (
+        "card (simulated)", "prior", *(f"{count} runs" for count in COUNTS), "16 at random", "full grid", "16 do",
+        "95 % hold", "grid: 16", "at random", "full grid", "16 do", "95 % hold", "16 are worst at",
+    )  # fmt: skip
+    rows = [head]
+    for line in lines:
+        rows.append(
+            (
+                line.card,
+                line.prior,
+                *(percent(line.planned[count], 2) for count in COUNTS),
+                percent(line.at_random[WANTED], 2),
+                percent(line.full, 2),
+                "yes" if line.reached else "no",
+                percent(line.coverage, 1),
+                percent(line.planned_grid[WANTED], 2),
+                percent(line.at_random_grid, 2),
+                percent(line.full_grid, 2),
+                "yes" if line.reached_grid else "no",
+                percent(line.coverage_grid, 1),
+                line.worst_at,
+            )
+        )
+    what = (
+        "worst error of allocated memory over the holdout, which no fit has seen; then over the grid's own workloads, which the "
+        f"full grid's fit has\n16 do: at most {TIMES:g} x the full grid's worst error, or {percent(LEAST, 1)}"
+    )
+    return f"{what}\n{aligned(rows, left=2)}"
+
+
+def to_dict(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Plain values, errors as fractions."""
+    return [asdict(line) | {"reached": line.reached, "reached_grid": line.reached_grid} for line in lines]
+
+
+def draw(lines: Sequence[Line], path: Path) -> Path:
+    """Draw the worst error against the number of runs, a panel per card."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = 4
+    rows = -(-len(lines) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(12, 2.6 * rows), sharex=True, sharey=True, squeeze=False)
+    for axis, line in zip(axes.flat, lines, strict=False):
+        axis.plot(COUNTS, [100 * line.at_random[c] for c in COUNTS], "o:", color="0.55", label="at random")
+        axis.plot(COUNTS, [100 * line.planned[c] for c in COUNTS], "o-", color="C0", label="planned")
+        axis.axhline(100 * line.full, color="C1", label=f"full grid ({line.workloads} runs)")
+        axis.axhline(100 * max(TIMES * line.full, LEAST), color="C1", linestyle="--", label="what 16 runs are to reach")
+        axis.set_yscale("log")
+        axis.set_xticks(COUNTS)
+        axis.set_title(f"{line.card}, from {line.prior}", fontsize=10)
+    for axis in axes.flat[len(lines) :]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel("runs")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("worst error [%]")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels[2] = "full grid"
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.suptitle("Few runs correct a prior: worst error of allocated memory on unseen workloads (simulated)")
+    figure.tight_layout(rect=(0, 0.05, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
