@@ -1,0 +1,73 @@
+"""Other software: what moved is told to the byte, what lacks is named; the wheel predicts away from the checkout."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from worlds import run
+
+from sdfit.backends.fake import FakeBackend
+from sdfit.errors import SdfitError
+from sdfit.records import Record
+from sdfit.study.lab import matrix
+from sdfit.study.lab.matrix import Place
+from sdfit.sweep import grid
+from sdfit.workload import Workload
+
+KINDS = [Workload(512, 512), Workload(512, 512, attention="math"), Workload(512, 512, offload="model")]
+
+
+def test_a_release_that_moves_memory_is_told_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each amount that differs, by how much and in which variant; a workload that a release cannot run, with its reason."""
+    reference = dict(enumerate(run(FakeBackend(), KINDS)))
+    allocated = reference[1].allocated_bytes
+    assert allocated is not None
+    moved = {
+        0: reference[0],
+        1: replace(reference[1], allocated_bytes=allocated - 512),
+        2: Record(2, KINDS[2], "crash", message="no hooks"),
+    }
+    monkeypatch.setattr(matrix, "_traced", lambda place: moved)
+    peak, words = matrix._compared(Place(sys.executable, tmp_path, ()), reference)
+    assert peak == f"{reference[0].allocated_bytes} B"
+    assert (
+        words
+        == "1 of 3 the same to the byte; float16 math: allocated_bytes -512 B; float16 sdpa offload=model: no hooks"
+    )
+
+    def nothing(place: Place) -> dict[int, Record]:
+        raise SdfitError("no trace: no import")
+
+    monkeypatch.setattr(matrix, "_traced", nothing)
+    assert matrix._compared(Place(sys.executable, tmp_path, ()), reference) == ("", "no trace: no import")
+
+
+def test_the_grid_of_releases_holds_each_kind_once() -> None:
+    """Every attention kernel that has a size of its own, every offload, both VAEs; the first row of the tables among them."""
+    workloads = grid.load("releases").workloads
+    assert Workload(512, 512) in workloads
+    assert {w.offload for w in workloads} == {"none", "model", "sequential", "group_block", "group_leaf"}
+    assert {w.vae for w in workloads} == {"kl", "tiny"} and {"eager", "math", "sliced"} <= {
+        w.attention for w in workloads
+    }
+
+
+def test_the_python_that_runs_this_is_found() -> None:
+    """By its version, and it runs; its place does not see the checkout's path unless it is told."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version not in matrix.PYTHONS:
+        pytest.skip("another Python than those of the matrix")
+    ran = Place(matrix.pythons()[version], Path("/"), ()).run("--version")
+    assert ran.stdout.startswith(f"Python {version}.")
+
+
+@pytest.mark.slow
+def test_the_wheel_predicts_away_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base install of the built wheel, in a fresh environment, says what the checkout says; the sdist builds too."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    monkeypatch.setattr(matrix, "PYTHONS", (version,))
+    source, here = matrix.wheels(tmp_path)
+    assert source[-1] == "built" and here[0] == f"Python {version}" and here[-1] == "predicts the same"
