@@ -372,6 +372,27 @@ def test_a_change_of_the_pipeline_is_seen_at_the_next_call(pipe: Any, f: Predict
         assert guarded.workload(image=PICTURE, prompt="a") == before
 
 
+def test_the_tiny_vae_is_read_with_its_tiles(f: Predictor) -> None:
+    """It overlaps them by another share, which is its own; of another size they are refused."""
+    tiny = build_pipeline(dtype="float16", device="meta", vae="tiny")
+    tiny.vae.enable_tiling()
+    guarded = sdfit.guard(tiny, f, memory="80 GiB")
+    found = guarded.workload(image=PICTURE, prompt="a")
+    assert (found.vae, found.vae_tiling) == ("tiny", True)
+    tiny.vae.tile_sample_min_size = 1024
+    with pytest.raises(NotCovered, match=r"VAE tiles of another size \(tile_sample_min_size=1024\)"):
+        guarded.workload(image=PICTURE, prompt="a")
+
+
+def test_a_setting_that_is_changed_later_is_seen(pipe: Any, f: Predictor) -> None:
+    """Though the modules stay what they are."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    guarded.workload(image=PICTURE, prompt="a")
+    pipe.unet.register_to_config(center_input_sample=True)
+    with pytest.raises(NotCovered, match="a unet with center_input_sample=True, not False"):
+        guarded.workload(image=PICTURE, prompt="a")
+
+
 def test_forced_math_attention_is_read_as_what_it_is(pipe: Any, f: Predictor) -> None:
     """Inside `sdpa_kernel(MATH)` scores are materialised: five times the memory, and the guard says so."""
     guarded = sdfit.guard(pipe, f, memory="6 GiB")
@@ -891,6 +912,28 @@ def test_adapting_waits_for_runs_and_not_for_its_own(pipe: Any, f: Predictor) ->
         first.join(20)
         second.join(20)
     assert told == ["pictures"] * 2 and [run[2] for run in pipe.runs] == [False, True]
+
+
+def test_a_wait_that_is_interrupted_holds_nobody_back(pipe: Any, f: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while an adapted run waits for others: later runs begin as ever."""
+    small: dict[str, Any] = {"image": picture(512, 512), "prompt": "a"}
+    guarded = sdfit.guard(pipe, f, memory="5 GiB", on_exceed="adapt")
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with guarded._turns.shared():
+        turns = guarded._turns
+        monkeypatch.setattr(turns._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), turns.alone():
+            pass
+        monkeypatch.undo()
+    monkeypatch.setattr(StableDiffusionImg2ImgPipeline, "__call__", lambda self, *args, **kwargs: "pictures")
+    ran: list[Any] = []
+    thread = threading.Thread(target=lambda: ran.append(guarded(**small)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert ran == ["pictures"]
 
 
 class Card:

@@ -16,7 +16,8 @@ from sdfit.predict import process
 from sdfit.predict.parts import CHANGED, home, is_channels_last
 from sdfit.predict.pipelines import TILES, Reading, components, read
 
-_WATCHED = {*CHANGED, "_hf_hook", "_diffusers_hook", "processor", "peft_config", "forward", "_old_forward"}
+_HOOKS = ("_hf_hook", "_diffusers_hook", "forward", "_old_forward")
+_WATCHED = {*CHANGED, *_HOOKS, "_internal_dict", "processor", "peft_config"}
 """What is found on a module, of what was put there."""
 _FLAGS = ("use_slicing", "use_tiling", *TILES)
 _METHODS = ("forward", "encode", "decode", "_encode", "_decode", "tiled_encode", "tiled_decode")

@@ -52,10 +52,13 @@ class Turns:
         """Run beside no other: waits for those that run, and lets no new one begin. Not for a thread inside a run."""
         with self._changed:
             self._waiting += 1
-            while self._alone or self._runs:
-                self._changed.wait()
-            self._waiting -= 1
-            self._alone = True
+            try:
+                while self._alone or self._runs:
+                    self._changed.wait()
+                self._alone = True
+            finally:  # an interrupted wait must not hold the others back
+                self._waiting -= 1
+                self._changed.notify_all()
         with self._inside():
             try:
                 yield

@@ -24,6 +24,8 @@ TURNS = ("text_encoder", "unet", "vae")
 WITHOUT_MEMORY = ("progress_bar", "__call__")
 """Methods of a pipeline that people replace, or wrap, and that take no memory of the card themselves."""
 TILES = {"tile_sample_min_size": 512, "tile_latent_min_size": 64, "tile_overlap_factor": 0.25}
+"""Of `AutoencoderKL`; `AutoencoderTiny` overlaps its tiles by `TINY_OVERLAP`."""
+TINY_OVERLAP = 0.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,13 @@ def read(pipe: Any) -> Reading:
     unknown += processing
     vae = parts.get("vae")
     tiling = bool(getattr(vae, "use_tiling", False))
-    tiles = [f"{k}={getattr(vae, k)}" for k, v in TILES.items() if tiling and hasattr(vae, k) and getattr(vae, k) != v]
-    if type(vae).__name__ == "AutoencoderTiny":
-        tiles = []
+    tiny = type(vae).__name__ == "AutoencoderTiny"
+    built = TILES | ({"tile_overlap_factor": TINY_OVERLAP} if tiny else {})
+    tiles = [f"{k}={getattr(vae, k)}" for k, v in built.items() if tiling and getattr(vae, k, v) != v]
     return Reading(
         dtype=dtype,
         attention=attention,
-        vae="tiny" if type(vae).__name__ == "AutoencoderTiny" else "kl",
+        vae="tiny" if tiny else "kl",
         vae_slicing=bool(getattr(vae, "use_slicing", False)),
         vae_tiling=tiling,
         offload=offload,
