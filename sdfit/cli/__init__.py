@@ -7,6 +7,8 @@ answer is no, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 import click
 
@@ -73,6 +75,7 @@ for _command in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet_libraries()
+    _end_as_ctrl_c()
     before = os.environ.get(QUIET)
     try:
         return run_command(cli, arguments, "sdfit")
@@ -81,3 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ.pop(QUIET, None)
         else:
             os.environ[QUIET] = before
+
+
+def _end_as_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that a sweep ends its workers; nohup keeps its meaning."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+        if number and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)

@@ -66,6 +66,7 @@ MOST_FINDINGS = 12
 )
 @click.option("--narrow", default="2%", show_default=True, help="With --runs or --budget: ±95 % that is narrow enough.")
 @click.option("--prior", default="auto", show_default=True, help="The model that few runs correct; none: grid order.")
+@click.option("--limit", default="30m", show_default=True, help="Give a workload up after this time.")
 @click.option("--weights", default="architecture", show_default=True, help="architecture, a folder, or a Hub id.")
 @click.option("--workspaces/--no-workspaces", default=True, help="Trace: add the kernel workspaces known for the card.")
 @click.option("--kernels", default=None, help="Trace: another card's workspaces, or a file of sdfit calibrate (.json).")
@@ -86,6 +87,7 @@ def sweep(
     workers: int | None,
     devices: str | None,
     budget: str | None,
+    limit: str,
     runs: int | None,
     narrow: str,
     prior: str,
@@ -149,6 +151,7 @@ def sweep(
             workers=workers,
             devices=cards_named(devices, default_workers(backend)) if devices else (),
             address=address,
+            limit_s=parse_duration(limit),
             budget_s=parse_duration(budget) if budget else None,
             histories=worth_recording(plan.workloads) if history else (),
             choose=few,

@@ -140,6 +140,8 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
     if isinstance(cap, bool) or not isinstance(cap, int | float) or not cap > 0:
         raise GridError(f"max_batch_pixels is {cap!r}; it must be a number of pixels")
     if kinds == ["workloads"]:
+        if axes:
+            raise GridError(f"{next(iter(axes))} does not go with workloads; write it into each of them")
         found = [Workload.from_dict(item) for item in _axis("workloads", block["workloads"])]
     elif kinds == ["random"]:
         if "keep" in block:
@@ -147,6 +149,9 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
         return _drawn(block["random"], axes, cap, rng)
     else:
         shapes = [_shape(item) for item in _axis("shapes", block["shapes"])]
+        count = math.prod([len(shapes), *map(len, axes.values())])
+        if count > MOST_DRAWN:
+            raise GridError(f"it has {count} combinations; a block may have {MOST_DRAWN}, so give fewer values")
         found = [
             Workload(*shape, **dict(zip(axes, values, strict=True)))
             for shape in shapes

@@ -104,19 +104,28 @@ class Journal(Generic[Row]):
                 )
         if whole < len(content):
             self._file.truncate(whole)
+        self._end = whole  # where the next row goes
         if not whole:
             self._put({self.kind.key: FORMAT, "environment": dict(environment)})
 
     def _put(self, values: dict[str, Any]) -> None:
         line = json.dumps(values, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
+            self._is_there()
             written = self._file.write(line)
             if written != len(line):
                 raise OSError(None, f"only {written} of {len(line)} bytes were taken")
             os.fsync(self._file.fileno())
+            self._end += written
         except OSError as error:
             self._file.close()  # a further row would stand behind half of this one
             raise self._unwritable(error) from error
+
+    def _is_there(self) -> None:
+        """See that what was recorded is still where it was put: else every further row would be lost unseen."""
+        mine, named = os.fstat(self._file.fileno()), self.path.stat()
+        if (mine.st_dev, mine.st_ino) != (named.st_dev, named.st_ino) or mine.st_size != self._end:
+            raise OSError(None, "the file was replaced or changed while this sweep wrote it")
 
     def _unwritable(self, error: OSError) -> RecordsError:
         return RecordsError(f"cannot write {self.kind.noun}s to '{self.path}': {error.strerror}", path=str(self.path))

@@ -8,6 +8,7 @@ tried again on resume; an out-of-memory run is an answer and is not.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ from typing import Any
 from sdfit.backends.history import ENDING, HISTORY
 from sdfit.errors import RecordsError, SdfitError
 from sdfit.files import Output, file_name, write
-from sdfit.records import RECORDS, Record, kind_of, read
+from sdfit.records import RECORDS, Record, kind_of, read_rows
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.ray import RayPool
-from sdfit.sweep.workers import Job, LocalPool, crashed, default_workers, left_out
+from sdfit.sweep.workers import LIMIT_S, Job, LocalPool, crashed, default_workers, left_out
 from sdfit.workload import Workload
 
 Choose = Callable[[Sequence[Record]], Iterator[int]]
+
+
+MOST_TRIES = 3
+"""A workload that crashed so often is left at that: its last row is the answer, and the sweep is complete without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +89,17 @@ def history_path(records: Path, index: int) -> Path:
 def _finished(path: Path) -> int:
     """Workloads of a file that need not run again."""
     try:
-        return len(finished(read(path).records))
+        return len(finished(read_rows(path, RECORDS)[1]))
     except RecordsError:  # to be told when it is opened for writing
         return 0
 
 
 def finished(records: Iterable[Record]) -> dict[int, Record]:
-    """The rows that need not run again, by index: a later row replaces an earlier one, and a crash is tried again."""
-    latest = {r.index: r for r in records}
-    return {index: r for index, r in latest.items() if r.outcome != "crash"}
+    """The rows that need not run again, by index: a later row replaces an earlier one; a crash is tried `MOST_TRIES` times."""
+    rows = list(records)
+    crashes = Counter(r.index for r in rows if r.outcome == "crash")
+    latest = {r.index: r for r in rows}
+    return {i: r for i, r in latest.items() if r.outcome != "crash" or crashes[i] >= MOST_TRIES}
 
 
 def workloads_left(plan: Plan, records: Iterable[Record]) -> list[Workload]:
@@ -222,6 +229,7 @@ def sweep(
     devices: Sequence[str] = (),
     address: str | None = None,
     budget_s: float | None = None,
+    limit_s: float = LIMIT_S,
     only: Callable[[Workload], bool] = lambda workload: True,
     histories: Collection[Workload] = (),
     choose: Choose | None = None,
@@ -246,6 +254,8 @@ def sweep(
         Engine ``ray``: the cluster to join.
     budget_s : float, optional
         Start no further workload after this many seconds.
+    limit_s : float
+        Engine ``local``: give a workload up after so many seconds; it is a crash row then.
     only : callable
         ``only(workload)``: leave out the others this time; they are still part of the plan.
     histories : collection of Workload
@@ -270,12 +280,14 @@ def sweep(
     if engine == "ray":
         pool = RayPool(backend, options, workers, address)
     else:
-        pool = LocalPool(backend, options, workers or default_workers(backend), devices)
+        pool = LocalPool(backend, options, workers or default_workers(backend), devices, limit_s)
     with ExitStack() as held:
         held.callback(pool.close)
         first = pool.environment()
         one = _Sweep(plan, backend, out, budget_s, only, choose, held)
-        one.file_of(first)
+        mine = one.file_of(first)
+        if isinstance(pool, LocalPool) and mine is not None:
+            pool.at_most(len(plan.workloads) - mine.skipped)
         for environment, index, fields in pool.run_for(one.take):
             report(one.put(environment, index, fields))
         return one.outcome()

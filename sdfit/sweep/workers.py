@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,10 @@ Take = Callable[[Environment], Job | None]
 Heard = tuple[Environment, int, dict[str, Any]]
 """In which environment, which job, and what came of it."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+LIMIT_S = 1800.0
+"""So long a workload may take, or a worker to start: what takes longer has stopped. The slowest, bisected, takes minutes."""
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Keeps Python from importing modules of the current folder, where anybody's ``pickle.py`` may lie."""
 
 
 def crashed(message: str) -> dict[str, Any]:
@@ -62,10 +67,19 @@ class LocalPool:
         How many at once; one per card.
     devices : sequence of str
         Cards as CUDA counts them: each worker sees one of them and no other. Empty: each sees what this process sees.
+    limit_s : float
+        A workload that takes longer is given up: its worker is killed, and it is a crash row.
     """
 
-    def __init__(self, backend: str, options: Mapping[str, Any], workers: int, devices: Sequence[str] = ()) -> None:
-        self.backend, self.options = backend, dict(options)
+    def __init__(
+        self,
+        backend: str,
+        options: Mapping[str, Any],
+        workers: int,
+        devices: Sequence[str] = (),
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        self.backend, self.options, self.limit_s = backend, dict(options), limit_s
         self.devices: list[str | None] = [*devices] or [None] * workers
         self._differ = bool(devices) or backend == "cuda"  # what one worker has no job for, another may
         self._context = multiprocessing.get_context("spawn")
@@ -74,11 +88,17 @@ class LocalPool:
     def environment(self) -> dict[str, Any]:
         """Start the first worker and ask it what its numbers depend on."""
         worker = self._start(self.devices[0])
+        self._heard_from()
         answer = worker.receive()
         if isinstance(answer, SdfitError):
             raise answer
         worker.environment = answer
         return dict(answer)
+
+    def at_most(self, jobs: int) -> None:
+        """Start no more workers than there are jobs or, without a card, processors; cards may be of several kinds."""
+        if not self._differ:
+            del self.devices[max(min(jobs, os.cpu_count() or 1), 1) :]
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield each job's result as it comes; stopping early ends the workers."""
@@ -101,12 +121,24 @@ class LocalPool:
                             self._drop([worker, *([] if self._differ else self._unneeded())])
                         else:
                             worker.give(job)
-                for connection in wait([w.connection for w in self._live]) if self._live else ():
+                for connection in self._heard_from():
                     heard = self._hear(next(w for w in self._live if w.connection is connection), take)
                     if heard is not None:
                         yield heard
         finally:
             self.close()
+
+    def _heard_from(self) -> list[Any]:
+        """Wait until a worker says something or ends; one that takes too long is made to."""
+        if not self._live:
+            return []
+        now = time.monotonic()
+        for worker in self._live:
+            if now - worker.since >= self.limit_s:
+                worker.late = self.limit_s
+                worker.process.kill()  # even one that was stopped; its pipe then closes
+        first = min((w.since for w in self._live if w.late is None), default=now)
+        return wait([w.connection for w in self._live], max(first + self.limit_s - now, 0.01))
 
     def close(self) -> None:
         """End all workers."""
@@ -159,14 +191,21 @@ class _Worker:
     ) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, backend, options, device), daemon=True)
-        self.process.start()
+        before = os.environ.get(SAFE_PATH)
+        os.environ[SAFE_PATH] = "1"
+        try:
+            self.process.start()
+        finally:
+            os.environ.pop(SAFE_PATH) if before is None else os.environ.update({SAFE_PATH: before})
         theirs.close()
+        self.late: float | None = None
+        self.since = time.monotonic()  # it is waited for; late: how long, if that was too long
         self.device, self.first = device, first
         self.environment: dict[str, Any] | None = None  # until it is ready
         self.job: Job | None = None
 
     def give(self, job: Job) -> None:
-        self.job, self.first = job, None
+        self.job, self.first, self.since = job, None, time.monotonic()
         with suppress(OSError):  # it died while it was idle: `receive` finds out, and the job is a crash row
             self.connection.send(job[1].to_dict())
 
@@ -175,6 +214,8 @@ class _Worker:
             return self.connection.recv()
         except (EOFError, OSError):
             self.process.join(5)
+            if self.late is not None:
+                return SdfitError(f"no answer within {self.late:g} s: the worker process was ended", worker_died=True)
             code = self.process.exitcode
             how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
             return SdfitError(f"the worker process died ({how})", worker_died=True)
@@ -183,7 +224,7 @@ class _Worker:
         self.connection.close()
         if self.job is not None:
             self.process.terminate()
-        self.process.join(2)
+        self.process.join(0.1 if self.late is not None else 2)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -193,7 +234,9 @@ def _serve(connection: Connection, backend: str, options: dict[str, Any], device
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     if device is not None:
         os.environ[VISIBLE] = device  # CUDA reads it when it is first used
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a terminal that closes are the parent's to handle
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     quiet_libraries()
     try:

@@ -145,6 +145,14 @@ BLOCK = "[[block]]\nshapes = [512]\n"
         ("[[block]]\nshapes = [[512.0, 512]]", "height must be a whole number"),
         ("[[block]]\nshapes = [32]", "height is 32; it must be from 64"),
         ("[[block]]\nworkloads = [5]", "a workload is a table"),
+        (
+            "[[block]]\nbatch_size = [1, 2]\nworkloads = [{height = 512, width = 512}]",
+            "batch_size does not go with workloads",
+        ),
+        (
+            f"[[block]]\nshapes = {[512] * 1000}\nbatch_size = {[1] * 100}\nprompt_length = {[77] * 100}\nvae = {['kl'] * 10}",
+            "it has 100000000 combinations; a block may have 100000",
+        ),
         ("[[block]]\nworkloads = [{height = 512}]", "it has no width"),
         ("[[block]]\nworkloads = [{height = 512, width = 512, batch = 2}]", "did you mean 'batch_size'"),
         ("[[block]]\nrandom = {count = 1, min_side = 900, max_side = 100}", "random needs count"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import DependencyError, DeviceError, InvalidWorkload, RecordsError, SdfitError, SweepWarning
-from sdfit.records import Record, fingerprint, read
+from sdfit.records import RECORDS, Record, fingerprint, read, read_rows
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.run import Progress, default_path, record_of, sweep, workloads_left
 from sdfit.sweep.workers import LocalPool, cards_named
@@ -344,3 +344,95 @@ def test_a_second_sweep_of_the_same_file_is_refused(tmp_path: Path) -> None:
     third = start(tmp_path)
     third.communicate(timeout=120)
     assert third.returncode == 0 and rows_of(tmp_path) == 40
+
+
+# -- what hangs, is gone, or lies in wait --
+
+
+def test_a_workload_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    """After the limit its worker is killed, the row says so, and the sweep goes on with a fresh one to its end."""
+    plan = planned((256, 384), (1, 2))
+    outcome = sweep(plan, "fake", {"hang_after": 1}, tmp_path / "r.jsonl", limit_s=2.0)
+    rows = read(outcome.path).records
+    assert outcome.done + outcome.crashed == 4 and outcome.done >= 1 and outcome.crashed >= 1
+    assert {r.message for r in rows if r.outcome == "crash"} == {"no answer within 2 s: the worker process was ended"}
+    assert sweep(plan, "fake", {}, outcome.path).complete and read(outcome.path).records == told(plan)
+
+
+def test_a_worker_that_was_stopped_is_given_up() -> None:
+    """SIGSTOP, as a debugger or a full host sends it: the process cannot end by itself."""
+    pool = LocalPool("fake", {"hang_after": 1}, 1, limit_s=2.0)
+
+    def jobs() -> Iterator[tuple[int, Workload]]:
+        yield 0, PLAN.workloads[0]
+        os.kill(pool._live[0].process.pid or 0, signal.SIGSTOP)
+        yield 1, PLAN.workloads[1]
+        yield 2, PLAN.workloads[2]
+
+    results = dict(pool.run(jobs()))
+    assert str(results[1]["message"]).startswith("no answer within 2 s") and results[2]["outcome"] == "ok"
+
+
+def test_after_three_failures_a_workload_is_left_at_that(tmp_path: Path) -> None:
+    """It stays a crash row, the sweep is complete without it, and a new sweep of the grid begins a new file."""
+    path = tmp_path / "fake" / "2020-01-01-small.jsonl"
+    for tries in (1, 2, 3):
+        assert sweep(PLAN, "fake", {"crash_batch_size": 2}, path).crashed == 4
+        assert sum(r.outcome == "crash" for r in read_rows(path, RECORDS)[1]) == 4 * tries
+    before = path.read_bytes()
+    outcome = sweep(PLAN, "fake", {}, path)
+    assert outcome.complete and outcome.skipped == 12 and path.read_bytes() == before
+    assert default_path("fake", PLAN, tmp_path) != path
+
+
+@pytest.mark.parametrize("how", ["deleted", "truncated", "replaced"])
+def test_a_file_that_is_taken_away_is_noticed_at_the_next_row(tmp_path: Path, how: str) -> None:
+    """Not at the end, as "12 of 12 done" with no file."""
+    path = tmp_path / "r.jsonl"
+
+    def spoil(progress: Progress) -> None:
+        if progress.done == 3:
+            content = path.read_bytes()
+            if how == "truncated":
+                os.truncate(path, 100)
+            else:
+                path.unlink()
+                if how == "replaced":
+                    path.write_bytes(content)
+
+    with pytest.raises(
+        RecordsError, match=r"cannot write records to .*r\.jsonl': (No such file|the file was replaced)"
+    ):
+        sweep(PLAN, "fake", {}, path, report=spoil)
+
+
+def test_no_more_workers_than_jobs_or_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--workers 60 for two jobs starts two interpreters at most."""
+    started = []
+    start = LocalPool._start
+    monkeypatch.setattr(LocalPool, "_start", lambda self, *args: started.append(1) or start(self, *args))
+    assert sweep(planned((256,), (1, 2)), "fake", {}, tmp_path / "r.jsonl", workers=60).complete
+    assert len(started) <= min(2, os.cpu_count() or 1)
+
+
+def test_the_children_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    """A `pickle.py` that lies there is not executed."""
+    for name in ("pickle", "numpy", "multiprocessing", "socket"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w')")
+    (tmp_path / "grid.toml").write_text("[[block]]\nshapes = [256]")
+    program = (
+        "import sys; from sdfit.cli import main; sys.exit(main(['sweep', '--backend', 'fake', '--grid', 'grid.toml']))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    assert ran.returncode == 0 and not (tmp_path / "executed").exists(), ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_a_sweep_as_ctrl_c_does(tmp_path: Path, number: signal.Signals) -> None:
+    """One line, exit 130, whole rows; the worker goes too."""
+    process = hung(tmp_path, 4, 4)
+    os.killpg(process.pid, number) if number == signal.SIGHUP else process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err and rows_of(tmp_path) == 4
