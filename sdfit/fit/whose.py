@@ -39,7 +39,8 @@ def summary(artifact: Artifact) -> list[str]:
     known, every = artifact.prior, sum(counts.values(), Counter[str]())
     head = (
         f"{known['rows']} runs correct the prior '{known['name']}' ({known['provenance']}): of its {every.total()} constants and "
-        f"slopes {_shared(every)}; all other terms are the prior's"
+        f"slopes these are whose: {_shared(every)}; all other terms are the prior's. A coefficient is the card's where its runs, or "
+        f"those of what is like it, removed {TOLD:.0%} of its uncertainty or more, and the prior's where they removed {LEFT:.0%} or less"
     )
     return [head, *(f"{name}: {_shared(found)}" for name, found in counts.items())]
 
