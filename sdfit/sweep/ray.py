@@ -8,6 +8,7 @@ only the actor's process died, the workload is what killed it, and that is its r
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -22,7 +23,7 @@ from sdfit.backends import open_backend
 from sdfit.backends.environment import quiet_libraries
 from sdfit.errors import DeviceError, SdfitError, SweepWarning, needs
 from sdfit.records import kind_of
-from sdfit.sweep.workers import Environment, Heard, Job, Result, Take, crashed, left_out, run_one
+from sdfit.sweep.workers import LIMIT_S, Environment, Heard, Job, Result, Take, crashed, left_out, run_one
 from sdfit.workload import Workload
 
 START_S = 300.0
@@ -44,6 +45,8 @@ class _Member:
     environment: dict[str, Any] | None = None  # until it is ready
     node: str | None = None
     job: Job | None = None
+    since: float = 0.0  # when it was given its job
+    late: bool = False
     doubted: bool = False  # it was out of reach with its job; whether it lives is being asked
 
 
@@ -59,6 +62,8 @@ class RayPool:
         How many at once. None, or more than are free in the cluster: as many as are free.
     address : str, optional
         Of a cluster to join, as ``auto``, ``10.0.0.1:6379`` or ``ray://10.0.0.1:10001``; None: one of this machine.
+    limit_s : float
+        Give a workload up after so many seconds; it is a crash row then.
 
     Raises
     ------
@@ -69,7 +74,12 @@ class RayPool:
     """
 
     def __init__(
-        self, backend: str, options: Mapping[str, Any], workers: int | None = None, address: str | None = None
+        self,
+        backend: str,
+        options: Mapping[str, Any],
+        workers: int | None = None,
+        address: str | None = None,
+        limit_s: float = LIMIT_S,
     ) -> None:
         try:
             import ray
@@ -83,6 +93,7 @@ class RayPool:
         self._refused: list[_Member] = []  # they hold cards that were not asked for until the others have started
         self._again: list[tuple[Environment, Job]] = []
         self._losses: Counter[int] = Counter()
+        self.limit_s = limit_s
         self._own = not ray.is_initialized()
         if self._own:
             self._join(address)
@@ -179,13 +190,22 @@ class RayPool:
         self._starting[actor.introduce.remote()] = _Member(actor, spare)
 
     def _wait(self) -> list[Any]:
-        """All that is there, as soon as something is."""
+        """All that is there, as soon as something is; an actor that is over the limit is ended."""
         waited_for = [*self._starting, *self._busy]
-        if not self.ray.wait(waited_for, timeout=None if self._busy else START_S)[0]:
+        now = time.monotonic()
+        first = min((m.since + self.limit_s for m in self._busy.values()), default=now + START_S)
+        timeout = None if math.isinf(first) else max(first - now, 0.01)
+        some: list[Any] = self.ray.wait(waited_for, timeout=timeout)[0]
+        if not some and not self._busy:
             raise DeviceError(
                 f"this Ray cluster started no worker within {START_S:.0f} s; see 'ray status', and run the same command to go on"
             )
         there: list[Any] = self.ray.wait(waited_for, num_returns=len(waited_for), timeout=0)[0]
+        done = set(there)
+        for reference, member in self._busy.items():
+            if reference not in done and time.monotonic() - member.since >= self.limit_s:
+                member.since, member.late = math.inf, True
+                self.ray.kill(member.actor)  # which is then heard of as any other that died
         return there
 
     def _settle(self, reference: Any) -> None:
@@ -221,7 +241,7 @@ class RayPool:
             if job is None:
                 self._idle.append(member)  # it may yet do again what another loses
             else:
-                member.job = job
+                member.job, member.since = job, time.monotonic()
                 self._busy[member.actor.measure.remote(job[1].to_dict())] = member
 
     def _redone(self, environment: Environment) -> Job | None:
@@ -245,8 +265,13 @@ class RayPool:
             self._busy[member.actor.introduce.remote()] = member  # answered, or refused once its fate is known
             return None
         except self.ray.exceptions.RayError as error:
-            lost = self._is_lost(member)
-            fields, tainted = crashed(f"the actor died ({type(error).__name__})"), True
+            lost = not member.late and self._is_lost(member)
+            how = (
+                f"no answer within {self.limit_s:g} s: the actor was ended"
+                if member.late
+                else f"the actor died ({type(error).__name__})"
+            )
+            fields, tainted = crashed(how), True
         else:
             fields, tainted = (crashed("out of reach"), True) if lost else answer
         if lost:

@@ -255,7 +255,7 @@ def sweep(
     budget_s : float, optional
         Start no further workload after this many seconds.
     limit_s : float
-        Engine ``local``: give a workload up after so many seconds; it is a crash row then.
+        Give a workload up after so many seconds; it is a crash row then.
     only : callable
         ``only(workload)``: leave out the others this time; they are still part of the plan.
     histories : collection of Workload
@@ -278,7 +278,7 @@ def sweep(
         options["histories"] = [workload.to_dict() for workload in histories]
     pool: RayPool | LocalPool
     if engine == "ray":
-        pool = RayPool(backend, options, workers, address)
+        pool = RayPool(backend, options, workers, address, limit_s)
     else:
         pool = LocalPool(backend, options, workers or default_workers(backend), devices, limit_s)
     with ExitStack() as held:

@@ -87,6 +87,15 @@ def test_without_a_card_it_is_refused_at_once(cluster: Any, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir()) and ray.is_initialized()
 
 
+def test_a_workload_that_never_ends_is_a_row(cluster: Any, tmp_path: Path) -> None:
+    """After the limit its actor is ended and another goes on."""
+    short = planned(3, (1,))
+    outcome = sweep(short, "fake", {"hang_after": 1}, tmp_path / "r.jsonl", engine="ray", limit_s=2.0)
+    rows = read(outcome.path).records
+    assert [r.outcome for r in rows] == ["ok", "crash", "ok"] and outcome.crashed == 1
+    assert rows[1].message == "no answer within 2 s: the actor was ended"
+
+
 def test_the_work_of_a_lost_machine_is_done_again(cluster: Any, tmp_path: Path) -> None:
     """A machine killed with workloads on it costs time and no row; a machine that comes later takes part."""
     lost = cluster.add_node(num_cpus=2, **STORE)
