@@ -30,8 +30,9 @@ REACH = 6
 MOST_CELLS = 600_000_000
 FOUND = 0.5
 """Share of a piece that must be found, for the run to begin there."""
-NEAR_BEST = 0.02
-"""Runs whose agreement is so near the best, as a share of the most possible, are equal; the last of them is taken."""
+NEAR_BEST = 0.3
+"""Runs whose agreement is this near the best are equal, and the last of them is taken: as a share of what it would cost one
+run to be torn in two so far apart."""
 AROUND, FEW = 20, 0.5
 """A pair among so many neighbours of the trace, both ways, of which fewer than that share have one, is chance."""
 
@@ -156,8 +157,7 @@ def _best(trace: Allocations, card: Allocations, *, anywhere: bool) -> Indices:
         passed[i] = np.packbits(risen > tilted)
         paired[i] = np.packbits(took)
         row = risen - slope
-    near = NEAR_BEST * SAME_SIZE * len(trace) if anywhere else 0.0
-    j = int(np.flatnonzero(row >= row.max() - near)[-1])
+    j = _last_peak(row, len(trace)) if anywhere else int(np.flatnonzero(row >= row.max() - 1e-9)[-1])
     pairs = np.full(len(trace), -1, dtype=np.int64)
     for i in range(len(trace) - 1, -1, -1):
         while passed[i, j >> 3] >> (7 - (j & 7)) & 1:
@@ -166,6 +166,15 @@ def _best(trace: Allocations, card: Allocations, *, anywhere: bool) -> Indices:
             j -= 1
             pairs[i] = j
     return pairs
+
+
+def _last_peak(row: NDArray[np.float64], length: int) -> int:
+    """Where the last of those pairings ends that are as good as the best one, each a whole run after the one before."""
+    enough = row.max() - NEAR_BEST * ALONE * length
+    peak = int(np.argmax(row))
+    while len(later := row[peak + length :]) and later.max() >= enough:
+        peak += length + int(np.argmax(later))
+    return peak
 
 
 def _worth(trace: Allocations, i: int, card: Allocations, at: Indices) -> NDArray[np.float64]:
