@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +169,7 @@ def _best(trace: Allocations, card: Allocations, *, anywhere: bool) -> Indices:
     return pairs
 
 
-def _last_peak(row: NDArray[np.float64], length: int) -> int:
+def _last_peak(row: NDArray[np.floating[Any]], length: int) -> int:
     """Where the last of those pairings ends that are as good as the best one, each a whole run after the one before."""
     enough = row.max() - NEAR_BEST * ALONE * length
     peak = int(np.argmax(row))
