@@ -20,7 +20,8 @@ class SdfitError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, **facts: Any) -> None:
-        super().__init__(message)
+        # one printable line, whatever a file or a caller had in it
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
         self.facts = facts
 
 
@@ -95,6 +96,22 @@ def listed(values: Iterable[object]) -> str:
     'none'
     """
     return ", ".join(str(v) for v in values) or "none"
+
+
+def shown(value: object) -> str:
+    """A value as its author wrote it, for a message: one short line, whatever it is.
+
+    Examples
+    --------
+    >>> shown("a"), shown(10**5000), len(shown("x" * 1000))
+    ("'a'", 'an int that cannot be shown', 80)
+    """
+    try:
+        text = repr(value)
+    except Exception:  # an integer of 5,000 digits; anybody's __repr__
+        name = type(value).__name__
+        return f"{'an' if name[:1] in 'aeiou' else 'a'} {name} that cannot be shown"
+    return (text if text.isprintable() else ascii(text))[:80]
 
 
 def nearest(given: str, known: Sequence[str]) -> str:

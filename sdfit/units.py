@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from sdfit.errors import InvalidWorkload
+from sdfit.errors import InvalidWorkload, shown
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -80,7 +80,7 @@ def parse_bytes(text: str | float) -> int:
             value = math.nan
     if not (math.isfinite(value) and value >= 1):
         raise InvalidWorkload(
-            f"'{text}' is not an amount of memory; write for example 15GiB, 800 MiB or 16e9 B", given=text
+            f"{shown(text)} is not an amount of memory; write for example 15GiB, 800 MiB or 16e9 B", given=text
         )
     return int(value)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sdfit.errors import InvalidWorkload, UnknownKeyword, listed, nearest
+from sdfit.errors import InvalidWorkload, UnknownKeyword, listed, nearest, shown
 
 VAE_SCALE = 8
 """Pixels per latent, each way: diffusers floors both sides of the image to a multiple of it."""
@@ -97,12 +97,12 @@ def whole_number(name: str, value: object, low: int, high: int) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise InvalidWorkload(
-            f"{name} must be a whole number from {low} to {high}, not {value!r}", field=name, given=value
+            f"{name} must be a whole number from {low} to {high}, not {shown(value)}", field=name, given=value
         ) from None
     if not low <= number <= high:
         # Python refuses to print a number of thousands of digits
-        shown = str(number) if number.bit_length() < 256 else f"a number of {number.bit_length()} bits"
-        raise InvalidWorkload(f"{name} is {shown}; it must be from {low} to {high}", field=name, given=number)
+        words = str(number) if number.bit_length() < 256 else f"a number of {number.bit_length()} bits"
+        raise InvalidWorkload(f"{name} is {words}; it must be from {low} to {high}", field=name, given=number)
     return number
 
 
@@ -115,7 +115,7 @@ def real_number(name: str, value: object) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
-        raise InvalidWorkload(f"{name} must be a finite number >= 0, not {value!r}", field=name, given=value)
+        raise InvalidWorkload(f"{name} must be a finite number >= 0, not {shown(value)}", field=name, given=value)
     return number
 
 
@@ -126,7 +126,7 @@ def one_of(name: str, value: object) -> Any:
     for choice in allowed:
         if type(choice) is type(plain) and choice == plain:
             return choice
-    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {plain!r}", field=name, given=value)
+    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {shown(plain)}", field=name, given=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class Workload:
     def from_dict(cls, values: Mapping[str, Any]) -> Workload:
         """Build a Workload from keywords; an unknown one is a `TypeError` that names the nearest known one."""
         if not isinstance(values, Mapping):
-            raise InvalidWorkload(f"a workload is a table of its fields, not {values!r}", given=values)
+            raise InvalidWorkload(f"a workload is a table of its fields, not {shown(values)}", given=values)
         check_keywords(values)
         for name in ("height", "width"):
             if name not in values:

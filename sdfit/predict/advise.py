@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sdfit.errors import InvalidWorkload, SdfitError
+from sdfit.errors import InvalidWorkload, SdfitError, shown
 from sdfit.predict.verdict import Model, bound
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
@@ -197,7 +197,7 @@ def _pair(aspect: Any) -> tuple[Any, Any]:
         across, down = aspect
     except (TypeError, ValueError):
         raise InvalidWorkload(
-            f"aspect is {aspect!r}; it must be two whole numbers such as (3, 2)", given=aspect
+            f"aspect is {shown(aspect)}; it must be two whole numbers such as (3, 2)", given=aspect
         ) from None
     return across, down
 

@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.errors import InvalidWorkload
+from sdfit.errors import InvalidWorkload, shown
 
 LEAST_SCALE_BYTES = 1 << 20
 """Floor of the scale of a score: activations below it would make any error look large."""
 WEIGHTS_SHARE = 1 / 2
 """How much of the weights counts in the scale. Of what published runs lie beside their traces, a few MB stay the same
 whatever the size: the order in which the components were loaded, and rounding in print."""
+LEAST_LEVEL = 1e-6
+"""Below it the arithmetic of ranks ends, and a bound would come out as wide as the sample."""
 KEPT = 6
 """Order statistics kept of each tail in full; further in, the ranks grow by half each."""
 
@@ -170,6 +172,9 @@ def supported_level(scores: Scores) -> float:
 
 def check_level(level: float) -> float:
     """Check that a level lies strictly between 0 and 1."""
-    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
-        raise InvalidWorkload(f"level is {level!r}; it must lie between 0 and 1, for example 0.95", given=level)
+    if isinstance(level, bool) or not isinstance(level, int | float) or not LEAST_LEVEL <= level < 1:
+        raise InvalidWorkload(
+            f"level is {shown(level)}; it must lie between 0 and 1, and be {LEAST_LEVEL} at least, for example 0.95",
+            given=level,
+        )
     return float(level)

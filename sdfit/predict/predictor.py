@@ -9,7 +9,7 @@ import numpy as np
 
 from sdfit.equation.metrics import METRICS
 from sdfit.equation.sizes import Sizes
-from sdfit.errors import InvalidWorkload, listed
+from sdfit.errors import InvalidWorkload, listed, shown
 from sdfit.predict import advise, conformal, verdict
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.cards import CONTEXT_BYTES, Card, architecture_of, find_card
@@ -323,4 +323,4 @@ def _workload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
 def check_metric(metric: str) -> None:
     """Refuse a metric that sdfit does not know."""
     if metric not in METRICS:
-        raise InvalidWorkload(f"metric is {metric!r}; it must be one of {listed(METRICS)}", given=metric)
+        raise InvalidWorkload(f"metric is {shown(metric)}; it must be one of {listed(METRICS)}", given=metric)

@@ -80,12 +80,25 @@ def _columns(table: Any) -> tuple[dict[str, Any], int]:
     if missing:
         raise InvalidWorkload(f"the table has no column '{missing[0]}'; it must have height and width")
     columns = {name: given.get(name, default) for name, default in _DEFAULTS.items()}
-    lengths = {name: len(v) for name, v in columns.items() if np.ndim(v)}
+    lengths = {name: len(v) for name, v in columns.items() if _dimensions(name, v)}
     rows = max(lengths.values(), default=1)
     for name, length in lengths.items():
         if length != rows:
             raise InvalidWorkload(f"column '{name}' has {length} rows, another has {rows}; they must be equal")
     return columns, rows
+
+
+def _dimensions(name: str, column: Any) -> int:
+    """0 of one value for all rows, 1 of a column; nothing else is one."""
+    try:
+        found = np.ndim(column)
+    except ValueError:  # rows of several lengths
+        found = 2
+    if found > 1:
+        raise InvalidWorkload(f"column '{name}' has rows that are lists; it must be one value, or one for each row")
+    if np.ma.is_masked(column):
+        raise InvalidWorkload(f"column '{name}' has masked values; fill them in or leave these rows out", field=name)
+    return found
 
 
 def _mapping(table: Any) -> Mapping[str, Any]:
