@@ -95,7 +95,8 @@ def _dimensions(name: str, column: Any) -> int:
     except ValueError:  # rows of several lengths
         found = 2
     if found > 1:
-        raise InvalidWorkload(f"column '{name}' must hold numbers, one value or one for each row, and not lists")
+        kind = "options" if name in VARIANT_FIELDS else "numbers"
+        raise InvalidWorkload(f"column '{name}' must hold {kind}, one value or one for each row, and not lists")
     if np.ma.is_masked(column):
         raise InvalidWorkload(f"column '{name}' has masked values; fill them in or leave these rows out", field=name)
     return found
