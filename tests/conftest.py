@@ -46,3 +46,11 @@ def noisy() -> Predictor:
 
     workloads = drawn(generator(9), 150, sides=range(256, 1600), batches=(1, 2, 4))
     return Predictor(fit(measured(workloads, noise=0.02)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the fuzz tests counted (``record_property("fuzz", words)``), whichever process they ran in."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, words in report.user_properties:
+            if name == "fuzz" and report.when == "call":
+                terminalreporter.write_line(f"fuzz: {words}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,12 @@ def test_some_calls_of_f() -> None:
 
 
 @pytest.mark.slow
-def test_many_calls_of_f(capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_calls_of_f(record_property: Callable[[str, object], None]) -> None:
     """Calls drawn at random, half of them with a value of any kind at all."""
     answers, failures = asked_many(MANY)
-    with capsys.disabled():
-        print(f"\nfuzz: calls of f, seed {SEED}: {answers} predictions, {failures} known failures, nothing else")
+    record_property(
+        "fuzz", f"{MANY} calls of f, seed {SEED}: {answers} predictions, {failures} known failures, nothing else"
+    )
     assert min(answers, failures) > MANY / 20
 
 

@@ -97,6 +97,7 @@ def structural(value: Any, rng: random.Random) -> Any:
 
 
 Read = Callable[[Path], None]
+Told = Callable[[str, object], None]
 
 
 def ended(path: Path, content: bytes, read_it: Read) -> str:
@@ -162,15 +163,14 @@ def test_some_damaged_artifacts(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
-def test_many_damaged_artifacts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_damaged_artifacts(model: Path, tmp_path: Path, record_property: Told) -> None:
     """Of every shipped model."""
-    told(capsys, f"{model.name}", MANY, damaged_artifacts(model, tmp_path / "x.joblib", MANY))
+    told(record_property, f"{model.name}", MANY, damaged_artifacts(model, tmp_path / "x.joblib", MANY))
 
 
-def told(capsys: pytest.CaptureFixture[str], what: str, count: int, ends: Counter[str]) -> None:
-    """Print what a slow test did."""
-    with capsys.disabled():
-        print(f"\nfuzz: {count} mutations of {what}, seed {SEED}: {dict(ends.most_common())}, nothing else")
+def told(record_property: Told, what: str, count: int, ends: Counter[str]) -> None:
+    """Let the summary of the run say what a slow test did."""
+    record_property("fuzz", f"{count} mutations of {what}, seed {SEED}: {dict(ends.most_common())}, nothing else")
 
 
 # -- records, grids, published tables --
@@ -254,9 +254,9 @@ def test_some_damaged_files(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_damaged_files(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_damaged_files(kind: str, tmp_path: Path, record_property: Told) -> None:
     """Records, grids, the table of published measurements."""
-    told(capsys, kind, MANY, damaged(kind, tmp_path, MANY))
+    told(record_property, kind, MANY, damaged(kind, tmp_path, MANY))
 
 
 def test_the_readers_are_the_ones_in_use() -> None:

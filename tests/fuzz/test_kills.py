@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,7 @@ def test_some_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hundred_kills(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """With SIGKILL, from before the file is there to the middle of a row."""
     rows = killed(tmp_path, MANY)
-    with capsys.disabled():
-        print(
-            f"\nfuzz: {MANY} kills, seed {SEED}: {rows} rows were kept by then, the rest followed, 120 equal an uninterrupted sweep"
-        )
+    record_property("fuzz", f"{MANY} kills, seed {SEED}: {rows} rows were kept by then, and the rest followed")
