@@ -27,22 +27,33 @@ batch_size = [1, 2, 3, 4]
 COMMAND = [sys.executable, "-m", "sdfit.cli", "sweep", "--backend", "fake", "--grid", "grid.toml", "--out", "r.jsonl"]
 
 
+def rows_of(path: Path) -> int:
+    """Whole lines of a records file, its environment not counted."""
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+
+
 def killed(folder: Path, kills: int) -> int:
-    """Kill sweeps of one file, each a random while after its start; returns how many rows were kept by then."""
+    """Kill sweeps of one file; returns how many rows were kept by then."""
     (folder / "grid.toml").write_text(GRID)
     path, rng, rows = folder / "r.jsonl", random.Random(SEED), 0
     environment = os.environ | {
         "SDFIT_FAKE": json.dumps({"hang_after": 1})
     }  # a row each at most, so that none completes
-    for _ in range(kills):
+    for turn in range(kills):
         process = subprocess.Popen(
             COMMAND, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )  # fmt: skip
-        time.sleep(rng.uniform(0, 1.5))
+        if turn % 2:  # at any moment of its life; in the other turns just after its row came, whenever that is
+            time.sleep(rng.uniform(0, 1.5))
+        else:
+            end = time.monotonic() + 120
+            while rows_of(path) == rows:
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait(60)
-        content = path.read_bytes() if path.exists() else b""
-        kept = max(content.count(b"\n") - 1, 0)
+        kept = rows_of(path)
         assert rows <= kept <= rows + 1
         rows = kept
     ran = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=300, check=False)

@@ -186,3 +186,20 @@ def test_resuming_under_other_conditions_is_refused(tmp_path: Path, name: str) -
     with pytest.raises(RecordsError, match=rf"other conditions \({name}: .* / other\).*--out"):
         Journal(path, ENVIRONMENT | {name: "other"}, RECORDS)
     assert path.read_bytes() == before
+
+
+@KINDS
+def test_a_disk_that_fills_at_any_byte_loses_nothing(tmp_path: Path, kind: Kind[Any], rows: Rows) -> None:
+    """Whole rows stay, the next writer goes on behind them, and the file comes out as if nothing had happened."""
+    path = tmp_path / "r.jsonl"
+    content = written(path, kind, rows())
+    for most_bytes in range(0, len(content), len(content) // 50):
+        path.unlink()
+        with full_disk(most_bytes), pytest.raises(RecordsError, match="cannot write"):
+            written(path, kind, rows())
+        with Journal(path, ENVIRONMENT, kind) as journal:
+            kept = len(journal.rows)
+            assert journal.rows == rows()[:kept] and kept == max(content[:most_bytes].count(b"\n") - 1, 0)
+            for row in rows()[kept:]:
+                journal.append(row)
+        assert path.read_bytes() == content
