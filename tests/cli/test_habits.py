@@ -79,7 +79,8 @@ def test_every_option_and_command_says_what_it_is(group: click.Group) -> None:
 
 def test_every_command_that_answers_has_json() -> None:
     """`--json`, but for those that only leave files."""
-    without = [name for name, c in cli.commands.items() if not any("--json" in p.opts for p in c.params)]
+    every = {n: c for name, group in cli.commands.items() for n, c in getattr(group, "commands", {name: group}).items()}
+    without = [name for name, command in every.items() if not any("--json" in p.opts for p in command.params)]
     assert set(without) <= set(NO_ANSWER)
 
 

@@ -176,7 +176,7 @@ def test_an_installed_wheel_carries_the_rows_inside_the_package(tmp_path, monkey
     inside = tmp_path / "_shipped" / "data" / "published"
     inside.mkdir(parents=True)
     (inside / "measurements.csv").write_bytes(published.path().read_bytes())
-    monkeypatch.setattr("sdfit.shipped.PACKAGE", tmp_path)
+    monkeypatch.setattr("sdfit.files.PACKAGE", tmp_path)
     assert published.path() == inside / "measurements.csv"
     assert published.read(published.path()) == published.rows()
 

@@ -132,8 +132,10 @@ def align(trace: Allocations, card: Allocations) -> Indices:
 def _without_strays(pairs: Indices) -> Indices:
     """Leave out pairs that stand nearly alone."""
     width = 2 * AROUND + 1
+    if len(pairs) <= width:
+        return pairs
     near = np.convolve(pairs >= 0, np.ones(width), "same") / np.convolve(np.ones(len(pairs)), np.ones(width), "same")
-    return np.where((near < FEW) & (len(pairs) > width), -1, pairs)
+    return np.where(near < FEW, -1, pairs)
 
 
 def _best(trace: Allocations, card: Allocations, *, anywhere: bool) -> Indices:
