@@ -153,7 +153,10 @@ class Prediction(float):
     def _margin(self, level: float, *, upper: bool) -> float:
         variant, _, metric, _ = self._facts
         told = self._told()
-        return float(variant.margin(told["peaks"], told["sizes"], metric, level, upper=upper))
+        if "standing" not in told:
+            told["standing"] = variant.standing(told["peaks"], told["sizes"])
+        code, unit = told["standing"]
+        return float(variant.quantile(metric, code, level, upper=upper) * unit)
 
     def _told(self) -> dict[str, Any]:
         """Sizes and stage peaks, worked out once."""

@@ -245,15 +245,14 @@ class Variant:
 
     def margin(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, *, upper: bool) -> Any:
         """How far above a prediction its one-sided bound lies, or below it [bytes]; numbers or arrays."""
-        unit = self._unit(peaks, sizes)
         if isinstance(sizes.A, int):
-            values = list(peaks.values())
-            code = scalar_code(values.index(max(values)), self.stages, sizes)
-            return self._quantile(metric, code, level, upper) * unit
+            code, unit = self.standing(peaks, sizes)
+            return self.quantile(metric, code, level, upper=upper) * unit
+        unit = self._unit(peaks, sizes)
         codes = place_codes(peaks, sizes)
         found = np.empty(np.shape(codes))
         for code in np.unique(codes):
-            found[codes == code] = self._quantile(metric, int(code), level, upper)
+            found[codes == code] = self.quantile(metric, int(code), level, upper=upper)
         return found * unit
 
     def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
@@ -280,7 +279,13 @@ class Variant:
         """What a score is in units of [bytes]; outside the swept domain it grows with the distance."""
         return conformal.scale(peaks, self.weights, self.stretch(sizes))
 
-    def _quantile(self, metric: str, code: int, level: float, upper: bool) -> float:
+    def standing(self, peaks: Mapping[str, float], sizes: Sizes) -> tuple[int, float]:
+        """Where one workload stands (see `place_codes`), and what its scores are in units of [bytes]."""
+        values = list(peaks.values())
+        return scalar_code(values.index(max(values)), self.stages, sizes), float(self._unit(peaks, sizes))
+
+    def quantile(self, metric: str, code: int, level: float, *, upper: bool) -> float:
+        """How far above a prediction its one-sided bound lies, or below it, in the units of `standing`."""
         known = metric, code, level, upper
         if known not in self._quantiles:
             scores = self.scores(metric, code, level)
