@@ -158,7 +158,7 @@ class RayPool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about what it will do one day
         address = address or os.environ.get("RAY_ADDRESS")
-        alone: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        alone: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
         try:
             if address:
                 _knock(address)

@@ -80,7 +80,14 @@ def driver() -> str:
         size = Path(folder, "r.jsonl").stat().st_size
     own = not ray.is_initialized()
     if own:
-        ray.init(num_cpus=1, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **STORE)
+        ray.init(
+            address="local",
+            num_cpus=1,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False,
+            **STORE,
+        )
     never = ray.remote(num_cpus=0, resources={"none": 1})(_nothing)
     soon = ray.remote(num_cpus=0)(_nothing)
     waiting = [never.remote() for _ in range(MANY)]
