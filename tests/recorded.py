@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdfit.backends.trace.segments import CACHE_GIVEN_BACK, Block, CachingAllocator
 from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, Block, CachingAllocator
 from sdfit.study.calibration.operations import Ran, TracedRun
 
 SITE = "/opt/conda/lib/python3.11/site-packages/"

@@ -131,7 +131,7 @@ def sweep(
         if len(plan.workloads) < len(whole.workloads):
             note(f"{len(whole.workloads) - len(plan.workloads)} of {len(whole.workloads)} runs left out: {CARD_ALONE}")
         if workspaces and gpu != "auto" and not kernels:
-            from sdfit.backends.trace.workspaces import workspaces_for
+            from sdfit.predict.simulation.workspaces import workspaces_for
 
             try:
                 workspaces_for(gpu)

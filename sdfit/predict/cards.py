@@ -62,7 +62,7 @@ KERNELS = {
     "sm90": "sm90", "sm100": "sm90", "sm120": "sm90",
 }  # fmt: skip
 """The model that answers for an architecture: those whose kernels hold the same memory share one, bit for bit. A test
-holds it to the table of `sdfit.backends.trace.workspaces`."""
+holds it to the table of `sdfit.predict.simulation.workspaces`."""
 
 
 @dataclass(frozen=True, slots=True)

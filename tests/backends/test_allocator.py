@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdfit.backends.trace.replay import Replay, replay, smallest_cap, without
-from sdfit.backends.trace.segments import CACHE_GIVEN_BACK, Block, CachingAllocator, segment_bytes
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
+from sdfit.predict.simulation.replay import Replay, replay, smallest_cap, without
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, Block, CachingAllocator, segment_bytes
 from sdfit.units import KIB, MIB
 
 
@@ -465,7 +465,7 @@ def test_without_workspaces_a_trace_needs_less_and_holds_the_same_tensors():
     """What is left out is what kernels hold while they run, a quarter of a GiB for one convolution of the decoder."""
     pytest.importorskip("torch")
     from sdfit.backends.trace.tracer import Tracer
-    from sdfit.backends.trace.workspaces import workspaces_for
+    from sdfit.predict.simulation.workspaces import workspaces_for
     from sdfit.workload import Workload
 
     run = Tracer(workspaces_for("sm75")).run(Workload(512, 512), keep_events=True)

@@ -8,11 +8,11 @@ import pytest
 pytest.importorskip("diffusers")
 
 from sdfit.backends.trace import repeats
-from sdfit.backends.trace.programs import DECODER, ENCODER, UNET, Lengths, Recorded, find, probes, sides
-from sdfit.backends.trace.replay import replay, smallest_cap
-from sdfit.backends.trace.segments import CACHE_GIVEN_BACK
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import workspaces_for
+from sdfit.predict.simulation.programs import DECODER, ENCODER, UNET, Lengths, Recorded, find, probes, sides
+from sdfit.predict.simulation.replay import replay, smallest_cap
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.sweep.grid import load
 from sdfit.workload import Workload
 

@@ -10,7 +10,7 @@ import torch
 
 from sdfit.backends.trace import meter, recall
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import workspaces_for
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.sweep.grid import load
 
 SAMPLE = random.Random(20261125).sample(load("default").workloads, 8)

@@ -11,13 +11,13 @@ from tiny import TINY
 
 from sdfit.backends.pipeline import build_pipeline, call_arguments, place
 from sdfit.backends.trace.backend import TraceBackend
-from sdfit.backends.trace.replay import replay
-from sdfit.backends.trace.segments import CACHE_GIVEN_BACK
 from sdfit.backends.trace.tracer import SCHEDULERS, Tracer
-from sdfit.backends.trace.workspaces import workspaces_for
 from sdfit.equation.stages import resident, stages_of
 from sdfit.errors import InvalidWorkload
 from sdfit.predict.pipelines import read
+from sdfit.predict.simulation.replay import replay
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.study.comparison import published
 from sdfit.study.lab.published import others, trace_published
 from sdfit.workload import SLICES, STREAMED, Workload

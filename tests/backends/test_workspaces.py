@@ -15,9 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from sdfit.backends.trace.replay import replay  # noqa: E402
 from sdfit.backends.trace.tracer import Traced, Tracer  # noqa: E402
-from sdfit.backends.trace.workspaces import (  # noqa: E402
+from sdfit.errors import InvalidWorkload, SdfitError  # noqa: E402
+from sdfit.predict.simulation.replay import replay  # noqa: E402
+from sdfit.predict.simulation.workspaces import (  # noqa: E402
     ARCHITECTURES,
     LOAD_ORDER,
     T4_EXCESS,
@@ -25,7 +26,6 @@ from sdfit.backends.trace.workspaces import (  # noqa: E402
     unsplit_bytes,
     workspaces_for,
 )
-from sdfit.errors import InvalidWorkload, SdfitError  # noqa: E402
 from sdfit.study.comparison import published  # noqa: E402
 from sdfit.study.lab.published import trace_published  # noqa: E402
 from sdfit.units import GIB, MIB  # noqa: E402

@@ -14,8 +14,8 @@ from recorded import Recorder, run_on, write
 
 from sdfit.backends.trace.tables import read_table
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import ARCHITECTURES
 from sdfit.cli import main
+from sdfit.predict.simulation.workspaces import ARCHITECTURES
 from sdfit.study.calibration.operations import operations_of
 from sdfit.study.calibration.rules import predicted
 from sdfit.workload import Workload

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from sdfit.backends.trace.workspaces import ARCHITECTURES
 from sdfit.cli import main
 from sdfit.equation.weights import component_bytes
 from sdfit.files import shipped
 from sdfit.judging.submission import check_environment, check_submission
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.simulation.workspaces import ARCHITECTURES
 from sdfit.records import Record
 from sdfit.sweep import grid
 

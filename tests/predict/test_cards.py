@@ -133,7 +133,7 @@ def test_a_name_that_fits_several_cards_is_asked_about() -> None:
 def test_architectures_that_share_a_model_have_the_same_kernels() -> None:
     """The workspace table holds the same rules, evidence aside, and the same cuBLAS workspace."""
     pytest.importorskip("torch")
-    from sdfit.backends.trace.workspaces import ARCHITECTURES
+    from sdfit.predict.simulation.workspaces import ARCHITECTURES
 
     assert set(ARCHITECTURES) == set(KERNELS)
     for name, model in KERNELS.items():

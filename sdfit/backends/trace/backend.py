@@ -1,7 +1,7 @@
 """The backend ``trace``: records from meta tensors, on any machine.
 
 Allocated memory is traced; reserved and required memory come from replaying the traced allocations through a model of
-the caching allocator (`sdfit.backends.trace.replay`).
+the caching allocator (`sdfit.predict.simulation.replay`).
 Nothing here is measured, and the records say so.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from sdfit.backends.environment import software
-from sdfit.backends.trace.replay import replay, smallest_cap, without
 from sdfit.backends.trace.tables import workspaces_of
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import Workspaces, workspaces_for
 from sdfit.errors import InvalidWorkload, SdfitError
+from sdfit.predict.simulation.replay import replay, smallest_cap, without
+from sdfit.predict.simulation.workspaces import Workspaces, workspaces_for
 from sdfit.records import fingerprint
 from sdfit.workload import CARD_ALONE, Workload
 

@@ -16,11 +16,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdfit.backends.trace.programs import Taken
 from sdfit.backends.trace.recall import run_on_meta
-from sdfit.backends.trace.segments import CACHE_GIVEN_BACK
 from sdfit.equation.weights import rounded
 from sdfit.errors import InvalidWorkload
+from sdfit.predict.simulation.programs import Taken
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
 
 
 class Meter:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sdfit.backends.trace.replay import smallest_cap, without
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import workspaces_for
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
+from sdfit.predict.simulation.replay import smallest_cap, without
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import Workload
 
 PATIENCE = 12

@@ -1,7 +1,7 @@
 """Calls of modules that need not run: in one run, repeats of a call; from run to run, calls whose program is known.
 
 Denoising steps, VAE slices and VAE tiles repeat the same operations on the same shapes; their peak above what was live
-before is the same. From one run to the next the same module runs on other shapes: then its `sdfit.backends.trace.programs`
+before is the same. From one run to the next the same module runs on other shapes: then its `sdfit.predict.simulation.programs`
 gives what it takes. The text encoder and the safety checker do the same for every batch of one size, and are remembered
 as they were. All of it is exact, and held against plain runs by tests.
 """
@@ -18,7 +18,8 @@ import torch
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.trace.meter import FollowStorages, Meter, Span
-from sdfit.backends.trace.programs import (
+from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.programs import (
     DECODER,
     ENCODER,
     UNET,
@@ -31,7 +32,6 @@ from sdfit.backends.trace.programs import (
     probes,
     sides,
 )
-from sdfit.equation.weights import rounded
 from sdfit.workload import Workload
 
 WORTH_FINDING = 2
@@ -75,7 +75,7 @@ def skipped(
     """Run each module once per shape at most, and not at all where ``known`` says what it takes.
 
     Likewise one row of a blend between tiles stands for all of its rows. ``workspace`` is asked for those of convolutions
-    (`sdfit.backends.trace.workspaces.Workspaces`); without one there are none.
+    (`sdfit.predict.simulation.workspaces.Workspaces`); without one there are none.
     """
     modules = {UNET: pipe.unet, ENCODER: pipe.vae.encoder, DECODER: pipe.vae.decoder}
     rest = [part for part in (pipe.text_encoder, pipe.safety_checker) if part is not None] if known else []

@@ -1,6 +1,6 @@
 """Workspace tables as files: what `sdfit calibrate` found on a card, for a trace to use.
 
-A file is JSON: ``{"sdfit_workspaces": 1, ...}`` with the fields of `sdfit.backends.trace.workspaces.Architecture`, its rules
+A file is JSON: ``{"sdfit_workspaces": 1, ...}`` with the fields of `sdfit.predict.simulation.workspaces.Architecture`, its rules
 and what was measured, each with its evidence.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from sdfit.backends.trace.shapes import Shapes
-from sdfit.backends.trace.workspaces import Architecture, Measured, Rule, Workspaces, workspaces_for
 from sdfit.errors import SdfitError
 from sdfit.files import Kind, Output, read_bytes, write
+from sdfit.predict.simulation.shapes import Shapes
+from sdfit.predict.simulation.workspaces import Architecture, Measured, Rule, Workspaces, workspaces_for
 
 FORMAT = 1
 KEY = "sdfit_workspaces"

@@ -35,10 +35,10 @@ from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_appl
 from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation
 from sdfit.backends.trace.repeats import WORTH_FINDING, Known, skipped
 from sdfit.backends.trace.streaming import streamed
-from sdfit.backends.trace.workspaces import unsplit_bytes
 from sdfit.equation.stages import COMPONENTS, resident
 from sdfit.equation.weights import rounded
 from sdfit.errors import InvalidWorkload, nearest
+from sdfit.predict.simulation.workspaces import unsplit_bytes
 from sdfit.workload import STREAMED, VAE_SCALE, Workload
 
 TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")

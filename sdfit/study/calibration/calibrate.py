@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdfit.backends.trace.shapes import Shapes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.weights import rounded
 from sdfit.errors import SnapshotError
+from sdfit.predict.simulation.shapes import Shapes
 from sdfit.study.calibration.align import Allocations, Indices, Numbers, align, told
 from sdfit.study.calibration.operations import Ran, TracedRun
 from sdfit.study.calibration.snapshot import Event, Held, Snapshot, Stack

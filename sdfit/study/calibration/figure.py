@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdfit.backends.trace.workspaces import Architecture
 from sdfit.equation.weights import rounded
 from sdfit.judging.figures import blank, save
+from sdfit.predict.simulation.workspaces import Architecture
 from sdfit.study.calibration.calibrate import Calibration
 from sdfit.study.calibration.operations import TracedRun
 from sdfit.study.calibration.rules import predicted

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sdfit.backends.trace.meter import Meter, Operation
-from sdfit.backends.trace.shapes import Shapes, shapes_of
 from sdfit.backends.trace.tracer import Traced, Tracer
 from sdfit.equation.stages import COMPONENTS
+from sdfit.predict.simulation.shapes import Shapes, shapes_of
 from sdfit.study.calibration.snapshot import Frame, Stack
 from sdfit.workload import Workload
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sdfit.backends.trace.replay import replay
-from sdfit.backends.trace.shapes import Shapes
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import Architecture, Measured, Workspaces
+from sdfit.predict.simulation.replay import replay
+from sdfit.predict.simulation.shapes import Shapes
+from sdfit.predict.simulation.workspaces import Architecture, Measured, Workspaces
 from sdfit.study.calibration.calibrate import CONVOLUTIONS, PRODUCTS, Calibration, Kernel
 from sdfit.study.calibration.operations import TracedRun
 from sdfit.study.calibration.rules import Form, architecture_of, explained, followed, predicted

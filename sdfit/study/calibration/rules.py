@@ -17,8 +17,16 @@ from dataclasses import replace
 from itertools import groupby, product
 from typing import NamedTuple
 
-from sdfit.backends.trace.shapes import Shapes
-from sdfit.backends.trace.workspaces import HALF, PAD_BYTES, Architecture, Measured, Rule, convolution_bytes, is_strided
+from sdfit.predict.simulation.shapes import Shapes
+from sdfit.predict.simulation.workspaces import (
+    HALF,
+    PAD_BYTES,
+    Architecture,
+    Measured,
+    Rule,
+    convolution_bytes,
+    is_strided,
+)
 
 CONVOLUTION = "convolution"
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm")

@@ -18,7 +18,7 @@ from sdfit.files import shipped
 from sdfit.predict.conformal import scale
 
 FILE = "residuals.csv"
-REASONS = {"COL-003": "see `T4_EXCESS` in sdfit/backends/trace/workspaces.py"}
+REASONS = {"COL-003": "see `T4_EXCESS` in sdfit/predict/simulation/workspaces.py"}
 """Why a row is missed, as far as anybody knows; a row that is not here is not explained."""
 OPTIONAL = ("COL-003",)
 """Rows whose excess is likeliest an optional convolution workspace: see `T4_EXCESS`. Not shown, only likelier than the rest."""

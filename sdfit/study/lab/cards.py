@@ -2,7 +2,7 @@
 
 A bare trace knows what is live at each convolution, whatever a kernel then holds. So one trace of a workload, its
 *skeleton*, gives the stage peaks of any number of cards, to the byte, at no further tracing. The cards here differ from
-those of `sdfit.backends.trace.workspaces` as a new card might; they are simulated, and made up on top.
+those of `sdfit.predict.simulation.workspaces` as a new card might; they are simulated, and made up on top.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from sdfit.backends.trace.meter import Meter, Operation, Span
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import ARCHITECTURES, Architecture, Rule, convolution_bytes
 from sdfit.equation.stages import stages_of
 from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Rule, convolution_bytes
 from sdfit.records import Record
 from sdfit.workload import Workload
 

@@ -81,7 +81,7 @@ def kernels(device: str) -> None:
 def beside(records: Path, kernels: str | None, take: int) -> None:
     """Set the trace beside recorded peaks, stage by stage: what is left over belongs to kernels."""
     from sdfit.backends.trace.tracer import Tracer
-    from sdfit.backends.trace.workspaces import workspaces_for
+    from sdfit.predict.simulation.workspaces import workspaces_for
     from sdfit.records import read
     from sdfit.study.lab import beside as module
 

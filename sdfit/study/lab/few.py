@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.backends.trace.workspaces import ARCHITECTURES
 from sdfit.equation.sizes import Array
 from sdfit.files import shipped
 from sdfit.fit.correction import Posterior, Prior, Rows, correct
@@ -26,6 +25,7 @@ from sdfit.fit.observations import observe
 from sdfit.fit.planning import Few
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.simulation.workspaces import ARCHITECTURES
 from sdfit.records import Record, RecordsFile
 from sdfit.study.lab.cards import MADE_UP, MadeUp, Skeleton, skeletons
 from sdfit.sweep import grid

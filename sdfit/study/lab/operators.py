@@ -1,4 +1,4 @@
-"""Kernel workspaces measured operator by operator, for the table in `sdfit.backends.trace.workspaces`.
+"""Kernel workspaces measured operator by operator, for the table in `sdfit.predict.simulation.workspaces`.
 
 Each convolution and attention call that a pipeline makes is run alone on the card: what the peak holds beyond the
 inputs that were there and the output that stays is what its kernel took. A trace tells which shapes occur. Rows are
@@ -21,9 +21,9 @@ from torch.nn import functional
 from sdfit.backends.counters import Counters
 from sdfit.backends.environment import software
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import convolution_bytes, workspaces_for
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
+from sdfit.predict.simulation.workspaces import convolution_bytes, workspaces_for
 from sdfit.records import Kind
 from sdfit.sweep.journal import Journal
 from sdfit.units import aligned, format_bytes

@@ -8,10 +8,10 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from sdfit.backends.trace.tracer import Traced, Tracer
-from sdfit.backends.trace.workspaces import workspaces_for
 from sdfit.files import Kind, Output, shipped
 from sdfit.files import write as write_files
 from sdfit.predict.conformal import LEAST_SCALE_BYTES
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.study.comparison import published
 from sdfit.study.comparison.residuals import Residual
 from sdfit.workload import DTYPE_BYTES, Workload

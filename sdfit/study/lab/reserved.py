@@ -2,7 +2,7 @@
 
 The benchmark encodes or decodes one image several times, gives the cache back between runs, and reports the peak of
 reserved memory above what was reserved before. `replay_row` does the same with a trace: the weights stay, each run's
-allocations and frees go through `sdfit.backends.trace.segments.CachingAllocator`, what a run leaves is freed when the next
+allocations and frees go through `sdfit.predict.simulation.segments.CachingAllocator`, what a run leaves is freed when the next
 begins. `python -m sdfit.study.lab reserved` prints every published reserved row beside its replay.
 
 What it does not know: rows INV-028 to 034 come from a script that converts a float16 VAE to float32 inside the timed
@@ -27,8 +27,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdfit.backends.trace.segments import Block, CachingAllocator
 from sdfit.backends.trace.tracer import Tracer
+from sdfit.predict.simulation.segments import Block, CachingAllocator
 from sdfit.study.comparison import published
 from sdfit.study.lab.published import others, trace_published
 from sdfit.units import aligned, format_bytes, percent

@@ -2,7 +2,7 @@
 
 `torch.cuda.memory._dump_snapshot` writes what PyTorch's caching allocator did, event by event, with addresses.
 ``data/snapshots/`` holds such lists as their authors published them. `replay_recorded` sends one through
-`sdfit.backends.trace.segments.CachingAllocator`, seeded with the segments that were there before recording began, and
+`sdfit.predict.simulation.segments.CachingAllocator`, seeded with the segments that were there before recording began, and
 compares where each block lies: once with the addresses that the card's driver gave to new segments, once with the
 model's own. ``python -m sdfit.study.lab snapshots`` prints the table.
 
@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdfit.backends.trace.segments import SMALL_BYTES, Block, CachingAllocator
 from sdfit.errors import RecordsError, nearest
 from sdfit.files import shipped
+from sdfit.predict.simulation.segments import SMALL_BYTES, Block, CachingAllocator
 from sdfit.units import aligned, format_bytes, percent
 
 RELEASES = ("segment_free", "segment_unmap")

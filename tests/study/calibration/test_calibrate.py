@@ -19,12 +19,12 @@ pytest.importorskip("diffusers")
 from recorded import Holds, Recorder, run_on, write
 
 from sdfit.backends.trace.backend import TraceBackend
-from sdfit.backends.trace.shapes import Shapes
 from sdfit.backends.trace.tables import read_table, write_table
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import ARCHITECTURES, Architecture, Measured, Rule, Workspaces
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, SnapshotError
+from sdfit.predict.simulation.shapes import Shapes
+from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Measured, Rule, Workspaces
 from sdfit.study.calibration.calibrate import Calibration, _allocations, calibrate
 from sdfit.study.calibration.figure import draw, traced_live
 from sdfit.study.calibration.operations import Ran, TracedRun, operations_of

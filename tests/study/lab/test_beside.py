@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from sdfit.backends.trace.backend import TraceBackend  # noqa: E402
 from sdfit.backends.trace.tracer import Tracer  # noqa: E402
-from sdfit.backends.trace.workspaces import workspaces_for  # noqa: E402
+from sdfit.predict.simulation.workspaces import workspaces_for  # noqa: E402
 from sdfit.records import RECORDS, Record  # noqa: E402
 from sdfit.study.lab.beside import beside, table  # noqa: E402
 from sdfit.study.lab.commands import main  # noqa: E402

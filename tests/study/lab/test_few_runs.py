@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.backends.trace.workspaces import ARCHITECTURES, Workspaces
+from sdfit.predict.simulation.workspaces import ARCHITECTURES, Workspaces
 from sdfit.study.lab import few
 from sdfit.study.lab.cards import MADE_UP, MadeUp, skeleton, skeletons
 from sdfit.study.lab.few import Line

@@ -15,8 +15,8 @@ pytest.importorskip("diffusers")
 from cpu_counters import CpuCounters  # noqa: E402
 
 from sdfit.backends.trace.tracer import Tracer  # noqa: E402
-from sdfit.backends.trace.workspaces import workspaces_for  # noqa: E402
 from sdfit.errors import RecordsError  # noqa: E402
+from sdfit.predict.simulation.workspaces import workspaces_for  # noqa: E402
 from sdfit.study.lab.commands import main  # noqa: E402
 from sdfit.study.lab.operators import (  # noqa: E402
     Held,

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from sdfit.backends.trace.segments import SMALL_BYTES
-from sdfit.backends.trace.workspaces import winograd_tiles
 from sdfit.equation.weights import rounded
 from sdfit.errors import RecordsError
+from sdfit.predict.simulation.segments import SMALL_BYTES
+from sdfit.predict.simulation.workspaces import winograd_tiles
 from sdfit.study.lab.snapshots import lines_of, names, recorded, replay_recorded, table
 from sdfit.units import MIB
 

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from sdfit.backends.trace.segments import CachingAllocator
-from sdfit.backends.trace.shapes import Shapes, shapes_of
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
 from sdfit.predict.cards import architecture_of, find_card
+from sdfit.predict.simulation.segments import CachingAllocator
+from sdfit.predict.simulation.shapes import Shapes, shapes_of
 from sdfit.workload import Workload
 
 HALF = ("float16", "bfloat16")

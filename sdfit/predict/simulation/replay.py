@@ -2,7 +2,7 @@
 
 A trace gives the bytes that are live. What `torch.cuda.max_memory_reserved` reads, and the smallest cap under which
 the run succeeds, also depend on how the caching allocator packs blocks into segments. `replay` sends the events of a
-trace through a model of it (`sdfit.backends.trace.segments`), and `smallest_cap` finds the cap. Both need the standard
+trace through a model of it (`sdfit.predict.simulation.segments`), and `smallest_cap` finds the cap. Both need the standard
 library only.
 """
 
@@ -12,9 +12,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from sdfit.backends.trace.segments import CACHE_GIVEN_BACK, ROUND_LARGE_BYTES, Block, CachingAllocator, segment_bytes
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
+from sdfit.predict.simulation.segments import (
+    CACHE_GIVEN_BACK,
+    ROUND_LARGE_BYTES,
+    Block,
+    CachingAllocator,
+    segment_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
