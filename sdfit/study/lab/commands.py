@@ -167,14 +167,22 @@ def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...]) -> Non
 
 
 @lab.command()
-@click.option("--take", type=click.IntRange(2), default=40, show_default=True, help="Runs of each sweep.")
-@click.option("--part", type=click.Choice(["scaling", "driver", "lost"]), multiple=True, help="Left out: all three.")
+@click.option(
+    "--take",
+    type=click.IntRange(2),
+    default=40,
+    show_default=True,
+    help="Runs of each sweep; of the trace three times as many.",
+)
+@click.option("--part", type=click.Choice(["scaling", "trace", "driver", "lost"]), multiple=True, help="Left out: all.")
 def engines(take: int, part: tuple[str, ...]) -> None:
-    """Measure what a sweep's engines cost: scaling, the driver's work for a row, and a machine that is lost."""
+    """Measure what a sweep's engines cost: scaling, that of the trace, the driver's work for a row, a machine that is lost."""
     from sdfit.study.lab import engines as module
 
     if not part or "scaling" in part:
         click.echo(module.scaling(take))
+    if not part or "trace" in part:
+        click.echo(module.tracing(3 * take))
     if not part or "driver" in part:
         click.echo(module.driver())
     if not part or "lost" in part:

@@ -31,28 +31,44 @@ STORE = {"object_store_memory": 100 << 20}
 
 
 def scaling(take: int, engines: Sequence[str] = ("local", "ray"), workers: Sequence[int] = (1, 2)) -> str:
-    """Sweep with each engine and number of workers; a row each.
+    """Sweep made-up cards with each engine and number of workers; a row each.
 
     Parameters
     ----------
     take : int
         Runs of each sweep.
     """
-    traced = grid.load("quick").for_the_trace()
-    plans = {"fake": _made_up(take), "trace": replace(traced, workloads=traced.workloads[:take])}
-    options: dict[str, dict[str, Any]] = {
-        "fake": {"delay_s": DELAY_S},
-        "trace": {"gpu": "t4", "workspaces": True},
-    }
-    lines = [("runs", "engine", "workers", "first row [s]", "rows/s", "beside the run [ms]", "processors busy")]
-    for backend, plan in plans.items():
-        for engine in engines:
-            for count in workers:
-                rows, first, span, load = _timed(plan, backend, options[backend], engine, count)
-                pace = (rows - 1) / span
-                beside = f"{1000 * (count / pace - DELAY_S):.1f}" if backend == "fake" else ""
-                lines.append((backend, engine, str(count), f"{first:.1f}", f"{pace:.2f}", beside, load))
-    return aligned(lines, left=2)
+    lines = [("made-up cards", "workers", "first row [s]", "rows/s", "beside the run [ms]", "processors busy")]
+    for engine in engines:
+        for count in workers:
+            first, pace, load = _timed(_made_up(take), "fake", {"delay_s": DELAY_S}, engine, count)
+            beside = f"{1000 * (count / pace - DELAY_S):.1f}"
+            lines.append((engine, str(count), f"{first:.1f}", f"{pace:.2f}", beside, load))
+    return aligned(lines, left=1)
+
+
+def tracing(take: int, engines: Sequence[str] = ("local", "ray"), workers: Sequence[int] = (1, 2)) -> str:
+    """Trace with each engine and number of workers, reserved and required memory too; a row each.
+
+    Parameters
+    ----------
+    take : int
+        Runs of each sweep: plain ones of the default grid, one pipeline. Those before half of them only count to the
+        time until then, in which each worker builds its pipeline and finds what repeats.
+    """
+    plan = grid.load("default").for_the_trace()
+    usual = Workload(512, 512).variant
+    plan = replace(plan, workloads=tuple(w for w in plan.workloads if w.variant == usual)[:take])
+    half = len(plan.workloads) // 2
+    options = {"gpu": "t4", "workspaces": True}
+    lines = [("trace", "workers", f"{half} rows [s]", "rows/s from there", "times one worker", "processors busy")]
+    for engine in engines:
+        alone = 0.0
+        for count in workers:
+            before, pace, load = _timed(plan, "trace", options, engine, count, half)
+            alone = alone or pace
+            lines.append((engine, str(count), f"{before:.1f}", f"{pace:.2f}", f"{pace / alone:.2f}", load))
+    return aligned(lines, left=1)
 
 
 def driver() -> str:
@@ -149,9 +165,9 @@ def _made_up(count: int) -> Plan:
 
 
 def _timed(
-    plan: Plan, backend: str, options: dict[str, Any], engine: str, workers: int
-) -> tuple[int, float, float, str]:
-    """Rows, seconds to the first, seconds from there to the last; and how busy the machine was besides."""
+    plan: Plan, backend: str, options: dict[str, Any], engine: str, workers: int, since: int = 1
+) -> tuple[float, float, str]:
+    """Seconds until so many rows are there, rows a second from then on; and how busy the machine was."""
     times: list[float] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -164,8 +180,10 @@ def _timed(
             workers=workers,
             report=lambda _: times.append(time.monotonic()),
         )
+    assert len(times) == outcome.done == len(plan.workloads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return outcome.done, times[0] - started, times[-1] - times[0], f"{load:.1f} of {os.cpu_count()}"
+    pace = (len(times) - since) / (times[-1] - times[since - 1])
+    return times[since - 1] - started, pace, f"{load:.1f} of {os.cpu_count()}"
 
 
 def _nothing() -> int:
