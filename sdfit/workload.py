@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, UnknownKeyword, listed, nearest, shown
@@ -73,12 +73,14 @@ def effective(
     )
 
 
-def plainly_valid(height: Any, width: Any, prompt_length: Any, batch_size: Any, guidance_scale: Any) -> bool:
-    """Whether the numbers of a workload are plain ones within the limits: true for nearly all, and quick to see.
+def plain_run(
+    height: Any, width: Any, prompt_length: Any, batch_size: Any, guidance_scale: Any
+) -> tuple[int, int, int, int, int] | None:
+    """`effective` of plain numbers within the limits, as nearly all are: checked and worked out in one go.
 
-    Where it is false they may still be valid, as NumPy's numbers are: `Workload` looks closer, and says what is wrong.
+    None of others, which may still be valid, as NumPy's are: `Workload` looks closer, and says what is wrong.
     """
-    return (
+    if (
         type(height) is type(width) is type(prompt_length) is type(batch_size) is int
         and MIN_SIDE <= height <= MAX_SIDE
         and MIN_SIDE <= width <= MAX_SIDE
@@ -86,7 +88,15 @@ def plainly_valid(height: Any, width: Any, prompt_length: Any, batch_size: Any, 
         and 0 < batch_size <= MAX_BATCH_SIZE
         and type(guidance_scale) is float
         and 0 <= guidance_scale < math.inf
-    )
+    ):
+        return (
+            height - height % VAE_SCALE,
+            width - width % VAE_SCALE,
+            prompt_length if prompt_length > CHUNK_TOKENS else CHUNK_TOKENS,
+            batch_size,
+            batch_size * 2 if guidance_scale > 1 else batch_size,
+        )
+    return None
 
 
 def whole_number(name: str, value: object, low: int, high: int) -> int:
@@ -192,7 +202,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        if not plainly_valid(self.height, self.width, self.prompt_length, self.batch_size, self.guidance_scale):
+        if plain_run(self.height, self.width, self.prompt_length, self.batch_size, self.guidance_scale) is None:
             for name, limits in LIMITS.items():
                 put(self, name, whole_number(name, getattr(self, name), *limits))
             put(self, "guidance_scale", real_number("guidance_scale", self.guidance_scale))
@@ -212,7 +222,7 @@ class Workload:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as plain values."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in WORKLOAD_FIELDS}
 
     def _effective(self) -> tuple[int, int, int, int, int]:
         return effective(self.height, self.width, self.prompt_length, self.batch_size, self.guidance_scale)

@@ -20,6 +20,8 @@ from sdfit.workload import (
     WORKLOAD_FIELDS,
     Workload,
     check_keywords,
+    effective,
+    plain_run,
     variant_name,
 )
 
@@ -37,11 +39,21 @@ WORKLOADS = st.builds(
 @given(WORKLOADS)
 def test_sizes_follow_from_the_fields(w: Workload) -> None:
     """Sides are floored to 8, prompts padded to 77, the UNet's batch doubled above a guidance of 1."""
-    for side, effective in ((w.height, w.effective_height), (w.width, w.effective_width)):
-        assert effective % 8 == 0 and 0 <= side - effective < 8
+    for side, run in ((w.height, w.effective_height), (w.width, w.effective_width)):
+        assert run % 8 == 0 and 0 <= side - run < 8
     assert w.pixels == w.effective_height * w.effective_width
     assert w.tokens == max(77, w.prompt_length)
     assert w.unet_batch == w.batch_size * (1 + (w.guidance_scale > 1))
+
+
+@given(WORKLOADS)
+def test_plain_numbers_run_as_any_others(w: Workload) -> None:
+    """The quick way from plain numbers to what runs gives what the one for arrays gives, and leaves the rest to Workload."""
+    numbers = [getattr(w, name) for name in WORKLOAD_FIELDS[:5]]
+    assert plain_run(*numbers) == effective(*numbers)
+    for name in range(5):
+        assert plain_run(*(str(v) if i == name else v for i, v in enumerate(numbers))) is None
+    assert plain_run(63, *numbers[1:]) is None and plain_run(*numbers[:3], MAX_BATCH_SIZE + 1, 7.5) is None
 
 
 @given(WORKLOADS)

@@ -8,6 +8,7 @@ those of tensors half as wide. With two images the copies for one still count, w
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ _CELLS = np.array(
     ]
 )
 """The regime of each number of images that matters, and of each range of elements."""
+_OF_ONE: list[list[int]] = _CELLS.tolist()
 
 
 def regime(stage: str, sizes: Sizes) -> Numbers:
@@ -88,6 +90,9 @@ def regime(stage: str, sizes: Sizes) -> Numbers:
     """
     one = STAGE[stage]
     images = getattr(sizes, one.batch)
+    if isinstance(images, int):  # a tenth of the time that arrays take
+        elements = images * sizes.P * one.widest_channels
+        return _OF_ONE[min(images, IMAGES_THAT_MATTER) - 1][bisect(_ELEMENTS, elements) - 1]
     row = np.minimum(images, IMAGES_THAT_MATTER).astype(np.intp) - 1
     if not one.widest_channels:
         found = _CELLS[row, 0]

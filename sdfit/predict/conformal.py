@@ -136,8 +136,11 @@ def scale(peaks: Mapping[str, Any], weights: Mapping[str, float], stretch: Any =
     >>> scale({"unet": 9 << 20, "vae": 8 << 20}, {"unet": 8 << 20, "vae": 4 << 20}) / 2**20
     6.0
     """
-    above = [(peaks[stage] - weights[stage]) * stretch + WEIGHTS_SHARE * weights[stage] for stage in peaks]
-    if not any(isinstance(a, np.ndarray) for a in above):
+    above = []
+    for stage, peak in peaks.items():
+        resident = weights[stage]
+        above.append((peak - resident) * stretch + WEIGHTS_SHARE * resident)
+    if not isinstance(above[0], np.ndarray):
         return max(LEAST_SCALE_BYTES, *above)
     return np.maximum.reduce([np.maximum(a, LEAST_SCALE_BYTES) for a in above])
 

@@ -14,7 +14,7 @@ from sdfit.predict import advise, conformal, verdict
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.cards import CONTEXT_BYTES, Card, architecture_of, find_card
 from sdfit.predict.memory import available
-from sdfit.predict.prediction import Prediction
+from sdfit.predict.prediction import Prediction, predicted
 from sdfit.predict.schema import RESTS_ON
 from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
@@ -26,9 +26,8 @@ from sdfit.workload import (
     VariantKey,
     Workload,
     check_keywords,
-    effective,
     one_of,
-    plainly_valid,
+    plain_run,
 )
 
 DEFAULT_LEVEL = 0.95
@@ -202,14 +201,16 @@ offload, safety_checker, execution
             found = None
         if (
             found is not None
-            and type(vae_slicing) is type(vae_tiling) is type(safety_checker) is bool  # 0 and 1 would find it too
-            and plainly_valid(height, width, prompt_length, batch_size, guidance_scale)
+            and vae_slicing is found.slicing  # 0 and 1 would find it too
+            and vae_tiling is found.tiling
+            and safety_checker is found.checked
             and metric == "allocated"
             and level == DEFAULT_LEVEL
         ):
-            runs_as = effective(height, width, prompt_length, batch_size, guidance_scale)
-            fields = (height, width, prompt_length, batch_size, guidance_scale, *key)
-            return Prediction(found.peak(*runs_as), found, fields, metric, level)
+            runs_as = plain_run(height, width, prompt_length, batch_size, guidance_scale)
+            if runs_as is not None:
+                numbers = height, width, prompt_length, batch_size, guidance_scale
+                return predicted(found.peak(*runs_as), found, numbers, metric, level)
         workload = Workload(height, width, prompt_length, batch_size, guidance_scale, *key)
         return self.predict_workload(workload, metric=metric, level=level)
 
