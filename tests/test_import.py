@@ -62,7 +62,7 @@ def test_the_public_names_are_there() -> None:
         (("sweep", "--backend", "trace", "--grid", "quick", "--workers", "1"), "torch", "sweep"),
         (("explain", "--height", "512", "--width", "512"), "torch", "sweep"),
         (("demo",), "torch", "sweep"),
-        (("fit", "{records}"), "sklearn", "fit"),
+        (("fit", "{records}"), "scipy", "fit"),
         (("compare", "--figure", "x.png"), "matplotlib", "plot"),
     ],
 )

@@ -1,6 +1,6 @@
 """The regression of one stage: non-negative coefficients of its terms, by bounded least squares.
 
-`StageModel` is a scikit-learn estimator. Residuals are relative to the run's whole peak, so that an error counts as the
+`sdfit.fit.estimator` makes a scikit-learn estimator of it. Residuals are relative to the run's whole peak, so that an error counts as the
 share of the answer that it spoils. Columns that the data cannot tell from earlier ones are left out and named. Where
 one set of coefficients does not describe all regimes (batch of one, several, past 2^31 elements), each regime gets its
 own.
@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
-from scipy.stats import t as student
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted
+from scipy.special import stdtrit
 
 from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Array, Sizes
@@ -38,7 +36,7 @@ LEVEL = 0.95
 """Of the coefficients' bounds."""
 
 
-class StageModel(RegressorMixin, BaseEstimator):
+class StageModel:
     """Peak activations of one stage as a non-negative combination of its terms.
 
     Parameters
@@ -100,14 +98,12 @@ class StageModel(RegressorMixin, BaseEstimator):
 
     def predict(self, X: Any) -> Array:
         """Peak activations [bytes] for rows of `SIZE_COLUMNS`."""
-        check_is_fitted(self, "coef_")
         sizes = Sizes.of(*np.asarray(X, dtype=float).T)
         total: Array = np.sum(self.coef_[self.sets(sizes)] * design_matrix(self.key, sizes), axis=1)
         return total
 
     def sets(self, sizes: Sizes) -> Any:
         """The row of ``coef_`` that each of some sizes uses."""
-        check_is_fitted(self, "regimes_")
         return np.asarray(self.regimes_)[np.broadcast_to(regime(self.key[0], sizes), len(sizes.A))]
 
     def bounds(self, X: Any, y: Any, peak_bytes: Any = None, weight: Any = None, *, groups: Any) -> tuple[Array, Array]:
@@ -135,7 +131,6 @@ class StageModel(RegressorMixin, BaseEstimator):
         The estimates have no bound at zero; the bounds do. A coefficient whose neighbour is held at zero takes over what
         that one would have been below it, and leaving out repeats this bias instead of showing it.
         """
-        check_is_fitted(self, "coef_")
         X, y = np.asarray(X, dtype=float), np.asarray(y, dtype=float)
         per_byte = _per_byte(y if peak_bytes is None else peak_bytes, weight)
         sizes = Sizes.of(*X.T)
@@ -288,5 +283,5 @@ def _jackknife(design: Array, target: Array, groups: Any) -> tuple[Array, Array]
     estimate = back @ coordinates
     count = len(names)
     spread = np.sqrt((count - 1) / count * np.sum((np.array(without) - np.mean(without, axis=0)) ** 2, axis=0))
-    half = float(student.ppf((1 + LEVEL) / 2, max(count - rank, 1))) * spread
+    half = float(stdtrit(max(count - rank, 1), (1 + LEVEL) / 2)) * spread  # Student's quantile
     return estimate / length, np.where(open_, np.inf, half) / length

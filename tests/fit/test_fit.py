@@ -309,19 +309,3 @@ def test_the_stages_beat_the_plain_regression(fake_model: Path) -> None:
         artifact.baseline["variants"]["float16 eager"]["worst"] > 1000 * artifact.evaluation["cross_validated"]["worst"]
     )
     assert artifact.evaluation["cross_validated"]["worst"] < 1e-4
-
-
-def test_the_stage_model_is_a_scikit_learn_estimator() -> None:
-    """get_params, clone and cross_val_score work on it."""
-    from sklearn.base import clone
-    from sklearn.model_selection import cross_val_score
-
-    from sdfit.equation.sizes import size_columns
-    from sdfit.fit.stage_model import StageModel
-
-    key = stage_key("unet", SDPA[0].variant)
-    X = size_columns(SDPA)
-    y = design_of(key, SDPA) @ np.array(list(true_coefficients(SDPA[0], "unet").values()))
-    model = clone(StageModel(key))
-    assert model.get_params() == {"key": key}
-    assert min(cross_val_score(model, X, y, cv=4)) > 0.999999

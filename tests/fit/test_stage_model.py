@@ -1,4 +1,4 @@
-"""The regression of one stage: a scikit-learn estimator whose bounds cover the truth."""
+"""The regression of one stage: it makes a scikit-learn estimator, and its bounds cover the truth."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 from worlds import World, generator, grid, run
 
 from sdfit.backends.fake import true_coefficients
+from sdfit.fit.estimator import StageRegressor
 from sdfit.fit.observations import observe
 from sdfit.fit.stage_model import StageModel, nonnegative
 from sdfit.workload import Workload
@@ -34,12 +35,12 @@ def bounded(model, rows):
 def test_it_is_an_estimator():
     """get_params, set_params and clone carry the key and nothing that was fitted; R² on held-out resolutions is 1."""
     key, rows = seen(World(), grid(attention="eager"), "unet")
-    model = StageModel(key)
+    model = StageRegressor(key)
     assert model.get_params() == {"key": key}
     copy = clone(model.fit(rows.X, rows.activation_bytes))
     assert copy.get_params() == {"key": key} and not hasattr(copy, "coef_")
-    assert StageModel().set_params(key=key).get_params() == {"key": key}
-    scores = cross_val_score(StageModel(key), rows.X, rows.activation_bytes, groups=rows.groups, cv=GroupKFold(5))
+    assert StageRegressor().set_params(key=key).get_params() == {"key": key}
+    scores = cross_val_score(StageRegressor(key), rows.X, rows.activation_bytes, groups=rows.groups, cv=GroupKFold(5))
     assert len(scores) == 5 and scores.min() > 1 - 1e-9
 
 
