@@ -31,7 +31,7 @@ from tiny import TINY
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
-from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter
+from sdfit.backends.trace.meter import AsOnACard, FollowStorages, Meter
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
@@ -176,12 +176,30 @@ def test_fused_attention_on_meta_has_the_shapes_and_strides_of_a_real_one() -> N
     expected = torch.nn.functional.scaled_dot_product_attention(*real)
     meta = [t.to("meta") for t in real]
     for kernel in ("fused", "math"):
-        with FusedAttention(kernel):
+        with AsOnACard(kernel):
             out = torch.nn.functional.scaled_dot_product_attention(*meta)
             named = torch.nn.functional.scaled_dot_product_attention(query=meta[0], key=meta[1], value=meta[2])
         assert out.shape == named.shape == expected.shape and out.dtype == expected.dtype and out.is_meta
-    with FusedAttention("math"):
+    with AsOnACard("math"):
         assert torch.allclose(torch.nn.functional.scaled_dot_product_attention(*real), expected, atol=1e-6)
+
+
+def test_a_linear_layer_adds_its_bias_in_place_where_a_real_one_does() -> None:
+    """What takes memory is the same on meta tensors and, seen by the profiler alone, in a real run, contiguous or not."""
+    weight, bias = torch.randn(6, 8), torch.randn(6)
+    for batch in (torch.randn(2, 5, 8), torch.randn(2, 8, 5).transpose(1, 2), torch.randn(8, 5).t()):
+        with torch.profiler.profile() as profile:
+            expected = torch.nn.functional.linear(batch, weight, bias)
+        ran = {event.name for event in profile.events()}
+        meter = Meter(keep_events=True)
+        with AsOnACard(), FollowStorages(meter):
+            out = torch.nn.functional.linear(batch.to("meta"), weight.to("meta"), bias=bias.to("meta"))
+            made = [size for _, size in meter.events or () if size > 0][3:]
+        assert out.shape == expected.shape and out.stride() == expected.stride()
+        assert "aten::add" not in ran
+        assert len(made) == 1 + ("aten::clone" in ran)
+        with AsOnACard():
+            assert torch.allclose(torch.nn.functional.linear(batch, weight, bias), expected, atol=1e-6)
 
 
 def test_repeating_a_span_counts_what_running_it_again_would() -> None:

@@ -298,11 +298,15 @@ def _leaves_the_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return None
 
 
-class FusedAttention(TorchFunctionMode):
-    """Let `scaled_dot_product_attention` on meta tensors stand for a kernel that PyTorch would pick on a card.
+class AsOnACard(TorchFunctionMode):
+    """Let functions that PyTorch runs in another way on meta tensors, or under a dispatch mode, run as on a card.
 
-    ``kernel='fused'`` holds its output and the float32 log-sum-exp per query (flash and memory-efficient attention);
-    ``kernel='math'`` runs PyTorch's own `_scaled_dot_product_attention_math`, operation by operation.
+    `linear` of a batch that is no contiguous block is a matrix product to which the bias is added in place; under a
+    dispatch mode PyTorch adds it into a new tensor. In the VAE's attention query, key and value come about like this.
+
+    `scaled_dot_product_attention` is a kernel that PyTorch would pick on a card. ``kernel='fused'`` holds its output and the
+    float32 log-sum-exp per query (flash and memory-efficient attention); ``kernel='math'`` runs PyTorch's own
+    `_scaled_dot_product_attention_math`, operation by operation.
     """
 
     def __init__(self, kernel: str = "fused") -> None:
@@ -313,6 +317,8 @@ class FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
@@ -325,3 +331,9 @@ class FusedAttention(TorchFunctionMode):
         out = torch.empty(batch, rows, heads, value.shape[-1], dtype=query.dtype, device=query.device).transpose(1, 2)
         torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)  # the log-sum-exp is freed at once
         return out
+
+
+def _linear(batch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if bias is None or batch.dim() < 3 or batch.is_contiguous():
+        return torch.nn.functional.linear(batch, weight, bias)
+    return torch.matmul(batch, weight.t()).add_(bias)

@@ -32,7 +32,7 @@ from PIL import Image
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
-from sdfit.backends.trace.meter import FollowStorages, FusedAttention, Meter, Operation
+from sdfit.backends.trace.meter import AsOnACard, FollowStorages, Meter, Operation
 from sdfit.backends.trace.repeats import WORTH_FINDING, Known, skipped
 from sdfit.backends.trace.streaming import streamed
 from sdfit.equation.stages import COMPONENTS, resident
@@ -251,14 +251,14 @@ class Tracer:
                     meter.allocate(rounded(standing))
                     meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
 
-        attention = FusedAttention("math" if workload.attention == "math" else "fused")
+        as_on_a_card = AsOnACard("math" if workload.attention == "math" else "fused")
         # what is watched, or looked at by a workspace of another kind, or waits for weights on their way, really runs
         bare = self.workspace is None or getattr(self.workspace, "convolutions_only", False)
         known = self._known if bare and observe is None and workload.offload not in STREAMED else None
         repeats = nullcontext() if full else skipped(pipe, workload, follow, known, self.workspace)
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
-        with _no_collection(), variant_applied(pipe, workload), attention:
+        with _no_collection(), variant_applied(pipe, workload), as_on_a_card:
             with streams as buffers, watched(pipe, enter), repeats, follow:
                 _RUN[task](pipe, workload, steps, call or {})
                 enter("")

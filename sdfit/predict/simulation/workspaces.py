@@ -49,17 +49,17 @@ class Rule:
     dtypes : tuple of str
         Of the input.
     copies : tuple of {'input', 'output', 'weight', 'winograd'}
-        Empty: no workspace. ``winograd``: filter, input and output in Winograd's domain, of F(4x4, 3x3) in float32.
+        Empty: no workspace; an operand named twice is copied twice. ``winograd``: filter, input and output in Winograd's
+        domain, of F(4x4, 3x3) in float32.
     evidence : str
         Published rows, or source files.
     min_batch : int
         Images in the convolution's input from which on the rule holds.
     channels : (int, int), optional
         Only convolutions with these input and output channels.
-    only : {'all', 'aligned', 'square', 'heavy'}
-        ``aligned``: 3x3 convolutions whose channels are multiples of 8 both ways; ``square``: 3x3 convolutions with as
-        many channels out as in; ``heavy``: 3x3 convolutions of stride 1 whose filter is larger than their feature maps,
-        once both are cut into Winograd's tiles.
+    only : {'all', 'aligned', 'heavy'}
+        ``aligned``: 3x3 convolutions whose channels are multiples of 8 both ways; ``heavy``: 3x3 convolutions of stride 1
+        whose filter is larger than their feature maps, once both are cut into Winograd's tiles.
     element_bytes : int, optional
         Bytes per element of the copies, where they are not of the operands' own dtype.
     side : int, optional
@@ -100,7 +100,7 @@ class Rule:
             return False
         if self.only == "heavy":
             return image[2:] == out[2:] and ins * outs > winograd_tiles(out) * (ins + outs)
-        return ins % 8 == outs % 8 == 0 if self.only == "aligned" else ins == outs
+        return ins % 8 == outs % 8 == 0
 
 
 def is_strided(image: tuple[int, ...], out: tuple[int, ...]) -> bool:
@@ -137,12 +137,27 @@ _ONE_WAY = Rule(
     "HFB-001 2 3 8 10 14 16: kernels that read channels-last and write NCHW (cuDNN's '..._nhwc2nchw_...')",
     only="aligned",
 )  # fmt: skip
-_FLOAT32 = Rule(
-    ("float32",), ("input", "weight"),
-    "INV-027 31 33 43 51 55 (RTX 4090), SAY-004 (A100), both with TF32 convolutions. Which layers copy is unsettled: "
-    "these were chosen, of some twenty ways, by reserved memory: INV-044 46 52 54 56",
-    only="square",
+_PARTIAL_RESULTS = (
+    (64**2, 2, "INV-028 34 46 56"),
+    (512**2, 3, "INV-028 32 34 44 46 52 54 56: 96x96 to 512x512"),
+    (768**2, 1, "INX-D1536-F-R"),
+    (None, 2, "INX-D2048-F-R: 1024x1024"),
+)
+"""Of a float32 convolution of 512 to 512 channels: up to how many pixels, how many copies of the result. Where between the
+sizes of the evidence one number gives way to the next is not known, nor why the third is less than its neighbours."""
+_FLOAT32 = (
+    Rule(("float32",), (), "INV-044 52: reserved memory", channels=(128, 128), side=3, strided=True),
+    *(
+        Rule(("float32",), ("input", "weight", *["output"] * copies), f"{evidence}: reserved memory, to its 2 MiB",
+             channels=(512, 512), side=3, strided=False, max_pixels=most)
+        for most, copies, evidence in _PARTIAL_RESULTS
+    ),
+    Rule(("float32",), ("input", "weight", "output"), "INX-D1536-F-R: reserved memory. At other sizes two inputs or less",
+         channels=(512, 256), side=3),
+    Rule(("float32",), ("input", "weight"), "INV-027 31 33 43 51 55 (RTX 4090), SAY-004 (A100), both with TF32 "
+         "convolutions. Of 256 to 128 channels: the VAE of FLUX, decoded by the same source", only="aligned"),
 )  # fmt: skip
+"""Of one image. Kernels that read channels-last; those that sum over 512 channels seem to do it in parts."""
 _WIDENED = Rule(
     HALF, ("input", "output", "weight"),
     "GP-001 GP-004: float32 copies of everything, as cards without fast float16 arithmetic compute it",
@@ -155,9 +170,7 @@ _WINOGRAD = Rule(
     "than the filter are left to another plan follows from GP-001 GP-004, where the decoder sets the peak",
     only="heavy",
 )  # fmt: skip
-_FLOAT32_UNSEEN = Rule(
-    ("float32",), ("input", "weight"), "none on this architecture; taken from sm80 and sm89", only="square"
-)
+_FLOAT32_UNSEEN = tuple(replace(rule, evidence="none on this architecture; taken from sm89") for rule in _FLOAT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,19 +222,19 @@ _NO_ROW_BLACKWELL = _NO_ROW + "; versions of PyTorch that give 32 MiB to sm90 al
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in (
-        Architecture("sm60", ("p100",), (_WINOGRAD, _WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
-        Architecture("sm61", ("gtx1070",), (_WINOGRAD, _WIDENED, _FLOAT32_UNSEEN), _CUBLAS),
-        Architecture("sm70", ("v100",), (_ONE_WAY, _FLOAT32_UNSEEN), _CUBLAS,
+        Architecture("sm60", ("p100",), (_WINOGRAD, _WIDENED, *_FLOAT32_UNSEEN), _CUBLAS),
+        Architecture("sm61", ("gtx1070",), (_WINOGRAD, _WIDENED, *_FLOAT32_UNSEEN), _CUBLAS),
+        Architecture("sm70", ("v100",), (_ONE_WAY, *_FLOAT32_UNSEEN), _CUBLAS,
                      "one image only. Float32 has no published run. Profiles of it (resnet50-* in data/snapshots) hold "
                      "a Winograd plan in three layers of 3x3, but with cudnn.benchmark on, which takes the fastest plan "
                      "that fits, heavy or not; sdfit's runs have it off"),
-        Architecture("sm75", ("t4",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "misses COL-003, see `T4_EXCESS`"),
-        Architecture("sm80", ("a100",), (*_MODERN, _FLOAT32), _CUBLAS),
-        Architecture("sm86", ("a10",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS, "one image only, rest as sm80 and sm89"),
-        Architecture("sm89", ("rtx4090",), (*_MODERN, _FLOAT32), _CUBLAS),
-        Architecture("sm90", ("h200", "h100"), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW),
-        Architecture("sm100", ("b200",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW_BLACKWELL),
-        Architecture("sm120", ("rtx5090",), (*_MODERN, _FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW_BLACKWELL),
+        Architecture("sm75", ("t4",), (*_MODERN, *_FLOAT32_UNSEEN), _CUBLAS, "misses COL-003, see `T4_EXCESS`"),
+        Architecture("sm80", ("a100",), (*_MODERN, *_FLOAT32), _CUBLAS),
+        Architecture("sm86", ("a10",), (*_MODERN, *_FLOAT32_UNSEEN), _CUBLAS, "one image only, rest as sm80 and sm89"),
+        Architecture("sm89", ("rtx4090",), (*_MODERN, *_FLOAT32), _CUBLAS),
+        Architecture("sm90", ("h200", "h100"), (*_MODERN, *_FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW),
+        Architecture("sm100", ("b200",), (*_MODERN, *_FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW_BLACKWELL),
+        Architecture("sm120", ("rtx5090",), (*_MODERN, *_FLOAT32_UNSEEN), _CUBLAS_SM90, _NO_ROW_BLACKWELL),
     )
 }  # fmt: skip
 """The table, by compute capability."""
