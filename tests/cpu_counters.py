@@ -12,8 +12,9 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline  # noqa: F401  what it makes as it is imported is not the run's
 from recorded import Recorder
 
-from sdfit.backends.trace.meter import FollowStorages, Meter
+from sdfit.backends.trace.follow import FollowStorages
 from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.meter import Meter
 from sdfit.units import MIB
 
 

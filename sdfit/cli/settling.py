@@ -1,4 +1,4 @@
-"""Settle by simulation what a model's equation leaves open, where torch and diffusers are installed."""
+"""Settle by simulation what a model's equation leaves open; where torch and diffusers are installed, by a trace what that does not cover."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from sdfit.cli.options import note
 
 if TYPE_CHECKING:
     from sdfit.predict.predictor import Predictor
-    from sdfit.workload import Workload
 
 T = TypeVar("T")
 replay_option = click.option(
     "--replay/--no-replay",
     default=None,
-    help="Simulate the runs that the equation leaves open; seconds. Left out: where torch and diffusers are installed.",
+    help="Simulate the runs that the equation leaves open.  [default: where the model rests on simulated runs]",
 )
 
 
@@ -32,15 +31,13 @@ def settling(f: Predictor, replay: bool | None, limit_bytes: float | None) -> Pr
     SdfitError
         If ``replay`` is asked for and cannot be had.
     """
-    from sdfit.errors import needs
-    from sdfit.predict.replayed import Replayed, why_not
+    from sdfit.backends.trace.needed import Traced
+    from sdfit.predict.replayed import replaying, why_not
 
-    missing = next((name for name in ("torch", "diffusers") if find_spec(name) is None), None)
-    if replay and missing:
-        raise needs("sweep", missing)
-    if replay is False or (replay is None and (missing or why_not(f))):
+    if replay is False or (replay is None and why_not(f)):
         return f
-    return Replayed(f, _Needed(f.artifact.name), limit_bytes=limit_bytes)
+    whole = all(find_spec(name) for name in ("torch", "diffusers"))
+    return replaying(f, limit_bytes=limit_bytes, otherwise=Traced(f.artifact.name) if whole else None)
 
 
 def best(f: Predictor, settled: Predictor, ask: Callable[[Predictor], T], is_open: Callable[[T], bool]) -> T:
@@ -64,18 +61,3 @@ def say_what_was_replayed(settled: Predictor) -> None:
         note(
             f"the equation left it open; {count} run{'s' if count > 1 else ''} simulated to settle it (--no-replay: not)"
         )
-
-
-class _Needed:
-    """`sdfit.backends.trace.needed.Needed`, with torch loaded only for the first run that is simulated."""
-
-    def __init__(self, kernels: str) -> None:
-        self.kernels = kernels
-        self._needed: Callable[[Workload, str], int] | None = None
-
-    def __call__(self, workload: Workload, metric: str) -> int:
-        if self._needed is None:
-            from sdfit.backends.trace.needed import Needed
-
-            self._needed = Needed(self.kernels)
-        return self._needed(workload, metric)

@@ -1,8 +1,9 @@
 """Required memory by replay: a model whose answers are settled by replaying the run, where its equation leaves them open.
 
 How PyTorch's allocator packs blocks into segments jumps from one size to the next by up to a quarter of the activations,
-which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does; it takes
-a tenth of a second or more, and more than numpy, so whoever has one hands it in (`sdfit.backends.trace.needed`).
+which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does. `replaying`
+simulates the run (`sdfit.predict.simulation.simulate` says which runs it covers), with numpy alone, in some hundredths of a
+second; whoever can trace the others hands that in (`sdfit.backends.trace.needed`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from sdfit.equation.metrics import REPLAYED_FAMILY
 from sdfit.errors import SdfitError
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import DEFAULT_LEVEL, Predictor
+from sdfit.predict.simulation.library import NotSimulated
+from sdfit.predict.simulation.needed import Needed
 from sdfit.workload import Workload
 
 REPLAYED = ("required", "minimum")
@@ -59,7 +62,7 @@ class Replayed(Predictor):
     model : Predictor
         One whose records are traces with kernel workspaces (``provenance`` published).
     replay : callable
-        See `Replay`; of the same kernels as the model.
+        See `Replay`; of the same kernels as the model. What it raises `NotSimulated` for stays the equation's.
     limit_bytes : float, optional
         Replay only runs of which the model's own bounds do not say whether they need more than this [bytes]. None: all.
 
@@ -111,7 +114,10 @@ class Replayed(Predictor):
             return found
         key = workload, metric
         if key not in self._needs:
-            self._needs[key] = self._replay(workload, metric)
+            try:
+                self._needs[key] = self._replay(workload, metric)
+            except NotSimulated:
+                return found
         return ReplayedPrediction(self._needs[key], self.variant(workload.variant), workload, metric, level)
 
     def _settled(self, found: Prediction) -> bool:
@@ -119,6 +125,38 @@ class Replayed(Predictor):
             return False
         surest = Prediction(float(found), found._facts[0], found.workload, found.metric, SURE)
         return not surest.lower <= self.limit_bytes < surest.upper
+
+
+def replaying(model: Predictor, *, limit_bytes: float | None = None, otherwise: Replay | None = None) -> Replayed:
+    """Let a model settle by replay what its equation leaves open.
+
+    Parameters
+    ----------
+    model : Predictor
+        As `sdfit.load` gives it.
+    limit_bytes : float, optional
+        See `Replayed`.
+    otherwise : callable, optional
+        See `Replay`: answers for the runs that a simulation does not cover; None: the equation does.
+
+    Raises
+    ------
+    SdfitError
+        See `Replayed`.
+
+    Examples
+    --------
+    >>> import sdfit, warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     f = replaying(sdfit.load("t4"))
+    >>> f.largest(aspect=(3, 2), memory="8 GiB", attention="eager")
+    (512, 768)
+    """
+    no = why_not(model)
+    if no:
+        raise SdfitError(no, provenance=model.provenance)
+    return Replayed(model, Needed(model.artifact.name, otherwise), limit_bytes=limit_bytes)
 
 
 def why_not(model: Predictor) -> str:

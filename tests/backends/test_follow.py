@@ -31,10 +31,11 @@ from tiny import TINY
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
-from sdfit.backends.trace.meter import AsOnACard, FollowStorages, Meter
+from sdfit.backends.trace.follow import AsOnACard, FollowStorages
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.meter import Meter
 from sdfit.workload import Workload
 
 TIMESTEPS_BYTES = 2 * 512

@@ -8,7 +8,7 @@ pytest.importorskip("diffusers")
 
 import torch
 
-from sdfit.backends.trace import meter, recall
+from sdfit.backends.trace import follow, recall
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.sweep.grid import load
@@ -29,7 +29,7 @@ def tracer():
 def test_a_trace_that_recalls_equals_a_plain_one(tracer, workload, monkeypatch):
     """Every allocation and free, in order, and every stage's peak: eight of the default grid, drawn with a seed."""
     recalled = tracer.run(workload, keep_events=True)
-    monkeypatch.setattr(meter, "run_on_meta", plainly)
+    monkeypatch.setattr(follow, "run_on_meta", plainly)
     plain = tracer.run(workload, keep_events=True)
     assert recalled.events == plain.events
     assert recalled.stage_peaks == plain.stage_peaks

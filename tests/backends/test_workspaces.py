@@ -15,8 +15,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from sdfit.backends.trace.tracer import Traced, Tracer  # noqa: E402
+from sdfit.backends.trace.tracer import Tracer  # noqa: E402
 from sdfit.errors import InvalidWorkload, SdfitError  # noqa: E402
+from sdfit.predict.simulation.card import Traced  # noqa: E402
 from sdfit.predict.simulation.replay import replay  # noqa: E402
 from sdfit.predict.simulation.workspaces import (  # noqa: E402
     ARCHITECTURES,

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdfit.backends.trace.meter import Meter, Operation, Span
-from sdfit.backends.trace.tracer import Traced, Tracer
+from sdfit.backends.trace.follow import Operation
+from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.card import Traced
+from sdfit.predict.simulation.meter import Meter, Span
 from sdfit.workload import Workload
 
 PIPELINE = "pipeline"

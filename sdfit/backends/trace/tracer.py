@@ -1,7 +1,7 @@
 """Trace a workload without a card: the same pipeline on meta tensors.
 
 diffusers' unmodified `StableDiffusionImg2ImgPipeline.__call__` runs on tensors that have a shape and no storage,
-while `sdfit.backends.trace.meter` counts what is live. Two host-side parts are replaced because they need values: the image processor
+while `sdfit.backends.trace.follow` counts what is live. Two host-side parts are replaced because they need values: the image processor
 (its device work is kept, its conversion to and from pictures is not) and the scheduler's timesteps stay in host memory.
 
 What a trace cannot see: memory inside kernels. What is known of it comes in through ``workspace``.
@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,13 +31,14 @@ from PIL import Image
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
-from sdfit.backends.trace.meter import AsOnACard, FollowStorages, Meter, Operation
-from sdfit.backends.trace.repeats import WORTH_FINDING, Known, skipped
+from sdfit.backends.trace.follow import AsOnACard, FollowStorages, Operation
+from sdfit.backends.trace.repeats import skipped
 from sdfit.backends.trace.streaming import streamed
-from sdfit.equation.stages import COMPONENTS, resident
+from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import InvalidWorkload, nearest
-from sdfit.predict.simulation.workspaces import unsplit_bytes
+from sdfit.predict.simulation.card import Card, Traced
+from sdfit.predict.simulation.meter import Meter
 from sdfit.workload import STREAMED, VAE_SCALE, Workload
 
 TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")
@@ -98,34 +98,6 @@ class ShapesOnly(VaeImageProcessor):
         return [Image.new("RGB", (8, 8))] * len(images)
 
 
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """What one traced run took. All amounts in bytes, rounded block by block as the allocator rounds them."""
-
-    component_bytes: dict[str, int]
-    stage_peaks: dict[str, int]
-    stage_seconds: dict[str, float]
-    events: list[tuple[int, int]] | None
-    standing_bytes: int = 0
-    """Of every stage's peak: what is there beside the weights all the time (cuBLAS, the allocator's remainders)."""
-    unsplit_bytes: int = 0
-    """Of the standing bytes, the allocator's remainders around the weights."""
-    resident_bytes: dict[str, int] = field(default_factory=dict)
-    """The weights that are on the card in each stage."""
-    workspaces: frozenset[int] = frozenset()
-    """Those blocks of the events that a kernel holds while it runs, and for which it may have a plan that needs none."""
-
-    @property
-    def weights_bytes(self) -> int:
-        """The weights of all components."""
-        return sum(self.component_bytes.values())
-
-    @property
-    def peak_bytes(self) -> int:
-        """The highest of the stages."""
-        return max(self.stage_peaks.values())
-
-
 class Tracer:
     """Traces workloads; keeps the meta pipelines it has built.
 
@@ -137,8 +109,6 @@ class Tracer:
         Steps of the denoising loop; two reach the peak, as PNDM runs them (three UNet calls).
     settings : dict, optional
         Other component settings, for tests (see `sdfit.backends.pipeline.build_components`).
-    patience : int
-        See `sdfit.backends.trace.repeats.Known`.
     """
 
     def __init__(
@@ -147,13 +117,11 @@ class Tracer:
         *,
         num_inference_steps: int = 2,
         settings: dict[str, dict[str, Any]] | None = None,
-        patience: int = WORTH_FINDING,
     ) -> None:
         self.workspace, self.num_inference_steps, self.settings = workspace, num_inference_steps, settings
         self._pipes: dict[tuple[str, str, bool], Any] = {}
         self._weights: dict[int, dict[str, _Weights]] = {}
-        self._unsplit: dict[tuple[int, tuple[str, ...]], int] = {}
-        self._known: Known | None = Known(patience)
+        self._unsplit: dict[int, dict[tuple[str, ...], int]] = {}
 
     def pipeline(self, workload: Workload) -> Any:
         """The meta pipeline that a workload runs on."""
@@ -167,14 +135,6 @@ class Tracer:
                 n: _Weights(getattr(pipe, n)) for n in COMPONENTS if getattr(pipe, n) is not None
             }
         return self._pipes[key]
-
-    def _remainders(self, pipe: Any, parts: tuple[str, ...]) -> int:
-        """`unsplit_bytes` of these components, worked out once."""
-        key = (id(pipe), parts)
-        if key not in self._unsplit:
-            sizes = {name: part.sizes for name, part in self._weights[id(pipe)].items() if name in parts}
-            self._unsplit[key] = unsplit_bytes(sizes)
-        return self._unsplit[key]
 
     def run(
         self,
@@ -229,11 +189,14 @@ class Tracer:
         for part in weights.values():
             for tensor in part.tensors:  # never freed, so they are counted here and only known to the mode
                 follow.ignore(tensor)
-        residency = _Residency(meter, sizes, offload=workload.offload, encodes=task != "txt2img")
-        standing = getattr(self.workspace, "standing_bytes", 0)
-        # only a simulated card has an allocator; the remainders around weights that come and go are left out
-        stay = () if workload.offload == "model" else resident("unet", workload.offload)
-        unsplit = self._remainders(pipe, tuple(name for name in stay if name in sizes)) if standing else 0
+        card = Card(
+            meter,
+            sizes,
+            offload=workload.offload,
+            standing_bytes=getattr(self.workspace, "standing_bytes", 0),
+            encodes=task != "txt2img",
+            unsplit=self._unsplit.setdefault(id(pipe), {}),
+        )
         seconds: dict[str, float] = {}
         since: list[Any] = ["", time.perf_counter()]
 
@@ -243,19 +206,10 @@ class Tracer:
                 seconds[since[0]] = seconds.get(since[0], 0.0) + now - since[1]
             since[:] = [stage, now]
             if stage:
-                residency.unload(stage)
-                first = not meter.stage
-                meter.enter(stage)  # before the loading: what is loaded counts to the stage that needs it
-                residency.load(stage)
-                if first and standing:
-                    meter.allocate(rounded(standing))
-                    meter.live_bytes += unsplit  # no event: a replay through the allocator finds it by itself
+                card.enter(stage)
 
         as_on_a_card = AsOnACard("math" if workload.attention == "math" else "fused")
-        # what is watched, or looked at by a workspace of another kind, or waits for weights on their way, really runs
-        bare = self.workspace is None or getattr(self.workspace, "convolutions_only", False)
-        known = self._known if bare and observe is None and workload.offload not in STREAMED else None
-        repeats = nullcontext() if full else skipped(pipe, workload, follow, known, self.workspace)
+        repeats = nullcontext() if full else skipped(pipe, follow)
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
         with _no_collection(), variant_applied(pipe, workload), as_on_a_card:
@@ -264,19 +218,7 @@ class Tracer:
                 enter("")
                 meter.leave()
             events = None if meter.events is None else list(meter.events)  # what outlives the run is no part of it
-            if known is not None:
-                known.learn(pipe, workload)
-        components = {name: sum(parts) for name, parts in sizes.items()}
-        return Traced(
-            components,
-            meter.stage_peaks,
-            seconds,
-            events,
-            standing + unsplit + (buffers or 0),
-            unsplit,
-            {stage: residency.resident_bytes(stage) for stage in meter.stage_peaks},
-            frozenset(meter.workspaces),
-        )
+        return card.taken(events, seconds, buffers=buffers or 0)
 
 
 def _img2img(pipe: Any, workload: Workload, steps: int, call: Mapping[str, Any]) -> None:
@@ -308,38 +250,6 @@ def _vae_decode(pipe: Any, workload: Workload, steps: int, call: Mapping[str, An
 
 
 _RUN = {"img2img": _img2img, "txt2img": _txt2img, "vae_encode": _vae_encode, "vae_decode": _vae_decode}
-
-
-class _Residency:
-    """Loads and unloads whole components, as under `enable_model_cpu_offload`; without it all are there at once."""
-
-    def __init__(self, meter: Meter, sizes: dict[str, list[int]], *, offload: str, encodes: bool = True) -> None:
-        self.meter, self.sizes, self.offload, self.encodes = meter, sizes, offload, encodes
-        self.blocks: dict[str, list[int]] = {}
-
-    def resident_bytes(self, stage: str) -> int:
-        """The weights that are there in a stage."""
-        return sum(sum(self.sizes[name]) for name in self.sizes if name in self.resident(stage))
-
-    def resident(self, stage: str) -> set[str]:
-        """The components that are there; without an image to encode the VAE comes only to decode."""
-        found = set(resident(stage, self.offload))
-        if self.offload != "none" and not self.encodes and stage == "unet":
-            found -= {"vae"}
-        return found
-
-    def unload(self, stage: str) -> None:
-        leaving = sorted(set(self.blocks) - self.resident(stage))
-        for name in leaving:
-            for block, size in zip(self.blocks.pop(name), self.sizes[name], strict=True):
-                self.meter.free(block, size)
-        if leaving:
-            self.meter.give_cache_back()  # as `CpuOffload.pre_forward` of accelerate does between unloading and loading
-
-    def load(self, stage: str) -> None:
-        for name in self.sizes:
-            if name in self.resident(stage) and name not in self.blocks:
-                self.blocks[name] = [self.meter.allocate(size) for size in self.sizes[name]]
 
 
 class _Weights:

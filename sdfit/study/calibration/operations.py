@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdfit.backends.trace.meter import Meter, Operation
-from sdfit.backends.trace.tracer import Traced, Tracer
+from sdfit.backends.trace.follow import Operation
+from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import COMPONENTS
+from sdfit.predict.simulation.card import Traced
+from sdfit.predict.simulation.meter import Meter
 from sdfit.predict.simulation.shapes import Shapes, shapes_of
 from sdfit.study.calibration.snapshot import Frame, Stack
 from sdfit.workload import Workload
@@ -54,7 +56,7 @@ class TracedRun:
     workload : Workload
     operations : list of Ran
     events : list of (int, int)
-        As `sdfit.backends.trace.meter.Meter.events`; the weights first.
+        As `sdfit.backends.trace.follow.Meter.events`; the weights first.
     weights : tuple of int
         Requested bytes of every weight.
     traced : Traced

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdfit.backends.trace.meter import Meter, Operation, Span
+from sdfit.backends.trace.follow import Operation
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import stages_of
 from sdfit.equation.weights import rounded
+from sdfit.predict.simulation.meter import Meter, Span
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Rule, convolution_bytes
 from sdfit.records import Record
 from sdfit.workload import Workload

@@ -206,6 +206,19 @@ def few(memory: str, cache: Path | None, figure: Path | None, as_json: bool) -> 
         click.echo(f"wrote {module.draw(lines, figure)}", err=True)
 
 
+@lab.command()
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Left out: where the package reads them.")
+def programs(out: Path | None) -> None:
+    """Find the programs of the pipeline's modules from diffusers' own, and write them down; half a minute."""
+    from sdfit.predict.simulation.library import FILE
+    from sdfit.study.lab import programs as module
+
+    content = module.library().to_bytes()
+    path = out or FILE
+    path.write_bytes(content)
+    click.echo(f"wrote {path}: {len(content)} bytes")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the makers' command line; returns the exit code."""
     quiet_libraries()

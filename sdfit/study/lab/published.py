@@ -7,10 +7,11 @@ import io
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from sdfit.backends.trace.tracer import Traced, Tracer
+from sdfit.backends.trace.tracer import Tracer
 from sdfit.files import Kind, Output, shipped
 from sdfit.files import write as write_files
 from sdfit.predict.conformal import LEAST_SCALE_BYTES
+from sdfit.predict.simulation.card import Traced
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.study.comparison import published
 from sdfit.study.comparison.residuals import Residual

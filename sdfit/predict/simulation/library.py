@@ -1,0 +1,183 @@
+"""The programs of the pipeline's modules and the sizes of its weights, as shipped: ``programs.npz``.
+
+Found once from diffusers' and transformers' own modules (``python -m sdfit.study.lab programs``), and held against them by
+a test. Plain arrays of whole numbers; nothing in the file is run.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdfit.equation.stages import STAGES
+from sdfit.equation.weights import PARAMETERS
+from sdfit.errors import SdfitError
+from sdfit.files import read_bytes
+from sdfit.predict.simulation.programs import (
+    CHECKER,
+    DECODER,
+    ENCODER,
+    KINDS,
+    TEXT,
+    UNET,
+    Layer,
+    Lengths,
+    Program,
+    Shape,
+    sides,
+)
+from sdfit.workload import CHOICES, SLICES, VAE_SCALE, Workload
+
+FILE = Path(__file__).with_name("programs.npz")
+LARGEST_BYTES = 1 << 20
+DTYPES = ("float16", "float32")
+"""bfloat16 takes what float16 takes; which modules' programs are equal is seen when they are found."""
+ATTENTIONS, VAES = CHOICES["attention"], CHOICES["vae"]
+_POOLS = ("steps", "products", "layers", "marks", "made")
+
+
+class NotSimulated(SdfitError):
+    """A workload whose run is not written out, or whose modules have no program at these sizes."""
+
+
+class Key(NamedTuple):
+    """What tells the programs of a module apart."""
+
+    kind: str
+    dtype: str
+    attention: str = "sdpa"
+    vae: str = "kl"
+    single: bool = True
+    even: bool = True
+
+    @classmethod
+    def of(cls, kind: str, workload: Workload, lengths: Lengths) -> Key:
+        """Name the program of a call: fields that do not reach a module are at their default.
+
+        `enable_attention_slicing` reaches the UNet alone; the text encoder and the checker call PyTorch's fused attention
+        unless it is switched off; the tiny VAE has no attention. One sample runs other operations than several, and latents
+        that are no multiples of 8 make the UNet hand sizes on.
+        """
+        attention = workload.attention
+        if (kind != UNET and attention in SLICES) or (kind in (TEXT, CHECKER) and attention != "math"):
+            attention = "sdpa"
+        vae = workload.vae if kind in (ENCODER, DECODER) else "kl"
+        even = kind != UNET or lengths.height % VAE_SCALE == lengths.width % VAE_SCALE == 0
+        dtype = "float32" if workload.dtype == "float32" else "float16"
+        return cls(kind, dtype, attention if vae == "kl" else "sdpa", vae, lengths.batch == 1, even)
+
+
+class Library:
+    """Programs by key, and weights by component.
+
+    Parameters
+    ----------
+    programs : dict of Key to Program
+    weights : dict of (str, str) to tuple of int
+        Sizes of a component's weights and buffers, rounded as the allocator rounds [bytes], by dtype and by a name of
+        `sdfit.equation.weights.PARAMETERS`.
+    """
+
+    def __init__(self, programs: Mapping[Key, Program], weights: Mapping[tuple[str, str], tuple[int, ...]]) -> None:
+        self.programs, self.weights = dict(programs), dict(weights)
+
+    def program(self, kind: str, workload: Workload, lengths: Lengths) -> Program:
+        """The program of a call.
+
+        Raises
+        ------
+        NotSimulated
+            If there is none.
+        """
+        if kind not in (TEXT, CHECKER) and min(*sides(lengths.height, kind)[1:], *sides(lengths.width, kind)[1:]) == 1:
+            raise NotSimulated("what has one pixel is laid out in any order")
+        found = self.programs.get(Key.of(kind, workload, lengths))
+        if found is None:
+            raise NotSimulated(f"no program of the {kind} is known for {workload}")
+        return found
+
+    def weights_of(self, workload: Workload) -> dict[str, tuple[int, ...]]:
+        """The weights of a workload's pipeline, by component, in the order in which it holds them."""
+        names = {"vae": "vae" if workload.vae == "kl" else "vae_tiny", "text_encoder": "text_encoder", "unet": "unet"}
+        if workload.safety_checker:
+            names["safety_checker"] = "safety_checker"
+        dtype = "float32" if workload.dtype == "float32" else "float16"
+        return {component: self.weights[dtype, name] for component, name in names.items()}
+
+    def to_bytes(self) -> bytes:
+        """The file: what is equal is stored once."""
+        pools: dict[str, dict[bytes, tuple[int, Any]]] = {name: {} for name in _POOLS}
+        rows = []
+        for key, program in self.programs.items():
+            numbers = []
+            for name, values in _arrays(program).items():
+                numbers.append(pools[name].setdefault(values.tobytes(), (len(pools[name]), values))[0])
+            choices = (
+                KINDS.index(key.kind),
+                DTYPES.index(key.dtype),
+                ATTENTIONS.index(key.attention),
+                VAES.index(key.vae),
+            )
+            rows.append([*choices, key.single, key.even, *numbers])
+        stored: dict[str, Any] = {"programs": np.array(rows, dtype=np.int16)}
+        for name, pool in pools.items():
+            _store(stored, name, [values for _, values in pool.values()])
+        _store(stored, "weights", [np.array(self.weights[d, n], dtype=np.int32) for d in DTYPES for n in PARAMETERS])
+        file = io.BytesIO()
+        np.savez_compressed(file, **stored)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Library:
+        """The twin of `to_bytes`."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            stored = {name: file[name] for name in file.files}
+        pools = {name: _restored(stored, name) for name in _POOLS}
+        programs = {}
+        for kind, dtype, attention, vae, single, even, *numbers in stored["programs"].tolist():
+            steps, products, layers, marks, made = (pools[name][n] for name, n in zip(_POOLS, numbers, strict=True))
+            key = Key(KINDS[kind], DTYPES[dtype], str(ATTENTIONS[attention]), str(VAES[vae]), bool(single), bool(even))
+            programs[key] = Program(
+                KINDS[kind],
+                steps.astype(np.int64),
+                products.reshape(-1, 5).astype(np.int64),
+                tuple(
+                    Layer(Shape(*row[:3]), tuple(row[3:7]), Shape(*row[7:])) for row in layers.reshape(-1, 10).tolist()
+                ),
+                tuple((first, STAGES[stage]) for first, stage in marks.reshape(-1, 2).tolist()),
+                tuple(made.tolist()),
+            )
+        names = [(dtype, name) for dtype in DTYPES for name in PARAMETERS]
+        sizes = (tuple(values.tolist()) for values in _restored(stored, "weights"))
+        return cls(programs, dict(zip(names, sizes, strict=True)))
+
+
+@cache
+def shipped_library() -> Library:
+    """The library of the installed sdfit; read once."""
+    return Library.from_bytes(read_bytes(FILE, LARGEST_BYTES))
+
+
+def _arrays(program: Program) -> dict[str, Any]:
+    """A program's fields as flat arrays."""
+    layers = [[*layer.image, *layer.weight, *layer.out] for layer in program.layers]
+    marks = [[first, STAGES.index(stage)] for first, stage in program.marks]
+    values = (program.steps, program.products, layers, marks, program.made)
+    types = (np.int16, np.int32, np.int16, np.int16, np.int16)
+    return {
+        name: np.array(value, dtype=dtype).ravel() for name, value, dtype in zip(_POOLS, values, types, strict=True)
+    }
+
+
+def _store(stored: dict[str, Any], name: str, parts: Sequence[Any]) -> None:
+    stored[name] = np.concatenate(parts)
+    stored[f"{name}_ends"] = np.cumsum([len(part) for part in parts], dtype=np.int32)
+
+
+def _restored(stored: Mapping[str, Any], name: str) -> list[Any]:
+    return np.split(stored[name], stored[f"{name}_ends"][:-1])

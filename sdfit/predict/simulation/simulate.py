@@ -1,0 +1,82 @@
+"""A run simulated without torch: its modules by their programs, the rest of it written out.
+
+**Covered**: every dtype and resolution, batches of any size, prompts of any length, guidance on and off, both VAEs, VAE slicing
+and tiling, the safety checker, model offload, attention ``sdpa``, ``eager`` and ``math``. **Not covered**
+(`Simulator.run` raises `NotSimulated`): sliced attention, offload that brings weights module by module, the tiny VAE in
+tiles, other executions than the default, latents or tiles so small that a feature map has one pixel, and workspaces of
+measured kernels. Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdfit.predict.simulation.card import Card, Traced
+from sdfit.predict.simulation.library import Library, NotSimulated, shipped_library
+from sdfit.predict.simulation.meter import Meter
+from sdfit.predict.simulation.modules import Modules
+from sdfit.predict.simulation.pipeline import Img2Img
+from sdfit.predict.simulation.programs import Convolution
+from sdfit.predict.simulation.workspaces import Workspaces
+from sdfit.workload import STREAMED, Workload
+
+
+class Simulator:
+    """Simulates workloads; gives what `sdfit.backends.trace.tracer.Tracer` gives, to the byte and in order.
+
+    Parameters
+    ----------
+    workspace : Workspaces, optional
+        Kernel workspaces to add. None: the bare run.
+    num_inference_steps : int
+        See `sdfit.backends.trace.tracer.Tracer`.
+    library : Library, optional
+        None: the shipped one.
+    """
+
+    def __init__(
+        self, workspace: Workspaces | None = None, *, num_inference_steps: int = 2, library: Library | None = None
+    ) -> None:
+        self.workspace, self.num_inference_steps = workspace, num_inference_steps
+        self._library = library
+        self._unsplit: dict[Any, dict[tuple[str, ...], int]] = {}
+
+    def run(self, workload: Workload, *, keep_events: bool = False) -> Traced:
+        """Simulate one workload.
+
+        Parameters
+        ----------
+        keep_events : bool
+            Also return every allocation and free of a block, the weights first.
+
+        Raises
+        ------
+        NotSimulated
+            If it is not covered (see the module).
+        """
+        if workload.offload in STREAMED or workload.execution != "default":
+            raise NotSimulated(
+                f"a run with offload={workload.offload}, execution={workload.execution} is not written out"
+            )
+        if workload.vae == "tiny" and workload.vae_tiling:
+            raise NotSimulated("the tiny VAE in tiles is not written out")
+        if self.workspace is not None and not self.workspace.convolutions_only:
+            raise NotSimulated("workspaces of measured kernels go by operations, which programs do not have")
+        library = self._library or shipped_library()
+        weights = library.weights_of(workload)
+        meter = Meter(keep_events=keep_events)
+        standing = self.workspace.standing_bytes if self.workspace is not None else 0
+        unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae), {})
+        card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
+        pipeline = Img2Img(Modules(workload, card, library, self._convolution(workload)), self.num_inference_steps)
+        card.enter("text_encoder")
+        pipeline.run()
+        meter.leave()
+        # what outlives the run is no part of it
+        return card.taken(None if meter.events is None else list(meter.events), {})
+
+    def _convolution(self, workload: Workload) -> Convolution | None:
+        workspace = self.workspace
+        if workspace is None:
+            return None
+        return lambda image, weight, out: workspace.convolution(workload.dtype, image, weight, out)

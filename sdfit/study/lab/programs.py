@@ -1,0 +1,61 @@
+"""Find the programs of the pipeline's modules and write them down: ``python -m sdfit.study.lab programs``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdfit.backends.trace.finding import find, probes, record
+from sdfit.backends.trace.tracer import Tracer
+from sdfit.equation.weights import PARAMETERS, rounded
+from sdfit.errors import SdfitError
+from sdfit.predict.simulation.library import ATTENTIONS, DTYPES, VAES, Key, Library
+from sdfit.predict.simulation.programs import CHECKER, DECODER, ENCODER, KINDS, TEXT, UNET, Program
+from sdfit.workload import SLICES, Workload
+
+
+def keys() -> list[Key]:
+    """Every program that is shipped."""
+    return [
+        Key(kind, dtype, str(attention), str(vae), single, even)
+        for kind in KINDS
+        for dtype in DTYPES
+        for attention in (a for a in ATTENTIONS if a not in SLICES and (kind not in (TEXT, CHECKER) or a != "eager"))
+        for vae in (VAES if kind in (ENCODER, DECODER) else ("kl",))
+        if vae == "kl" or attention == "sdpa"
+        for single in (True, False)
+        for even in ((True, False) if kind == UNET else (True,))
+    ]
+
+
+def found(tracer: Tracer, key: Key, dtype: str | None = None) -> Program:
+    """The program of a key, from runs of the real module; with ``dtype`` from those of another dtype.
+
+    Raises
+    ------
+    SdfitError
+        If it has none.
+    """
+    workload = Workload(512, 512, dtype=dtype or key.dtype, attention=key.attention, vae=key.vae)
+    runs = [(at, record(tracer, workload, key.kind, at)) for at in probes(key.kind, single=key.single, even=key.even)]
+    program = find(key.kind, runs)
+    if program is None:
+        raise SdfitError(
+            f"there is no program of {key}: its runs do not line up, or a size is no product of the lengths"
+        )
+    return program
+
+
+def weights(tracer: Tracer) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    """Sizes of each component's weights and buffers, by dtype and name."""
+    for dtype in DTYPES:
+        for name in PARAMETERS:
+            pipe = tracer.pipeline(Workload(512, 512, dtype=dtype, vae="tiny" if name == "vae_tiny" else "kl"))
+            part = getattr(pipe, "vae" if name == "vae_tiny" else name)
+            tensors = [*part.parameters(), *part.buffers()]
+            yield (dtype, name), tuple(rounded(tensor.untyped_storage().nbytes()) for tensor in tensors)
+
+
+def library() -> Library:
+    """Find all of it: half a minute."""
+    tracer = Tracer()
+    return Library({key: found(tracer, key) for key in keys()}, dict(weights(tracer)))

@@ -1,0 +1,227 @@
+"""A simulated run is the traced one: every allocation and free, in order; and what the shipped records say, to the byte."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from simulated import drawn, facts, renumbered
+
+from sdfit.errors import SdfitError
+from sdfit.files import shipped
+from sdfit.predict.simulation.library import FILE, LARGEST_BYTES, Library, NotSimulated, shipped_library
+from sdfit.predict.simulation.needed import Needed
+from sdfit.predict.simulation.replay import replay, smallest_cap, without
+from sdfit.predict.simulation.simulate import Simulator
+from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Workspaces, workspaces_for
+from sdfit.records import read
+from sdfit.sweep.grid import load
+from sdfit.workload import Workload
+
+SEED = 20261128
+ATTENTIONS = ("sdpa", "eager", "math")
+EDGES = [
+    Workload(520, 776, 154, 3),
+    Workload(1096, 904, batch_size=2, attention="eager", vae_slicing=True),
+    Workload(1024, 768, dtype="float32", vae_tiling=True, offload="model"),
+    Workload(1000, 1300, 100, 3, 1.0, "bfloat16", "math", vae_tiling=True, vae_slicing=True, offload="model"),
+    Workload(72, 136, 231, 2, vae="tiny", safety_checker=False),
+]
+
+
+def assert_equal(workload, architecture, tracer, simulator):
+    """With the events and without."""
+    expected, got = tracer.run(workload, keep_events=True), simulator.run(workload, keep_events=True)
+    assert renumbered(got) == renumbered(expected), (architecture, workload)
+    assert facts(got) == facts(expected) == facts(simulator.run(workload)), (architecture, workload)
+
+
+def held_against_a_trace(workloads, architecture):
+    """Simulate and trace each, without workspaces where there is no architecture."""
+    pytest.importorskip("diffusers")
+    from sdfit.backends.trace.tracer import Tracer
+
+    workspaces = None if architecture is None else workspaces_for(architecture)
+    tracer, simulator = Tracer(workspaces), Simulator(workspaces)
+    for workload in workloads:
+        assert_equal(workload, architecture, tracer, simulator)
+
+
+@pytest.mark.parametrize("workload", EDGES, ids=lambda w: " ".join(map(str, (w.height, w.width, w.attention, w.vae))))
+def test_a_simulated_run_is_the_traced_one(workload):
+    """Every allocation and free, in order; every stage's peak; which blocks are workspaces."""
+    held_against_a_trace([workload], "sm75")
+
+
+@pytest.mark.parametrize("architecture", [None, "sm61"])
+def test_without_workspaces_and_on_another_architecture(architecture):
+    """Pascal's table has plans for convolutions of 1x1, and one that only some sizes take."""
+    held_against_a_trace([Workload(328, 264, 90, 2, vae_slicing=True)], architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm61", "sm70", "sm75", "sm90"])
+def test_a_drawn_sample(architecture):
+    """Every covered variant is drawn from; with a seed."""
+    held_against_a_trace(drawn(SEED + len(architecture), 60, ATTENTIONS), architecture)
+    print(f"seed {SEED}: 60 workloads equal event by event on {architecture}")
+
+
+@pytest.mark.slow
+def test_more_steps_are_simulated_too():
+    """From five steps on the scheduler keeps all the history that it uses."""
+    pytest.importorskip("diffusers")
+    from sdfit.backends.trace.tracer import Tracer
+
+    for steps in (1, 3, 6):
+        tracer, simulator = Tracer(num_inference_steps=steps), Simulator(num_inference_steps=steps)
+        assert_equal(Workload(256, 192, batch_size=2), None, tracer, simulator)
+
+
+def covered(simulator, record):
+    """The run of a record, None where it is not simulated."""
+    try:
+        return simulator.run(record.workload, keep_events=True)
+    except NotSimulated:
+        return None
+
+
+def recorded_files(*grids):
+    """The simulated records that are shipped, of these grids or of all."""
+    found = sorted(Path(shipped("data")).glob("sm*/*-trace.jsonl.gz"))
+    return [path for path in found if not grids or any(f"-{grid}-" in path.name for grid in grids)]
+
+
+@pytest.mark.parametrize(
+    "path", recorded_files("default", "holdout"), ids=lambda path: f"{path.parent.name} {path.name}"
+)
+def test_the_shipped_records_are_simulated_to_the_byte(path):
+    """Stage peaks and what was allocated, of every covered row; reserved and required memory of every hundredth."""
+    simulator = Simulator(workspaces_for(path.parent.name))
+    count = 0
+    for number, record in enumerate(read(path).records):
+        run = covered(simulator, record) if number % 100 == 0 else covered_peaks(simulator, record)
+        if run is None:
+            continue
+        count += 1
+        assert (run.stage_peaks, run.peak_bytes) == (record.stage_peaks_bytes, record.allocated_bytes), record.workload
+        if run.events is not None:
+            assert_replayed(run, record)
+    assert count > 20
+
+
+def covered_peaks(simulator, record):
+    """As `covered`, without the events."""
+    try:
+        return simulator.run(record.workload)
+    except NotSimulated:
+        return None
+
+
+def assert_replayed(run, record):
+    """What the allocator makes of a run is what the record says."""
+    assert replay(run.events).reserved_bytes == record.reserved_bytes, record.workload
+    assert smallest_cap(run.events) == record.required_bytes, record.workload
+    assert smallest_cap(without(run.events, run.workspaces)) == record.minimum_bytes, record.workload
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", recorded_files(), ids=lambda path: f"{path.parent.name} {path.name}")
+def test_all_of_the_shipped_records(path):
+    """Reserved, required and minimum memory of every covered row: minutes."""
+    simulator = Simulator(workspaces_for(path.parent.name))
+    count = 0
+    for record in read(path).records:
+        run = covered(simulator, record)
+        if run is not None:
+            assert_replayed(run, record)
+            count += 1
+    print(f"{path.name}: {count} rows equal to the byte")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"offload": "sequential"}, {"offload": "group_leaf"}, {"execution": "tf32"}, {"vae": "tiny", "vae_tiling": True},
+     {"height": 64}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_written_out_is_said(options):
+    """Nothing is guessed."""
+    with pytest.raises(NotSimulated):
+        Simulator(workspaces_for("sm75")).run(Workload(**({"height": 512, "width": 512} | options)))
+
+
+def test_measured_kernels_are_left_to_the_trace():
+    """Programs know convolutions; what a matrix product holds they cannot tell."""
+    table = Architecture("sm75", (), (), 0, products=(("addmm", 512),))
+    with pytest.raises(NotSimulated):
+        Simulator(Workspaces(table)).run(Workload(512, 512))
+
+
+def test_what_is_needed_is_asked_elsewhere_where_it_is_not_simulated():
+    """A trace, or nobody."""
+    streamed = Workload(512, 512, offload="sequential")
+    assert Needed("sm75", lambda workload, metric: 7)(streamed, "required") == 7
+    with pytest.raises(NotSimulated):
+        Needed("sm75")(streamed, "required")
+    with pytest.raises(SdfitError):
+        Needed("no such card")
+
+
+def test_the_library_is_small_and_comes_back():
+    """Read and written again, the file is the same; it is a tenth of what is allowed."""
+    content = FILE.read_bytes()
+    assert Library.from_bytes(content).to_bytes() == content
+    assert len(content) < LARGEST_BYTES / 10
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_programs_are_found_again(position):
+    """A seeded part of them, from the modules themselves; and of bfloat16 what float16 takes."""
+    import random
+
+    pytest.importorskip("diffusers")
+    from sdfit.backends.trace.tracer import Tracer
+    from sdfit.study.lab.programs import found, keys
+
+    assert list(shipped_library().programs) == keys()
+    key = random.Random(SEED).sample(keys(), 3)[position]
+    tracer, known = Tracer(), shipped_library().programs[key]
+    for dtype in (key.dtype,) if key.dtype == "float32" else ("float16", "bfloat16"):
+        again = found(tracer, key, dtype)
+        assert (again.steps.tolist(), again.products.tolist()) == (known.steps.tolist(), known.products.tolist())
+        assert (again.layers, again.marks, again.made) == (known.layers, known.marks, known.made)
+
+
+@pytest.mark.slow
+def test_all_programs_are_found_again():
+    """The file, byte for byte."""
+    pytest.importorskip("diffusers")
+    from sdfit.study.lab.programs import library
+
+    assert library().to_bytes() == FILE.read_bytes()
+
+
+PROGRAM = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import sdfit
+from sdfit.predict.replayed import replaying
+f = replaying(sdfit.load("t4"))
+peak = f(768, 512, metric="required", attention="eager")
+assert peak.to_dict()["replayed"]
+print(*sorted({name.split(".")[0] for name in sys.modules} & {"torch", "diffusers", "transformers", "scipy", "joblib"}))
+"""
+
+
+def test_a_replay_needs_numpy_alone():
+    """A process that settles an answer by replay has no torch in memory."""
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ""
+
+
+def test_architectures_without_a_number_are_simulated_too():
+    """Every architecture of the table, one run each: more is held than the weights."""
+    for name in ARCHITECTURES:
+        run = Simulator(workspaces_for(name)).run(load("quick").workloads[0])
+        assert run.peak_bytes > run.weights_bytes
