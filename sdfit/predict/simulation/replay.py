@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
@@ -148,8 +149,8 @@ def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
     -----
     It begins with the live bytes that must be there at once, and takes from each replay that fails the cap that the
     failing request would have needed. The cap that succeeds is then tried 2 MiB lower, and only if that succeeds too is
-    there something to bisect. That makes three to fifteen replays; each goes on from where the last one that failed first
-    met its cap, as up to there they are the same.
+    there something to bisect. Each replay goes on from where the last one that failed first met its cap, as up to there they
+    are the same; and one that reserved R and refused no less than S stands for all caps from R to below S.
 
     Both take it that a larger cap never fails where a smaller one succeeds. Giving cached segments back changes where
     later blocks go, so this can be violated; the result is then the upper edge of one of several ranges that fail, and a
@@ -162,20 +163,16 @@ def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
     26
     """
     step = ROUND_LARGE_BYTES
-    base = _Checkpoint(0, CachingAllocator(), {})
+    replays = _Replays(events)
     fails, works = -step, -(-_live_bytes(events) // step) * step
-    while True:
-        wanted, met = _capped(events, base, works)
-        if wanted is None:
-            break
-        fails, works, base = works, wanted, met
+    while (wanted := replays.wanted(works)) is not None:
+        fails, works = works, wanted
     middle = works - step
     while fails < middle:
-        wanted, met = _capped(events, base, middle)
-        if wanted is None:
+        if replays.wanted(middle) is None:
             works = middle
         else:
-            fails, base = middle, met
+            fails = middle
         middle = (fails + works) // (2 * step) * step
     return works
 
@@ -189,16 +186,49 @@ class _Checkpoint:
     blocks: dict[int, Block]
 
 
+class _Tried(NamedTuple):
+    """What a replay came to: what it would have needed to go on, None if it did not fail; and its twins' caps [bytes]."""
+
+    wanted: int | None
+    least: int
+    most: float
+
+
+class _Replays:
+    """Replays of the same events under rising caps and falling ones; what an earlier one tells is not tried again."""
+
+    def __init__(self, events: Sequence[tuple[int, int]]) -> None:
+        self._events = events
+        self._tried: list[_Tried] = []
+        self._base = _Checkpoint(0, CachingAllocator(), {})
+
+    def wanted(self, cap_bytes: int) -> int | None:
+        """What would have been reserved under a cap had the request that fails found it [bytes]; None if none fails.
+
+        Later caps must be above those that failed.
+        """
+        for tried in self._tried:
+            if tried.least <= cap_bytes < tried.most:
+                return tried.wanted
+        wanted, allocator, met = _capped(self._events, self._base, cap_bytes)
+        self._tried.append(_Tried(wanted, allocator.reserved_peak_bytes, allocator.least_refused_bytes))
+        if wanted is not None:
+            self._base = met
+        return wanted
+
+
 def _live_bytes(events: Sequence[tuple[int, int]]) -> int:
     """Peak of the requests that are live at once [bytes]."""
     return max(accumulate(rounded(size) if size > 0 else -rounded(-size) for _, size in events), default=0)
 
 
-def _capped(events: Sequence[tuple[int, int]], base: _Checkpoint, cap_bytes: int) -> tuple[int | None, _Checkpoint]:
+def _capped(
+    events: Sequence[tuple[int, int]], base: _Checkpoint, cap_bytes: int
+) -> tuple[int | None, CachingAllocator, _Checkpoint]:
     """Replay under a cap from a checkpoint on.
 
-    Returns what would have been reserved had the failing request found it [bytes], None if none fails; and the checkpoint at
-    which the cap was first met.
+    Returns what would have been reserved had the failing request found it [bytes], None if none fails; the allocator as it then
+    stands; and the checkpoint at which the cap was first met.
     """
     allocator, blocks = base.allocator.copy(base.blocks)
     allocator.cap_bytes = cap_bytes
@@ -215,13 +245,13 @@ def _capped(events: Sequence[tuple[int, int]], base: _Checkpoint, cap_bytes: int
         if size > 0:
             block = allocator.malloc(size)
             if block is None:
-                return allocator.reserved_bytes + segment_bytes(rounded(size)), met[0]
+                return allocator.reserved_bytes + segment_bytes(rounded(size)), allocator, met[0]
             blocks[number] = block
         elif size < 0:
             allocator.free(blocks.pop(number))
         elif (number, size) == CACHE_GIVEN_BACK:
             allocator.release_cached()
-    return None, met[0] if met else base
+    return None, allocator, met[0] if met else base
 
 
 def without(events: Sequence[tuple[int, int]], blocks: Collection[int]) -> list[tuple[int, int]]:

@@ -36,6 +36,7 @@ A sweep runs in default settings. Expandable segments are here because three of 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
 
@@ -128,6 +129,9 @@ class CachingAllocator:
         What `max_memory_allocated` and `max_memory_reserved` read [bytes].
     retries : int
         `num_alloc_retries` of `memory_stats`: how often all cached segments were given back.
+    least_refused_bytes : float
+        The least that would have been reserved, of the requests that did not fit under the cap; infinite if all did [bytes]. Under
+        any cap from the reserved peak on and below this, all would have gone the same way.
     at_limit : callable or None
         Called when a request does not fit under the cap, before anything is given back for it.
 
@@ -154,6 +158,7 @@ class CachingAllocator:
         self.allocated_bytes = self.allocated_peak_bytes = 0
         self.reserved_bytes = self.reserved_peak_bytes = 0
         self.retries = 0
+        self.least_refused_bytes = math.inf
         self._small = _Pool(page_bytes=SMALL_SEGMENT_BYTES, split_bytes=GRANULE_BYTES)
         self._large = _Pool(
             page_bytes=LARGE_SEGMENT_BYTES, split_bytes=GRANULE_BYTES if expandable else SMALL_BYTES + 1
@@ -296,6 +301,7 @@ class CachingAllocator:
         """`alloc_block`: a free block, no longer among the cached ones, of at least ``size``; None above the cap."""
         segment = segment_bytes(size)
         if self.cap_bytes is not None and self.reserved_bytes + segment > self.cap_bytes:
+            self.least_refused_bytes = min(self.least_refused_bytes, self.reserved_bytes + segment)
             return None
         if self.expandable:
             return self._expand(pool, size)
