@@ -28,8 +28,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sdfit.backends.trace.meter import Meter
-from sdfit.backends.trace.tracer import Traced, Tracer
+from sdfit.backends.trace.tracer import Tracer
+from sdfit.predict.simulation.card import Traced
+from sdfit.predict.simulation.meter import Meter
 from sdfit.predict.simulation.segments import Block, CachingAllocator
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.study.comparison import published
