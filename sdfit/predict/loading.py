@@ -57,7 +57,7 @@ def read_plain(content: bytes) -> Any:
     """
     try:
         return _Reader(content).value()
-    except (IndexError, TypeError, UnicodeDecodeError):
+    except (IndexError, TypeError, UnicodeDecodeError, struct.error):
         raise ArtifactError("it is no sdfit artifact, or a damaged one") from None
 
 
@@ -72,14 +72,14 @@ class _Reader:
 
     def value(self) -> Any:
         """Follow the instructions to their end."""
-        while True:
-            code = self.take(1)[0]
-            if code == _STOP:
-                break
+        content = self.content
+        while (code := content[self.at]) != _STOP:
+            self.at += 1
             step = _STEPS.get(code)
             if step is None:
                 raise _foreign(code)
             step(self)
+        self.at += 1
         if self.outer or len(self.stack) != 1 or self.at != len(self.content):
             raise IndexError
         return self.stack[0]
@@ -95,6 +95,14 @@ class _Reader:
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def push_byte(self) -> None:
+        self.stack.append(self.content[self.at])
+        self.at += 1
+
+    def push_double(self) -> None:
+        self.stack.append(_READ_DOUBLE(self.content, self.at)[0])
+        self.at += 8
 
     def push_integer(self, count: int) -> None:
         if count > LONGEST_INTEGER_BYTES:
@@ -143,8 +151,8 @@ _STOP = ord(".")
 _STEPS: dict[int, Callable[[_Reader], Any]] = {
     0x80: lambda r: r.take(1),  # PROTO and its version
     0x95: lambda r: r.take(8),  # FRAME and its length
-    ord("G"): lambda r: r.push(_READ_DOUBLE(r.take(8))[0]),
-    ord("K"): lambda r: r.push(r.size(1)),
+    ord("G"): _Reader.push_double,
+    ord("K"): _Reader.push_byte,
     ord("M"): lambda r: r.push(r.size(2)),
     ord("J"): lambda r: r.push_integer(4),
     0x8A: lambda r: r.push_integer(r.size(1)),

@@ -116,6 +116,14 @@ def _name(value: Any) -> None:
         _must(False, value, "the name of a file")
 
 
+def _variant(value: Any) -> None:
+    """A variant in words, as `sdfit.workload.variant_name` writes it."""
+    _text(value)
+    words = value.split(" ")
+    known = len(words) >= 2 and words[0] in CHOICES["dtype"] and words[1] in CHOICES["attention"]
+    _must(known and all(word.partition("=")[0] in CHOICES for word in words[2:]), value, "the name of a variant")
+
+
 def _any_of(*known: Any) -> Check:
     what = "one of " + ", ".join(map(str, known))
     return lambda value: _must(any(type(value) is type(k) and value == k for k in known), value, what)
@@ -368,7 +376,7 @@ _ARTIFACT = _table({
     "stages": _stages,
     "metrics": _map(METRICS[1:], _with_all(_group)),
     "scores": _map(METRICS, _with_all(_scores)),
-    "swept": _list(_text),
+    "swept": _list(_variant),
     "baseline": _BASELINE,
     "evaluation": _EVALUATION,
 }, {"prior": _any_value})  # fmt: skip

@@ -60,26 +60,22 @@ def bytewise(content: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every table or list in a tree with each of its names or places."""
-    found, todo = [], [value]
-    while todo:
-        one = todo.pop()
-        names = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
-        for name in names:
-            found.append((one, name))
-            todo.append(one[name])
+def place(value: Any, rng: random.Random) -> tuple[Any, Any] | None:
+    """A table or list somewhere in a tree, and one of its names or places: found from the root, so that no branch is rare."""
+    found = None
+    while isinstance(value, dict | list) and value and (found is None or rng.random() < 0.8):
+        name = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        found, value = (value, name), value[name]
     return found
 
 
 def structural(value: Any, rng: random.Random) -> Any:
     """One to three changes of structure, in place."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        there = places(value)
-        if not there:
+        there, elsewhere = place(value, rng), place(value, rng)
+        if there is None or elsewhere is None:
             return rng.choice(ODD)
-        inside, name = rng.choice(there)
-        other, its = rng.choice(there)
+        (inside, name), (other, its) = there, elsewhere
         how = rng.randrange(5)
         if how == 0:
             inside[name] = deepcopy(rng.choice(ODD))

@@ -139,6 +139,8 @@ CHANGES: list[tuple[Change, str]] = [
     (put("sources", 0, "sha256", "a\x1b[31m"), "printable text"),
     (put("swept", [1]), "'swept' is 1"),
     (put("swept", {}), "'swept' is a dict"),
+    (put("swept", ["x"]), "'x'; it must be the name of a variant"),
+    (put("swept", ["float16 sdpa x"]), "'float16 sdpa x'; it must be the name of a variant"),
     (put("baseline", {}), "lacks the field 'terms'"),
     (put("baseline", "variants", {"x": {}}), "lacks the field 'coef'"),
     (put("evaluation", {}), "lacks the field 'rows'"),
