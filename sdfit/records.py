@@ -33,6 +33,8 @@ GZIP = b"\x1f\x8b"
 MOST_BYTES = 256 << 20
 """Of a file of records, decompressed: some 400,000 rows."""
 OUTCOMES = ("ok", "oom", "crash")
+DISTURBED_BYTES = 128 << 20
+"""A change of what is not this process's that is another program's: the context of a CUDA process alone takes more."""
 
 MATTERS = (
     "backend", "gpu", "compute_capability", "total_memory_bytes", "cuda", "cudnn", "torch", "diffusers", "transformers",
@@ -67,6 +69,10 @@ class Record:
         The capacity the run was given, where one was set.
     retries : int or None
         Times the allocator had to give its cache back and try again.
+    others_bytes : int or None
+        Most that was in use on the card during the run and was not this process's (see `sdfit.backends.counters`).
+    others_change_bytes : int or None
+        That, less the least of it from the end of the run before to the end of this one.
     stage_s : dict
         Seconds spent in each stage.
     attention_kernel : str or None
@@ -90,6 +96,8 @@ class Record:
     oom_stage: str | None = None
     cap_bytes: int | None = None
     retries: int | None = None
+    others_bytes: int | None = None
+    others_change_bytes: int | None = None
     stage_s: dict[str, float] = field(default_factory=dict)
     attention_kernel: str | None = None
     message: str | None = None
@@ -129,6 +137,16 @@ class Record:
             raise RecordsError(f"oom_stage is {self.oom_stage!r}; it must be one of {listed(STAGES)}")
         if self.outcome == "ok" and not (self.stage_peaks_bytes and self.allocated_bytes):
             raise RecordsError("an 'ok' row without peaks")
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether another program's memory came or went while it ran, which may have changed any of its numbers."""
+        return (self.others_change_bytes or 0) > DISTURBED_BYTES
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it says what the workload takes, and need not run again."""
+        return self.outcome != "crash" and not self.disturbed
 
     def weights_bytes(self, stage: str) -> int:
         """The weights that are on the card in a stage of this run.
@@ -215,6 +233,13 @@ class RecordsFile:
     records: list[Record]
     notes: list[str]
 
+    def undisturbed(self) -> RecordsFile:
+        """Without the rows that another program's memory disturbed; a note says how many."""
+        kept = [row for row in self.records if not row.disturbed]
+        left_out = len(self.records) - len(kept)
+        words = f"{left_out} rows are left out: another program's memory came or went while they ran; sweep them again"
+        return RecordsFile(self.environment, kept, [*self.notes, *([words] if left_out else [])])
+
 
 def fingerprint(value: Any) -> str:
     """Hash plain values: the first 16 hex digits of the sha256 of their canonical JSON.
@@ -238,8 +263,22 @@ def read(path: Path | str) -> RecordsFile:
         With the file, the line number and what is wrong.
     """
     environment, rows, notes = read_rows(path, RECORDS)
-    records = {row.index: row for row in rows}  # a workload that was run again replaces its earlier row
+    records = latest(rows)
     return RecordsFile(environment, [records[i] for i in sorted(records)], notes)
+
+
+def latest(rows: Iterable[Record]) -> dict[int, Record]:
+    """Of several rows of one workload the last, unless an earlier one says more: an answer, or one under disturbance."""
+    found: dict[int, Record] = {}
+    for row in rows:
+        before = found.get(row.index)
+        if before is None or _says(row) >= _says(before):
+            found[row.index] = row
+    return found
+
+
+def _says(row: Record) -> int:
+    return 2 if row.is_answer else 0 if row.outcome == "crash" else 1
 
 
 def content_of(path: Path) -> bytes:

@@ -105,6 +105,9 @@ class CpuCounters:
     def used(self) -> int | None:
         return None
 
+    def others(self) -> int | None:
+        return None
+
     def troubles(self) -> tuple[int, int]:
         return 0, self._failures
 

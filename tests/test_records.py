@@ -169,13 +169,14 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 
 def test_a_repeated_workload_replaces_its_earlier_row(tmp_path: Path) -> None:
-    """A crash that was tried again counts once, as what it became."""
+    """It counts once, as the last that says as much: no failure replaces what was measured."""
     path = tmp_path / "r.jsonl"
     rows = written(path)
     with Journal(path, read(path).environment, RECORDS) as journal:
+        journal.append(replace(rows[0], allocated_bytes=9 << 30))
         journal.append(replace(rows[0], outcome="crash", message="tried again"))
     again = read(path).records
-    assert [r.index for r in again] == [0, 1, 2] and again[0].outcome == "crash"
+    assert [r.index for r in again] == [0, 1, 2] and (again[0].outcome, again[0].allocated_bytes) == ("ok", 9 << 30)
 
 
 @pytest.mark.parametrize("name", MATTERS)

@@ -55,6 +55,13 @@ class Counters(Protocol):
     def used(self) -> int | None:
         """Bytes in use on the whole device; None where nobody knows."""
 
+    def others(self) -> int | None:
+        """Bytes in use on the device that are not this process's; None where nobody knows.
+
+        Where the driver does not say which are whose, all that is in use and not reserved by this process's allocator: its
+        context is among it, and grows by some megabytes as kernels load.
+        """
+
     def troubles(self) -> tuple[int, int]:
         """How often, since the process began, the allocator gave its cache back, and how often that did not help."""
 
@@ -151,6 +158,13 @@ class CudaCounters:
     def used(self) -> int | None:
         """See `Counters.used`."""
         return self._nvml.used() if self._nvml else None
+
+    def others(self) -> int | None:
+        """See `Counters.others`."""
+        if self._nvml is None:
+            return None
+        known = self._nvml.used_by_others()
+        return known if known is not None else self._nvml.used() - torch.cuda.memory_reserved(self._index)
 
     def troubles(self) -> tuple[int, int]:
         """See `Counters.troubles`."""

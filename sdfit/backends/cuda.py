@@ -9,6 +9,10 @@ A worker lives long and must measure like a fresh process. What could make it di
 - Plans of convolutions: cuDNN takes one with less workspace where the best did not fit, and PyTorch keeps it for that
   shape as long as the process lives. So a run that ran out of memory, or nearly did, makes the worker tainted; and a
   size that was tried under caps is refused afterwards.
+- Errors that a context keeps: after any failure that is not understood the worker is tainted.
+
+What other programs have on the card is read before, during and after each run: where it changes, the row says so
+(`sdfit.records.Record.disturbed`), and a sweep measures it again.
 """
 
 from __future__ import annotations
@@ -92,6 +96,7 @@ class CudaBackend:
         self._warm: set[VariantKey] = set()
         self._baseline_bytes = 0
         self._capped: set[tuple[Any, ...]] = set()
+        self._others_bytes = self._others()
         self.counters.cap(capacity_bytes)
 
     def environment(self) -> dict[str, Any]:
@@ -114,13 +119,18 @@ class CudaBackend:
         SdfitError
             If this process cannot measure this workload as a fresh one would; it is then tainted.
         """
+        try:
+            return self._measured(workload)
+        except BaseException:
+            self.tainted = True  # nobody knows what it left behind
+            raise
+
+    def _measured(self, workload: Workload) -> dict[str, Any]:
         if _convolutions(workload) in self._capped:
-            self.tainted = True
             raise SdfitError("this process tried this size under caps before; a fresh one must measure it")
         pipe = self._prepared(workload)
         baseline = self.counters.allocated()
         if baseline != self._baseline_bytes:
-            self.tainted = True
             raise SdfitError(
                 f"{baseline} B are allocated before the run, and {self._baseline_bytes} B were after the run before"
             )
@@ -148,7 +158,17 @@ class CudaBackend:
             fields["history"] = self._history(pipe, workload, baseline)
         if self.bisect and not (run.failed or self.tainted):
             fields["required_bytes"] = self._smallest(pipe, workload, allocated, run.reserved_bytes)
-        return fields
+        return fields | self._beside()
+
+    def _beside(self) -> dict[str, int]:
+        """What other programs had since the workload before, and by how much it changed [bytes]."""
+        now = self._others()
+        seen, self._others_bytes = self._others_bytes + now, now
+        return {"others_bytes": max(seen), "others_change_bytes": max(seen) - min(seen)} if seen else {}
+
+    def _others(self) -> list[int]:
+        others = self.counters.others()
+        return [] if others is None else [others]
 
     # -- one run --
 
@@ -167,11 +187,11 @@ class CudaBackend:
                 run.leave()
         except Exception as error:
             if not is_out_of_memory(error, self.counters.troubles()[1] - troubles[1]):
-                self.tainted = True  # nobody knows what it left behind
                 raise
             run.fail(error)
         # a scheduler keeps what the UNet said last on the device: up to four latents of this run's size
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        self._others_bytes += run.others_bytes
         run.retries, run.failures = (now - then for now, then in zip(self.counters.troubles(), troubles, strict=True))
         return run
 
@@ -237,6 +257,7 @@ class CudaBackend:
             self.counters.settle()
             gc.freeze()  # the pipeline's hundred thousand objects need no look at each collection
             self._baseline_bytes = self.counters.allocated()
+            self._others_bytes = self._others()  # the context has grown by the kernels of this variant
         return self._pipe
 
     def _build(self, workload: Workload) -> None:
@@ -267,7 +288,6 @@ class CudaBackend:
         self.counters.settle()
         left = self.counters.allocated()
         if left:
-            self.tainted = True
             raise SdfitError(
                 f"{left} B stay allocated after the pipeline before; a fresh process must measure this one"
             )

@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sdfit.equation.stages import resident, stage_key, stages_of
@@ -17,6 +18,7 @@ from sdfit.equation.terms import design_of, terms_of
 from sdfit.equation.weights import component_bytes
 from sdfit.errors import DeviceError
 from sdfit.records import fingerprint
+from sdfit.units import GIB
 from sdfit.workload import DTYPE_BYTES, Workload
 
 COEFFICIENTS: dict[str, dict[str, float]] = {
@@ -64,6 +66,12 @@ class FakeBackend:
         A workload of this batch size kills the process.
     hang_after : int, optional
         The card answers so many workloads of a process and never the next one.
+    disturbed_runs : int
+        During so many workloads of a process, its first, another program takes a GiB of the card.
+    gone : str, optional
+        A file, ``{card}`` in its name being CUDA_VISIBLE_DEVICES: while it is there the card is not, and each process that
+        asks for the card takes a byte off it, until it is empty and the card is back. The process that has the card finds
+        out in the middle of its workload.
     cards : sequence of str
         Names of the cards in its machine; it is the one that CUDA_VISIBLE_DEVICES shows, and ``gpu`` which is wanted.
     """
@@ -77,9 +85,19 @@ class FakeBackend:
         delay_s: float = 0.0,
         crash_batch_size: int = 0,
         hang_after: int | None = None,
+        disturbed_runs: int = 0,
+        gone: str | None = None,
         num_inference_steps: int = 2,
         cards: Sequence[str] = (),
     ) -> None:
+        self._gone = None if gone is None else Path(gone.format(card=os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+        if self._gone and self._gone.exists():
+            left = self._gone.read_bytes()[1:]
+            if left:
+                self._gone.write_bytes(left)
+            else:
+                self._gone.unlink()
+            raise RuntimeError("CUDA error: no CUDA-capable device is detected")
         if cards:
             there = cards[int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])]
             if gpu not in ("auto", "fake", there):
@@ -87,7 +105,7 @@ class FakeBackend:
             gpu = there
         self.gpu, self.capacity_bytes, self.noise = gpu, capacity_bytes, noise
         self.delay_s, self.crash_batch_size, self.num_inference_steps = delay_s, crash_batch_size, num_inference_steps
-        self.tainted, self._left = False, hang_after
+        self.tainted, self._left, self._disturbed = False, hang_after, disturbed_runs
 
     def environment(self) -> dict[str, Any]:
         """A made-up card in a made-up environment."""
@@ -115,6 +133,9 @@ class FakeBackend:
     def measure(self, workload: Workload) -> dict[str, Any]:
         """See `sdfit.backends.Backend.measure`."""
         time.sleep(self.delay_s)
+        if self._gone and self._gone.exists():
+            self.tainted = True
+            raise RuntimeError("CUDA error: device is busy or unavailable")
         if self._left is not None:
             while not self._left:
                 time.sleep(3600)
@@ -124,6 +145,9 @@ class FakeBackend:
         peaks = self.stage_peaks(workload)
         components = component_bytes(workload)
         common = {"component_bytes": components, "baseline_bytes": sum(components.values()), "retries": 0}
+        if self._disturbed:
+            self._disturbed -= 1
+            common |= {"others_bytes": GIB, "others_change_bytes": GIB}
         reached: dict[str, int] = {}
         weights = sum(components.values())
         for stage, peak in peaks.items():

@@ -28,6 +28,7 @@ class Run:
     stage_s: dict[str, float] = field(default_factory=dict)
     reserved_bytes: int = 0
     device_bytes: int | None = None
+    others_bytes: list[int] = field(default_factory=list)
     retries: int = 0
     failures: int = 0
     failed: bool = False
@@ -57,6 +58,8 @@ class Run:
         used = self.counters.used()
         if used is not None:
             self.device_bytes = max(used, self.device_bytes or 0)
+        others = self.counters.others()
+        self.others_bytes += [] if others is None else [others]
 
     def fail(self, error: BaseException) -> None:
         """Take down where memory ended. The error still holds the frames, and they what was live."""

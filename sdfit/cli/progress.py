@@ -58,7 +58,7 @@ class Reporter:
         """Show it where only some of the plan are to run."""
         each = (progress.elapsed_s / progress.done) if progress.done else 0.0
         left = max(self.total - progress.done - progress.crashed, 0)
-        self(replace(progress, total=self.total, eta_s=each * left))
+        self(replace(progress, total=self.total, left=left, eta_s=each * left))
 
     def __call__(self, progress: Progress) -> None:
         """Show it."""
@@ -69,7 +69,7 @@ class Reporter:
             )
             return
         now = time.monotonic()
-        if now - self._last_s >= LINE_EVERY_S or progress.done + progress.crashed == progress.total:
+        if now - self._last_s >= LINE_EVERY_S or not progress.left:
             self._last_s = now
             left = f", about {format_duration(progress.eta_s)} left" if progress.eta_s else ""
             print(f"{self.title}: {progress.done}/{progress.total} done, {failed}{left}", file=sys.stderr, flush=True)

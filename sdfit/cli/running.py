@@ -16,6 +16,7 @@ from sdfit.workload import CARD_ALONE, Workload, variant_name
 
 if TYPE_CHECKING:
     from sdfit.fit.planning import Few
+    from sdfit.sweep.run import Outcome
 
 MOST_FINDINGS = 12
 """Findings of the fit's own judgement that are printed, the gravest first."""
@@ -157,6 +158,18 @@ def sweep(
             choose=few,
             report=reporter.of_few if few else reporter,
         )
+    _tell(outcome, few)
+    if as_json:
+        names = ("done", "total", "oom", "crashed", "disturbed", "skipped", "complete")
+        counts = {name: getattr(outcome, name) for name in names}
+        click.echo(json.dumps({"paths": [str(path) for path in outcome.paths], **counts}))
+        return
+    for path in outcome.paths:
+        click.echo(path)
+
+
+def _tell(outcome: Outcome, few: Few | None) -> None:
+    """Say beside the answer what a sweep left behind."""
     for words in outcome.notes:
         note(words)
     if few is not None:
@@ -166,14 +179,14 @@ def sweep(
         f"{outcome.skipped} were there already",
         err=True,
     )
+    if outcome.crashed and outcome.complete:
+        note(f"{outcome.crashed} gave no answer however often they were tried; their rows say why")
+    if outcome.disturbed:
+        note(
+            f"{outcome.disturbed} ran while another program's memory came or went: their rows say so, and no fit uses them"
+        )
     if not outcome.complete and few is None:
         click.echo("not complete: run the same command to go on", err=True)
-    if as_json:
-        counts = {name: getattr(outcome, name) for name in ("done", "total", "oom", "crashed", "skipped", "complete")}
-        click.echo(json.dumps({"paths": [str(path) for path in outcome.paths], **counts}))
-        return
-    for path in outcome.paths:
-        click.echo(path)
 
 
 def _few(

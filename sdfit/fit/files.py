@@ -108,7 +108,7 @@ def fit_files(
     for path, grid in zip(paths, grids, strict=True):
         if grid in JUDGES:
             raise RecordsError(f"'{path}' is of the grid '{grid}', which judges models and is never fitted")
-    data = pool(files)
+    data = pool(files).undisturbed()
     sources = [_source(p, f) for p, f in zip(paths, files, strict=True)]
     known = prior_of(prior, data)
     artifact = fit(data, name, sources, published) if known is None else fit_few(data, known, name, sources)

@@ -63,6 +63,9 @@ def evaluate(predictor: Predictor, records: RecordsFile | Iterable[Record], leve
         if record.outcome == "crash":
             skipped["crashed"] += 1
             continue
+        if record.disturbed:
+            skipped["another program's memory came or went"] += 1
+            continue
         try:
             predictor.variant(record.workload.variant)
         except UnknownVariant:

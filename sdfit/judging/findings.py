@@ -18,6 +18,7 @@ KINDS = (
     "environment",
     "order",
     "physics",
+    "others",
     "outlier",
     "term",
     "regime",

@@ -1,11 +1,11 @@
 """Whether somebody's records can become a shipped card's: what a reviewer would look at, as findings.
 
-Five things: the *environment* says what the numbers depend on; the rows stand in the *order* of their grid; *duplicates*
-agree; the amounts are *physically* possible; and the rows agree with each other and with the model of the card's kernels. The
+Six things: the *environment* says what the numbers depend on; the rows stand in the *order* of their grid; *duplicates*
+agree; the amounts are *physically* possible; *others* had no memory on the card; and the rows agree with each other and with the model of the card's kernels. The
 last two rest on `sdfit.judging.judge` and its checks.
 
-What it does not know: whether the card was shared, or the records made up. The driver's count before the run
-(``idle_bytes``) tells of other programs; nothing tells of invention but another's measurement.
+What it does not know: whether the records were made up; nothing tells of that but another's measurement. Other programs
+on the card show in the driver's count: before the sweep (``idle_bytes``) and, where rows have it, during each run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdfit.judging.findings import Finding, Verdict, label, verdict
 from sdfit.judging.judge import judge
 from sdfit.predict.cards import card_slug, table
 from sdfit.predict.predictor import Predictor
-from sdfit.records import RECORDS, Record, RecordsFile, read_rows
+from sdfit.records import RECORDS, Record, RecordsFile, latest, read_rows
 from sdfit.sweep import grid
 from sdfit.units import GIB, format_bytes
 from sdfit.workload import variant_name
@@ -102,11 +102,13 @@ def check_submission(path: Path) -> Checked:
         If it cannot be read at all.
     """
     environment, every, notes = read_rows(path, RECORDS)
-    rows = list({row.index: row for row in every}.values())
+    rows = list(latest(every).values())
     findings = [Finding("warning", "order", path.name, None, None, words) for words in notes]
     findings += check_environment(environment)
     findings += check_order(environment, every)
     findings += check_physics(rows)
+    findings += check_others(rows)
+    rows = [r for r in rows if not r.disturbed]
     ok = [r for r in rows if r.outcome == "ok"]
     if ok:
         findings += map(_softened, judge(sorted(rows, key=lambda r: r.index)))
@@ -204,6 +206,7 @@ def check_order(environment: Mapping[str, Any], rows: Sequence[Record]) -> list[
         before = seen.get(row.index)
         if (
             before is not None
+            and not (before.disturbed or row.disturbed)
             and before.outcome == row.outcome == "ok"
             and before.allocated_bytes != row.allocated_bytes
         ):
@@ -212,6 +215,31 @@ def check_order(environment: Mapping[str, Any], rows: Sequence[Record]) -> list[
             found.append(Finding("error", "duplicate", variant_name(row.workload.variant), label(row), off, words))
         seen[row.index] = row
     return found
+
+
+def check_others(rows: Sequence[Record]) -> list[Finding]:
+    """Name rows during which other programs had memory on the card.
+
+    Examples
+    --------
+    >>> from sdfit.workload import Workload
+    >>> row = Record(0, Workload(512, 512), "crash", others_bytes=5 << 30, others_change_bytes=2 << 30)
+    >>> check_others([row])[0].message
+    'row 0 (512x512 float16 sdpa): 2.000 GiB of another program came or went while it ran; no fit uses it, sweep it again'
+    """
+    disturbed = [r for r in rows if r.disturbed]
+    shared = [r for r in rows if not r.disturbed and (r.others_bytes or 0) > IDLE_BYTES]
+    return _named(
+        disturbed,
+        "warning",
+        "others",
+        lambda r: (
+            f"{label(r)}: {format_bytes(r.others_change_bytes or 0)} of another program came or went while it ran; "
+            "no fit uses it, sweep it again"
+        ),
+    ) + _named(
+        shared, "warning", "others", lambda r: f"{label(r)} ran beside {format_bytes(r.others_bytes or 0)} of others"
+    )
 
 
 def check_physics(rows: Sequence[Record]) -> list[Finding]:

@@ -55,6 +55,22 @@ class Nvml:
         """Bytes in use on the card."""
         return _used(self._library, self._handle)
 
+    def used_by_others(self) -> int | None:
+        """Bytes that other processes have on the card; None where the driver does not list this one, as in a container, or
+        does not say what each has, as on Windows."""
+        library, handle = self._library, self._handle
+        try:
+            there = [
+                *library.nvmlDeviceGetComputeRunningProcesses(handle),
+                *library.nvmlDeviceGetGraphicsRunningProcesses(handle),
+            ]
+        except library.NVMLError:
+            return None
+        known = {process.pid: process.usedGpuMemory for process in there}  # one may be listed as both
+        if os.getpid() not in known or None in known.values():
+            return None
+        return sum(int(size) for pid, size in known.items() if pid != os.getpid())
+
 
 @dataclass(frozen=True, slots=True)
 class Here:

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import sdfit
-from sdfit.backends import open_backend
 from sdfit.backends.environment import quiet_libraries
 from sdfit.errors import DeviceError, SdfitError, SweepWarning, needs
 from sdfit.records import kind_of
-from sdfit.sweep.workers import LIMIT_S, Environment, Heard, Job, Result, Take, crashed, left_out, run_one
+from sdfit.sweep.workers import LIMIT_S, Environment, Heard, Job, Result, Take, crashed, left_out, run_one, started
 from sdfit.workload import Workload
 
 START_S = 300.0
@@ -143,9 +142,15 @@ class RayPool:
                 if reference in self._starting:
                     self._settle(reference)
                 else:
-                    heard = self._hear(reference, take)
-                    if heard is not None:
-                        yield heard
+                    member = self._busy.pop(reference)
+                    heard = self._hear(reference, member)
+                    if heard is None:
+                        continue
+                    yield heard
+                    if member not in self._idle:  # whether there is more to do is known once that row is kept
+                        job = self._redone(heard[0]) or take(heard[0])
+                        if job is not None:
+                            self._instead(heard[0], job)
 
     def close(self) -> None:
         """End the actors, and leave the cluster if this pool joined it."""
@@ -252,9 +257,13 @@ class RayPool:
                 return job
         return None
 
-    def _hear(self, reference: Any, take: Take) -> Heard | None:
+    def _instead(self, environment: Environment, job: Job) -> None:
+        """Start an actor in the place of one that is gone, for a job of its kind of card."""
+        self._again.append((environment, job))
+        self._start(spare=True)
+
+    def _hear(self, reference: Any, member: _Member) -> Heard | None:
         """What came of a job; None if it is to be done again, or if that is not known yet."""
-        member = self._busy.pop(reference)
         assert member.job is not None and member.environment is not None
         job = member.job
         lost = member.doubted
@@ -281,12 +290,10 @@ class RayPool:
             self._idle.append(member)
             return member.environment, job[0], fields
         self.ray.kill(member.actor)
-        again = lost and self._losses[job[0]] < MOST_LOSSES
-        after = job if again else self._redone(member.environment) or take(member.environment)
-        if after is not None:
-            self._again.append((member.environment, after))
-            self._start(spare=True)
-        return None if again else (member.environment, job[0], fields)
+        if lost and self._losses[job[0]] < MOST_LOSSES:
+            self._instead(member.environment, job)
+            return None
+        return member.environment, job[0], fields
 
     def _is_lost(self, member: _Member) -> bool:
         """Whether an actor's machine is gone, and not only its process."""
@@ -309,18 +316,13 @@ class _Actor:
 
     def __init__(self, backend: str, options: dict[str, Any]) -> None:
         quiet_libraries()
-        self.made: Any
-        try:
-            self.made = open_backend(backend, options)
-        except SdfitError as error:
-            self.made = error
+        self.made, self.first = started(backend, options)
 
     def introduce(self) -> tuple[Any, str, str]:
         """What the numbers depend on, or why there are none; on which machine; the version of sdfit."""
         import ray
 
-        answer = self.made if isinstance(self.made, SdfitError) else self.made.environment()
-        return answer, ray.get_runtime_context().get_node_id(), sdfit.__version__
+        return self.first, ray.get_runtime_context().get_node_id(), sdfit.__version__
 
     def measure(self, workload: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         fields = run_one(self.made, Workload.from_dict(workload))

@@ -1,14 +1,15 @@
 """Run a grid and keep what came of it.
 
 A sweep skips what its file holds already, runs the rest in worker processes, and appends each record the moment it is
-there. To resume is to run the same command again: at most the workloads under way are repeated. Crashed workloads are
-tried again on resume; an out-of-memory run is an answer and is not.
+there. To resume is to run the same command again: at most the workloads under way are repeated. A workload that crashed,
+or that another program's memory disturbed, is tried again after the others, `MOST_TRIES` times in all; then its last row
+stands. An out-of-memory run is an answer.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 from sdfit.backends.history import ENDING, HISTORY
 from sdfit.errors import RecordsError, SdfitError
 from sdfit.files import Output, file_name, write
-from sdfit.records import RECORDS, Record, kind_of, read_rows
+from sdfit.records import RECORDS, Record, kind_of, latest, read_rows
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.ray import RayPool
@@ -30,17 +31,18 @@ Choose = Callable[[Sequence[Record]], Iterator[int]]
 
 
 MOST_TRIES = 3
-"""A workload that crashed so often is left at that: its last row is the answer, and the sweep is complete without it."""
+"""A workload that gave no answer so often is left at that, and the sweep is complete without it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a sweep stands."""
+    """Where a sweep stands: the counts of `Outcome`, and how many workloads still have to run, or to run again."""
 
     done: int
     total: int
     oom: int
     crashed: int
+    left: int
     elapsed_s: float
     eta_s: float | None
     record: Record | None
@@ -48,13 +50,18 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a sweep left behind: its file, counts, and whether the plan is complete."""
+    """What a sweep left behind: its file, and how many workloads of the plan it has what of.
+
+    ``done`` have a result, ``oom`` of them out of memory, ``disturbed`` of them beside another program whose memory came or
+    went; ``crashed`` have none; ``skipped`` were there already. Where it is ``complete`` none needs to be tried again.
+    """
 
     path: Path
     done: int
     total: int
     oom: int
     crashed: int
+    disturbed: int
     skipped: int
     complete: bool
     notes: list[str]
@@ -95,11 +102,10 @@ def _finished(path: Path) -> int:
 
 
 def finished(records: Iterable[Record]) -> dict[int, Record]:
-    """The rows that need not run again, by index: a later row replaces an earlier one; a crash is tried `MOST_TRIES` times."""
+    """The rows that need not run again, by index: answers, and what gave none in `MOST_TRIES` tries."""
     rows = list(records)
-    crashes = Counter(r.index for r in rows if r.outcome == "crash")
-    latest = {r.index: r for r in rows}
-    return {i: r for i, r in latest.items() if r.outcome != "crash" or crashes[i] >= MOST_TRIES}
+    tries = Counter(r.index for r in rows if not r.is_answer)
+    return {i: r for i, r in latest(rows).items() if r.is_answer or tries[i] >= MOST_TRIES}
 
 
 def workloads_left(plan: Plan, records: Iterable[Record]) -> list[Workload]:
@@ -123,17 +129,26 @@ class _File:
         self, plan: Plan, journal: Journal[Record], only: Callable[[Workload], bool], choose: Choose | None
     ) -> None:
         self.plan, self.journal = plan, journal
-        known = finished(journal.rows)
-        foreign = [i for i, r in known.items() if i >= len(plan.workloads) or r.workload != plan.workloads[i]]
+        foreign = [r.index for r in journal.rows if not _is_of(plan, r)]
         if foreign:
             raise SdfitError(
                 f"row {foreign[0]} of '{journal.path}' is not of this grid; choose another file with --out"
             )
-        self.skipped = self.done = len(known)
-        self.oom = [r.outcome for r in known.values()].count("oom")
-        self.crashed = 0
-        places = range(len(plan.workloads)) if choose is None else choose(journal.rows)
-        self.jobs = ((i, plan.workloads[i]) for i in places if i not in known and only(plan.workloads[i]))
+        known = finished(journal.rows)
+        self.skipped = self.finished = len(known)
+        self.rows = latest(journal.rows)
+        self._answers = [r for r in journal.rows if not r.disturbed]
+        self._tries = Counter(r.index for r in journal.rows if not r.is_answer)
+        self._again: deque[int] = deque()
+        places = range(len(plan.workloads)) if choose is None else choose(self._answers)
+        self._places = (i for i in places if i not in known and only(plan.workloads[i]))
+
+    def take(self) -> Job | None:
+        """What is to run next; what has to run again comes last."""
+        place = next(self._places, None)
+        if place is None and self._again:
+            place = self._again.popleft()
+        return None if place is None else (place, self.plan.workloads[place])
 
     def put(self, index: int, fields: Mapping[str, Any]) -> Record:
         fields = dict(fields)
@@ -142,10 +157,26 @@ class _File:
             write(Output(history_path(self.journal.path, index), history, HISTORY))
         record = record_of(index, self.plan.workloads[index], fields)
         self.journal.append(record)
-        self.oom += record.outcome == "oom"
-        self.crashed += record.outcome == "crash"
-        self.done += record.outcome != "crash"
+        self.rows[index] = latest([self.rows.get(index, record), record])[index]
+        if not record.disturbed:
+            self._answers.append(record)
+        self._tries[index] += not record.is_answer
+        if record.is_answer or self._tries[index] >= MOST_TRIES:
+            self.finished += 1
+        else:
+            self._again.append(index)
         return record
+
+    def counts(self) -> Counter[str]:
+        """Rows by what they are; see `Outcome`."""
+        rows = self.rows.values()
+        found = Counter(r.outcome for r in rows)
+        of_it = {"done": found["ok"] + found["oom"], "oom": found["oom"], "crashed": found["crash"]}
+        return Counter(of_it | {"disturbed": sum(r.disturbed for r in rows), "skipped": self.skipped})
+
+
+def _is_of(plan: Plan, row: Record) -> bool:
+    return row.index < len(plan.workloads) and row.workload == plan.workloads[row.index]
 
 
 class _Sweep:
@@ -166,7 +197,7 @@ class _Sweep:
     ) -> None:
         self.plan, self.backend, self.out, self.budget_s, self.only = plan, backend, out, budget_s, only
         self.choose = choose
-        self.started = time.monotonic()
+        self.started, self.ran = time.monotonic(), 0
         self.files: dict[str, _File | None] = {}
         self._held = held
 
@@ -182,26 +213,38 @@ class _Sweep:
         if self.budget_s is not None and time.monotonic() - self.started > self.budget_s:
             return None
         file = self.file_of(environment)
-        return next(file.jobs, None) if file else None
+        return file.take() if file else None
 
     def put(self, environment: Mapping[str, Any], index: int, fields: Mapping[str, Any]) -> Progress:
         """Keep a row."""
         file = self.file_of(environment)
         assert file is not None  # nothing was given to a worker without one
         record = file.put(index, fields)
-        total = self.outcome()
-        elapsed, tried = time.monotonic() - self.started, total.done + total.crashed
-        eta = elapsed / (tried - total.skipped) * (total.total - tried)
-        return Progress(total.done, total.total, total.oom, total.crashed, elapsed, eta, record)
+        self.ran += 1
+        total, left = self.outcome(), self._left()
+        elapsed = time.monotonic() - self.started
+        eta = elapsed / self.ran * left
+        return Progress(total.done, total.total, total.oom, total.crashed, left, elapsed, eta, record)
 
     def outcome(self) -> Outcome:
         """Where it stands, all files together."""
         files = [file for file in self.files.values() if file]
-        done, oom, crashed, skipped = (sum(getattr(f, n) for f in files) for n in ("done", "oom", "crashed", "skipped"))
+        counts = sum((file.counts() for file in files), Counter())
         total = len(self.plan.workloads) * len(files)
         notes = [note for f in files for note in f.journal.notes]
         paths = tuple(f.journal.path for f in files)
-        return Outcome(paths[0], done, total, oom, crashed, skipped, done == total, notes, paths)
+        names = ("done", "oom", "crashed", "disturbed", "skipped")
+        return Outcome(
+            paths[0],
+            total=total,
+            complete=not self._left(),
+            notes=notes,
+            paths=paths,
+            **{name: counts[name] for name in names},
+        )
+
+    def _left(self) -> int:
+        return sum(len(self.plan.workloads) - file.finished for file in self.files.values() if file)
 
     def _opened(self, environment: Mapping[str, Any]) -> _File | None:
         there = [file.journal.path for file in self.files.values() if file]
@@ -255,7 +298,7 @@ def sweep(
     budget_s : float, optional
         Start no further workload after this many seconds.
     limit_s : float
-        Give a workload up after so many seconds; it is a crash row then.
+        Give a workload up after so many seconds; it is a crash row then, as any other.
     only : callable
         ``only(workload)``: leave out the others this time; they are still part of the plan.
     histories : collection of Workload

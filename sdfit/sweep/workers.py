@@ -1,7 +1,8 @@
 """Local processes that run workloads for a sweep; `sdfit.sweep.ray` has the same on any machines of a cluster.
 
 Jobs go in and results come out as they are there, one job at a time per worker, with a fresh worker where one died or
-says that it is tainted. A worker that dies takes down its job, not the sweep.
+says that it is tainted. A worker that dies takes down its job, not the sweep; a card that is gone is asked for again a few
+times, and its job then goes to another card of its kind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from sdfit.backends import open_backend
 from sdfit.backends.environment import quiet_libraries
 from sdfit.errors import DeviceError, SdfitError, SweepWarning
+from sdfit.records import kind_of
 from sdfit.workload import Workload
 
 Job = tuple[int, Workload]
@@ -32,6 +34,8 @@ Heard = tuple[Environment, int, dict[str, Any]]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LIMIT_S = 1800.0
 """So long a workload may take, or a worker to start: what takes longer has stopped. The slowest, bisected, takes minutes."""
+PAUSES_S = (0.0, 2.0, 20.0)
+"""Before each try to start a worker in the place of another: a driver that lost its card may have it back by then."""
 SAFE_PATH = "PYTHONSAFEPATH"
 """Keeps Python from importing modules of the current folder, where anybody's ``pickle.py`` may lie."""
 
@@ -47,7 +51,22 @@ def run_one(backend: Any, workload: Workload) -> dict[str, Any]:
         fields: dict[str, Any] = backend.measure(workload)
         return fields
     except Exception as error:  # any failure of the pipeline is a row, and the sweep goes on
-        return crashed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return crashed(_in_short(error))
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def started(backend: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | SdfitError]:
+    """Make a backend and ask it what its numbers depend on; or why it cannot be made, whatever that is."""
+    try:
+        made = open_backend(backend, options)
+        return made, made.environment()
+    except SdfitError as error:
+        return None, error
+    except Exception as error:  # a driver that is not well says so in many ways
+        return None, SdfitError(f"the backend '{backend}' does not start ({_in_short(error)})")
 
 
 def left_out(why: str) -> None:
@@ -84,6 +103,7 @@ class LocalPool:
         self._differ = bool(devices) or backend == "cuda"  # what one worker has no job for, another may
         self._context = multiprocessing.get_context("spawn")
         self._live: list[_Worker] = []
+        self._returned: list[tuple[Environment, Job]] = []  # of workers whose card is gone
 
     def environment(self) -> dict[str, Any]:
         """Start the first worker and ask it what its numbers depend on."""
@@ -113,84 +133,114 @@ class LocalPool:
         try:
             for device in self.devices[len(self._live) :]:
                 self._start(device)
-            while self._live:
-                for worker in list(self._live):
-                    if worker.environment is not None and worker.job is None:
-                        job = worker.first or take(worker.environment)
-                        if job is None:
-                            self._drop([worker, *([] if self._differ else self._unneeded())])
-                        else:
+            while True:
+                for worker in self._live:
+                    if worker.idle:
+                        job = worker.first[1] if worker.first else self._next(worker.environment or {}, take)
+                        if job is not None:
                             worker.give(job)
+                if not any(self._expected(worker) for worker in self._live):
+                    return  # until then one with nothing to do stays: another may yet lose its card, and give its job back
                 for connection in self._heard_from():
-                    heard = self._hear(next(w for w in self._live if w.connection is connection), take)
-                    if heard is not None:
-                        yield heard
+                    worker = next(w for w in self._live if w.connection is connection)
+                    heard = self._hear(worker)
+                    if heard is None:
+                        continue
+                    yield heard
+                    if worker not in self._live:  # whether there is more to do is known once that row is kept
+                        job = self._next(heard[0], take)
+                        if job is not None:
+                            self._start(worker.device, (heard[0], job))
         finally:
             self.close()
 
     def _heard_from(self) -> list[Any]:
         """Wait until a worker says something or ends; one that takes too long is made to."""
-        if not self._live:
-            return []
         now = time.monotonic()
-        for worker in self._live:
+        waited_for = [w for w in self._live if not w.idle]
+        for worker in waited_for:
             if now - worker.since >= self.limit_s:
                 worker.late = self.limit_s
                 worker.process.kill()  # even one that was stopped; its pipe then closes
-        first = min((w.since for w in self._live if w.late is None), default=now)
-        return wait([w.connection for w in self._live], max(first + self.limit_s - now, 0.01))
+        first = min((w.since for w in waited_for if w.late is None), default=now)
+        return wait([w.connection for w in waited_for], max(first + self.limit_s - now, 0.01))
 
     def close(self) -> None:
         """End all workers."""
         self._drop(list(self._live))
 
-    def _start(self, device: str | None, first: Job | None = None) -> _Worker:
-        worker = _Worker(self._context, self.backend, self.options, device, first)
+    def _start(self, device: str | None, first: tuple[Environment, Job] | None = None, tries: int = 0) -> _Worker:
+        worker = _Worker(self._context, self.backend, self.options, device, first, tries)
         self._live.append(worker)
         return worker
 
-    def _unneeded(self) -> list[_Worker]:
-        """Those that are still starting, with no job waiting for them."""
-        return [w for w in self._live if w.environment is None and w.first is None]
+    def _next(self, environment: Environment, take: Take) -> Job | None:
+        """A job that a worker gave back, or else a new one."""
+        for place, (theirs, job) in enumerate(self._returned):
+            if kind_of(theirs) == kind_of(environment):
+                del self._returned[place]
+                return job
+        return take(environment)
+
+    def _expected(self, worker: _Worker) -> bool:
+        """Whether a worker will still say something: it works, or starts for a job or as a card that may be of its own kind."""
+        return worker.job is not None or (worker.environment is None and (self._differ or worker.first is not None))
 
     def _drop(self, workers: list[_Worker]) -> None:
         for worker in workers:
             worker.end()
             self._live.remove(worker)
 
-    def _hear(self, worker: _Worker, take: Take) -> Heard | None:
+    def _hear(self, worker: _Worker) -> Heard | None:
+        """What came of a worker's job, if it had one; it is not live any more if another has to take its place."""
         answer = worker.receive()
         if worker.environment is None:
-            if isinstance(answer, DeviceError) and worker.first is None:
-                left_out(str(answer))
-                self._drop([worker])
-                return None
             if isinstance(answer, SdfitError):
-                raise answer
+                self._drop([worker])
+                self._not_started(worker, answer)
+                return None
             worker.environment = answer
+            if worker.first and kind_of(answer) != kind_of(worker.first[0]):
+                self._returned.append(worker.first)  # it found another card than the one it stands in for
+                worker.first = None
             return None
         assert worker.job is not None
         index, worker.job = worker.job[0], None
-        if isinstance(answer, SdfitError):
-            fields, tainted = crashed(str(answer)), True
-        else:
-            fields, tainted = answer
+        fields, tainted = (crashed(str(answer)), True) if isinstance(answer, SdfitError) else answer
         if tainted:
             self._drop([worker])
-            job = take(worker.environment)
-            if job is not None:
-                self._start(worker.device, job)
         return worker.environment, index, fields
+
+    def _not_started(self, worker: _Worker, why: SdfitError) -> None:
+        """Try again where it stands in for another; in the end go on without it, if others are there."""
+        if worker.first is not None:
+            if worker.tries + 1 < len(PAUSES_S):
+                self._start(worker.device, worker.first, worker.tries + 1)
+                return
+            self._returned.append(worker.first)
+        if self._returned and not self._live:
+            raise DeviceError(
+                f"no worker starts any more: {why}; what was recorded is kept, run the same command to go on"
+            )
+        left_out(str(why))
 
 
 class _Worker:
     """One process and the pipe to it."""
 
     def __init__(
-        self, context: Any, backend: str, options: dict[str, Any], device: str | None, first: Job | None
+        self,
+        context: Any,
+        backend: str,
+        options: dict[str, Any],
+        device: str | None,
+        first: tuple[Environment, Job] | None,
+        tries: int,
     ) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, backend, options, device), daemon=True)
+        pause_s = PAUSES_S[tries]
+        arguments = (theirs, backend, options, device, pause_s)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         before = os.environ.get(SAFE_PATH)
         os.environ[SAFE_PATH] = "1"
         try:
@@ -199,10 +249,15 @@ class _Worker:
             os.environ.pop(SAFE_PATH) if before is None else os.environ.update({SAFE_PATH: before})
         theirs.close()
         self.late: float | None = None
-        self.since = time.monotonic()  # it is waited for; late: how long, if that was too long
-        self.device, self.first = device, first
+        self.since = time.monotonic() + pause_s  # it is waited for; late: how long, if that was too long
+        self.device, self.first, self.tries = device, first, tries  # first: what it stands in for, and its job
         self.environment: dict[str, Any] | None = None  # until it is ready
         self.job: Job | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is ready and has no job."""
+        return self.environment is not None and self.job is None
 
     def give(self, job: Job) -> None:
         self.job, self.first, self.since = job, None, time.monotonic()
@@ -230,7 +285,7 @@ class _Worker:
             self.process.join()
 
 
-def _serve(connection: Connection, backend: str, options: dict[str, Any], device: str | None) -> None:
+def _serve(connection: Connection, backend: str, options: dict[str, Any], device: str | None, pause_s: float) -> None:
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     if device is not None:
         os.environ[VISIBLE] = device  # CUDA reads it when it is first used
@@ -239,13 +294,9 @@ def _serve(connection: Connection, backend: str, options: dict[str, Any], device
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     quiet_libraries()
+    time.sleep(pause_s)
+    made, first = started(backend, options)
     try:
-        first: Any
-        try:
-            made = open_backend(backend, options)
-            first = made.environment()
-        except SdfitError as error:
-            first = error
         connection.send(first)
     except OSError:  # the parent needs no further worker
         return

@@ -477,6 +477,11 @@ class Nvml:
     def nvmlDeviceGetUUID(self, handle):
         return "GPU-1234"
 
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+        return []
+
+    nvmlDeviceGetGraphicsRunningProcesses = nvmlDeviceGetComputeRunningProcesses
+
     def nvmlDeviceGetMemoryInfo(self, handle, version=None):
         if version is not None:
             raise ValueError("an old driver")
@@ -515,6 +520,7 @@ def test_the_counters_of_a_card_ask_pytorch_and_nvml(monkeypatch, tmp_path):
     assert (facts["name"], facts["gpu"], facts["compute_capability"]) == ("h200", "NVIDIA H200", "9.0")
     assert (facts["driver"], facts["idle_bytes"], facts["context_bytes"]) == ("580.1", 500 * MIB, 398 * MIB)
     assert (made.allocated(), made.peaks(), made.used(), made.troubles()) == (5, (6, 7), 900 * MIB, (3, 1))
+    assert made.others() == 898 * MIB  # a driver that lists no processes: what is in use and not reserved here
     made.cap(25 * 1024 * MIB)
     made.cap(None)
     assert caps == [0.25, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -140,3 +141,33 @@ def test_a_process_that_uses_pytorch_asks_it(monkeypatch: pytest.MonkeyPatch) ->
     assert found == Here("Tesla T4", "7.5", 14 * GIB, 11 * GIB, context=True)
     monkeypatch.setattr(memory, "here", lambda slug=None: found)
     assert available(None).memory_bytes == 11 * GIB
+
+
+@pytest.mark.parametrize(
+    ("there", "others"),
+    [
+        ({1: 5, 0: 7}, 5),  # 0 stands for this process
+        ({0: 7}, 0),
+        ({1: 5}, None),  # a container: this process is not listed under its number
+        ({1: None, 0: 7}, None),  # Windows
+    ],
+)
+def test_what_other_processes_have_is_known_only_where_the_driver_says_whose_it_is(
+    there: dict[int, int | None], others: int | None
+) -> None:
+    """One that is listed for its graphics as well counts once; a driver that refuses the question says nothing."""
+
+    class Listed(Library):
+        def nvmlSystemGetDriverVersion(self) -> str:
+            return "580.1"
+
+        def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Any]:
+            if handle is None:
+                raise RuntimeError("not supported")
+            return [SimpleNamespace(pid=pid or os.getpid(), usedGpuMemory=used) for pid, used in there.items()]
+
+        def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Any) -> list[Any]:
+            return [one for one in self.nvmlDeviceGetComputeRunningProcesses(handle) if one.pid == 1]
+
+    assert nvml.Nvml(Listed(), Library.CARDS[0]).used_by_others() == others
+    assert nvml.Nvml(Listed(), None).used_by_others() is None

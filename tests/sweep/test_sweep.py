@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdfit.backends.fake import FakeBackend
 from sdfit.errors import DependencyError, DeviceError, InvalidWorkload, RecordsError, SdfitError, SweepWarning
 from sdfit.records import RECORDS, Record, fingerprint, read, read_rows
 from sdfit.sweep.grid import Plan
+from sdfit.sweep.journal import Journal
 from sdfit.sweep.run import Progress, default_path, record_of, sweep, workloads_left
 from sdfit.sweep.workers import LocalPool, cards_named
 from sdfit.workload import Workload
@@ -38,6 +40,12 @@ GRID = f"""
 shapes = [{", ".join(str(256 + 64 * i) for i in range(10))}]
 batch_size = [1, 2, 3, 4]
 """
+
+
+def swept(plan: Plan) -> dict[str, Any]:
+    """The environment of a sweep of it."""
+    facts = {"grid": plan.name, "grid_sha256": plan.sha256, "seed": 0, "num_inference_steps": 2}
+    return FakeBackend().environment() | facts
 
 
 def told(plan: Plan, **options: Any) -> list[Record]:
@@ -96,18 +104,38 @@ def test_out_of_memory_is_a_row_and_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_is_a_crash_row_and_is_tried_again(tmp_path: Path) -> None:
-    """The sweep goes on with a fresh worker; the next sweep runs only what crashed."""
+    """The sweep goes on with a fresh worker; after three failures it is left at that, and nothing else suffers."""
     path = tmp_path / "r.jsonl"
-    outcome = sweep(PLAN, "fake", {"crash_batch_size": 2}, path, workers=2)
+    seen: list[Progress] = []
+    outcome = sweep(PLAN, "fake", {"crash_batch_size": 2}, path, workers=2, report=seen.append)
     rows = read(path).records
     crashed = [r for r in rows if r.outcome == "crash"]
     assert [r.workload.batch_size for r in crashed] == [2] * 4 == [2] * outcome.crashed
     assert all(r.message == "the worker process died (exit code 9)" for r in crashed)
     assert [r for r in rows if r.outcome == "ok"] == [r for r in told(PLAN) if r.workload.batch_size != 2]
-    assert not outcome.complete and outcome.done == 8
-    assert workloads_left(PLAN, rows) == [w for w in PLAN.workloads if w.batch_size == 2]
+    every = read_rows(path, RECORDS)[1]
+    assert sum(r.outcome == "crash" for r in every) == 4 * 3 and len(every) == 8 + 4 * 3
+    assert outcome.complete and outcome.done == 8 and workloads_left(PLAN, every) == []
+    assert seen[-1].left == 0 and all(p.left > 0 and (p.eta_s or 0) > 0 for p in seen[:-1])
+    before = path.read_bytes()
     again = sweep(PLAN, "fake", {}, path)
-    assert again.complete and again.skipped == 8 and read(path).records == told(PLAN)
+    assert (again.complete, again.skipped, again.crashed) == (True, 12, 4) and path.read_bytes() == before
+
+
+def test_what_crashed_is_tried_again_on_resume(tmp_path: Path) -> None:
+    """A sweep that ended before it could try again, at the budget or by a signal: its tries count, the rest follows."""
+    path = tmp_path / "r.jsonl"
+    with Journal(path, swept(PLAN), RECORDS) as journal:
+        for i in (0, 0, 1):
+            journal.append(Record(i, PLAN.workloads[i], "crash", message="no"))
+    assert workloads_left(PLAN, read_rows(path, RECORDS)[1]) == list(PLAN.workloads)
+    outcome = sweep(PLAN, "fake", {}, path)
+    assert outcome.complete and (outcome.skipped, outcome.crashed) == (0, 0) and read(path).records == told(PLAN)
+    with Journal(tmp_path / "s.jsonl", swept(PLAN), RECORDS) as journal:
+        for _ in range(2):
+            journal.append(Record(1, PLAN.workloads[1], "crash", message="no"))
+    sweep(PLAN, "fake", {"crash_batch_size": 2}, tmp_path / "s.jsonl")
+    assert Counter(r.index for r in read_rows(tmp_path / "s.jsonl", RECORDS)[1] if r.outcome == "crash")[1] == 3
 
 
 def test_a_worker_killed_from_outside_is_a_crash_row() -> None:
@@ -228,7 +256,9 @@ def test_an_unfinished_file_of_any_date_is_resumed(tmp_path: Path) -> None:
     home = tmp_path / "fake"
     assert default_path("fake", PLAN, tmp_path).parent == home
     path = home / "2020-01-01-small.jsonl"
-    sweep(PLAN, "fake", {"crash_batch_size": 2}, path)
+    with Journal(path, swept(PLAN), RECORDS) as journal:
+        for i, workload in enumerate(PLAN.workloads):
+            journal.append(Record(i, workload, "crash"))
     assert len(path.read_text().splitlines()) == 13
     assert default_path("fake", PLAN, tmp_path) == path
     sweep(PLAN, "fake", {}, path)
@@ -353,10 +383,9 @@ def test_a_workload_that_never_ends_is_given_up(tmp_path: Path) -> None:
     """After the limit its worker is killed, the row says so, and the sweep goes on with a fresh one to its end."""
     plan = planned((256, 384), (1, 2))
     outcome = sweep(plan, "fake", {"hang_after": 1}, tmp_path / "r.jsonl", limit_s=2.0)
-    rows = read(outcome.path).records
-    assert outcome.done + outcome.crashed == 4 and outcome.done >= 1 and outcome.crashed >= 1
+    rows = read_rows(outcome.path, RECORDS)[1]
+    assert outcome.done + outcome.crashed == 4 and outcome.done >= 1
     assert {r.message for r in rows if r.outcome == "crash"} == {"no answer within 2 s: the worker process was ended"}
-    assert sweep(plan, "fake", {}, outcome.path).complete and read(outcome.path).records == told(plan)
 
 
 def test_a_worker_that_was_stopped_is_given_up() -> None:
@@ -373,15 +402,10 @@ def test_a_worker_that_was_stopped_is_given_up() -> None:
     assert str(results[1]["message"]).startswith("no answer within 2 s") and results[2]["outcome"] == "ok"
 
 
-def test_after_three_failures_a_workload_is_left_at_that(tmp_path: Path) -> None:
-    """It stays a crash row, the sweep is complete without it, and a new sweep of the grid begins a new file."""
+def test_a_file_with_nothing_left_to_try_is_finished(tmp_path: Path) -> None:
+    """Three failures are an answer: a new sweep of the grid begins a new file."""
     path = tmp_path / "fake" / "2020-01-01-small.jsonl"
-    for tries in (1, 2, 3):
-        assert sweep(PLAN, "fake", {"crash_batch_size": 2}, path).crashed == 4
-        assert sum(r.outcome == "crash" for r in read_rows(path, RECORDS)[1]) == 4 * tries
-    before = path.read_bytes()
-    outcome = sweep(PLAN, "fake", {}, path)
-    assert outcome.complete and outcome.skipped == 12 and path.read_bytes() == before
+    assert sweep(PLAN, "fake", {"crash_batch_size": 2}, path).complete
     assert default_path("fake", PLAN, tmp_path) != path
 
 

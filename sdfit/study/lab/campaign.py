@@ -199,7 +199,7 @@ def _proofs(campaign: Campaign) -> None:
 def _fit(campaign: Campaign) -> None:
     from sdfit.fit.fit import FEWEST_SIZES, fit
 
-    data = pool([f for f in (campaign.records("default"), campaign.records("required")) if f is not None])
+    data = pool([f for f in (campaign.records("default"), campaign.records("required")) if f is not None]).undisturbed()
     sizes: dict[StageKey, set[int]] = {}
     for record in data.records:
         if record.outcome == "ok":
