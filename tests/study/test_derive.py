@@ -145,7 +145,7 @@ def test_what_is_no_polynomial_is_refused_and_named(tracer):
         return int(workload.pixels**0.5) * 1_000_000 if func.name() == "aten::silu" else 0
 
     odd = Tracer(rooted)
-    odd._pipes = tracer._pipes
+    odd._pipes, odd._weights = tracer._pipes, tracer._weights
     with pytest.raises(FitError, match="no polynomial"):
         derive(Workload(512, 512), tracer=odd)
 
