@@ -52,7 +52,8 @@ ATTENTION_SHARES = {"kind": 0.10, "kind, regime": 0.05, "own": 0.08}
 """The same in stages that depend on the kind of attention: convolutions seldom set their peak, and attention decides which."""
 CARD_BYTES, KIND_BYTES, UNET_BYTES, OWN_BYTES = 64 << 20, 16 << 20, 128 << 20, 2 << 20
 """Standard deviation of constants: the card's in every stage (cuBLAS, say), a kind's (the UNet's filters are larger), one set of
-coefficients' [bytes]."""
+coefficients' [bytes]. Where no scores are held, the UNet's differs by regime too, by as much as a kind's: one sample of a small
+image is where filters outweigh feature maps, and there the equation bends."""
 SIZE_EDGES = (640_000, 2_560_000)
 """Where sizes are told apart, in pixels of a pass: 800² and 1600²."""
 MISFIT, MISFIT_BYTES, UNET_MISFIT_BYTES = 0.002, 4 << 20, 16 << 20
@@ -122,7 +123,7 @@ class Prior:
             for which in regimes_of(key):
                 for size in range(len(SIZE_EDGES) + 1):
                     both: tuple[list[int], list[int]] = ([], [])
-                    for i, named in enumerate((_constants(key), _shares(key, which, size))):
+                    for i, named in enumerate((_constants(key, which), _shares(key, which, size))):
                         for name, sd in named.items():
                             if name not in self.effects:
                                 self.effects[name] = len(found)
@@ -277,9 +278,16 @@ def _kind(key: StageKey) -> tuple[object, ...]:
     return key[0], "tiny" in key, DTYPE_BYTES[key[1]], *key[1 + len(STAGE[key[0]].fields) :]
 
 
-def _constants(key: StageKey) -> dict[tuple[object, ...], float]:
+def _constants(key: StageKey, which: int) -> dict[tuple[object, ...], float]:
     kind = UNET_BYTES if key[0] == "unet" else KIND_BYTES
-    return {("card",): CARD_BYTES, ("kind, constant", *_kind(key)): kind, ("own, constant", *key): OWN_BYTES}
+    named: dict[tuple[object, ...], float] = {
+        ("card",): CARD_BYTES,
+        ("kind, constant", *_kind(key)): kind,
+        ("own, constant", *key): OWN_BYTES,
+    }
+    if key[0] == "unet" and not any(kind in key for kind in MATERIALISED):
+        named["kind, constant, regime", *_kind(key), which] = KIND_BYTES
+    return named
 
 
 def _shares(key: StageKey, which: int, size: int) -> dict[tuple[object, ...], float]:
