@@ -6,10 +6,13 @@ shows in the code of a method, or in an attribute that neither diffusers nor PyT
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, call, itemgetter
 from typing import Any
 
 from sdfit.predict import process
@@ -22,6 +25,7 @@ _WATCHED = {*CHANGED, *_HOOKS, "_internal_dict", "processor", "peft_config"}
 _FLAGS = ("use_slicing", "use_tiling", *TILES)
 _METHODS = ("forward", "encode", "decode", "_encode", "_decode", "tiled_encode", "tiled_decode")
 _DTYPE = attrgetter("dtype")
+_WEIGHTS, _CHILDREN, _BUFFERS = map(itemgetter, ("_parameters", "_modules", "_buffers"))
 
 
 class Reader:
@@ -43,9 +47,13 @@ class Reader:
         self._lock = threading.Lock()
         self._parts: dict[str, Any] = {}
         self._modules: list[Any] = []
-        self._marked: list[tuple[int, list[str]]] = []
+        self._weighted = self._parents = _those([])
+        self._hooked = False
+        self._hooks_made: Any = None
+        self._marked: list[tuple[int, str]] = []
+        self._plain: list[tuple[int, str]] = []
         self._convolutions: list[tuple[int, str]] = []
-        self._classes: list[type] = []
+        self._methods: list[tuple[type, str]] = []
 
     def read(self) -> Reading:
         """The pipeline as it is now, with what PyTorch is set to at this moment."""
@@ -57,28 +65,45 @@ class Reader:
             return _with_settings(self._reading)
 
     def _seen(self) -> list[Any]:
-        """All that a reading depends on, quickly: of the pipeline, then of its modules in bulk, then of those that stand out."""
+        """All that a reading depends on, quickly: of the pipeline, then of its modules in bulk, then of those that stand out.
+
+        Loops are those of `map` and `itertools`: there are 1,400 modules.
+        """
         pipe = vars(self.pipe)
         whole = [ref() is pipe.get(name) for name, ref in self._parts.items()]
-        modules = [ref() for ref in self._modules]
-        if not all(whole) or None in modules:
+        modules = list(map(call, self._modules))
+        try:
+            owns: list[dict[str, Any]] = list(map(vars, modules))
+        except TypeError:  # None, for one that is gone
             return [None]
-        owns: list[dict[str, Any]] = list(map(vars, modules))
-        weights = [p for own in owns if (some := own["_parameters"]) for p in some.values() if p is not None]
+        if not all(whole):
+            return [None]
+        weights = list(chain.from_iterable(map(dict.values, map(_WEIGHTS, self._weighted(owns)))))
         vae = pipe.get("vae")
         return [
             type(self.pipe), len(pipe), bool(pipe.get("_all_hooks")), *(getattr(vae, name, None) for name in _FLAGS),
             list(map(type, modules)),
             list(map(len, owns)),
-            [id(child) for own in owns if (some := own["_modules"]) for child in some.values()],
-            [len(own["_buffers"]) for own in owns],
-            [True for own in owns if own["_forward_hooks"] or own["_forward_pre_hooks"]],
+            list(map(id, chain.from_iterable(map(dict.values, map(_CHILDREN, self._parents(owns)))))),
+            list(map(len, map(_BUFFERS, owns))),
+            self._hooks(owns),
             list(map(id, weights)),
-            list(map(_DTYPE, weights)),
+            [_DTYPE(p) for p in weights if p is not None],
             [is_channels_last(owns[at]["_parameters"][name]) for at, name in self._convolutions],
-            [_mark(name, owns[at].get(name)) for at, names in self._marked for name in names],
-            [getattr(cls, name, None) for cls in self._classes for name in _METHODS],
+            [owns[at].get(name) for at, name in self._plain],
+            [_mark(name, owns[at].get(name)) for at, name in self._marked],
+            [getattr(cls, name) for cls, name in self._methods],
         ]  # fmt: skip
+
+    def _hooks(self, owns: list[dict[str, Any]]) -> list[int]:
+        """The modules with hooks; not looked for where there were none and PyTorch has made none since, for any module."""
+        made = getattr(sys.modules.get("torch.utils.hooks"), "RemovableHandle", None)
+        number = getattr(made, "next_id", None)
+        if number is None or number != self._hooks_made or self._hooked:
+            found = [at for at, own in enumerate(owns) if own["_forward_hooks"] or own["_forward_pre_hooks"]]
+            self._hooks_made, self._hooked = number, bool(found)
+            return found
+        return []
 
     def _look(self) -> None:
         """Go through the pipeline anew."""
@@ -87,14 +112,29 @@ class Reader:
         modules = [m for part in parts.values() for m in part.modules()]
         owns = list(map(vars, modules))
         self._modules = list(map(weakref.ref, modules))
-        self._marked = [(at, names) for at, own in enumerate(owns) if (names := sorted(own.keys() & _WATCHED))]
+        found = [(at, name) for at, own in enumerate(owns) for name in sorted(own.keys() & _WATCHED)]
+        self._plain = [(at, name) for at, name in found if name not in _HOOKS]
+        self._marked = [(at, name) for at, name in found if name in _HOOKS]
+        self._weighted = _those([at for at, own in enumerate(owns) if own["_parameters"]])
+        self._parents = _those([at for at, own in enumerate(owns) if own["_modules"]])
         self._convolutions = [
             (at, name)
             for at, own in enumerate(owns)
             for name, p in own["_parameters"].items()
             if p is not None and p.ndim == 4 and p.shape[-1] > 1
         ]
-        self._classes = list(dict.fromkeys(map(type, modules)))
+        classes = dict.fromkeys(map(type, modules))
+        self._methods = [(cls, name) for cls in classes for name in _METHODS if hasattr(cls, name)]
+
+
+def _those(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the elements at some places of a list."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda every: [every[at] for at in places]
+
+
+_is_there = None.__ne__
 
 
 def _reference(value: Any) -> Any:
