@@ -17,14 +17,13 @@ from sdfit.cli.options import (
     level_option,
     memory_option,
     note,
+    replay_option,
     workload_from,
     workload_options,
 )
-from sdfit.cli.settling import best, replay_option, say_what_was_replayed, settling
 from sdfit.units import aligned, format_bytes
 
 if TYPE_CHECKING:
-    from sdfit.predict.advise import LargestBatch, LargestSize
     from sdfit.predict.artifact import Artifact
     from sdfit.predict.memory import Memory
     from sdfit.predict.options import Option
@@ -42,19 +41,16 @@ if TYPE_CHECKING:
 @click.option("--image", type=click.Path(path_type=Path), default=None, help="Take height and width from a picture.")
 @click.option("--metric", default=None, help="One of required, allocated, reserved, device; left out: all.")
 @level_option
-@click.option("--replay", is_flag=True, help="Required memory by simulating the run, not by the equation; seconds.")
+@replay_option
 @json_option
 def predict(
     gpu: str, image: Path | None, metric: str | None, level: float | None, replay: bool, as_json: bool, **fields: Any
 ) -> None:
     """Predict the peak memory of one run: what it requires, then what the counters will show."""
-    from sdfit.predict.library import load
     from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF
     from sdfit.predict.verdict import best_metric
 
-    workload, f = workload_from(fields, image), load(gpu)
-    if replay:
-        f = settling(f, replay, None)
+    workload, f = workload_from(fields, image), _model(gpu, replay)
     level = DEFAULT_LEVEL if level is None else level
     shown = [metric] if metric is not None else [best_metric(f), *(m for m in f.metrics if m != best_metric(f))]
     peaks = [f.predict_workload(workload, metric=name, level=level) for name in shown]
@@ -73,6 +69,7 @@ def predict(
     click.echo("\n".join(lines))
 
 
+SIMULATED = ", simulated"
 _MEANS = {
     "required": "the smallest cap under which it runs",
     "allocated": "live blocks",
@@ -86,7 +83,7 @@ def _metric_line(peak: Prediction) -> str:
     low, high = peak.interval
     return (
         f"{format_bytes(peak):>11} {peak.metric:9}  {amount(low)} to {amount(high)} at {100 * peak.level:g} %; at most "
-        f"{amount(peak.upper)}; {_MEANS[peak.metric]}"
+        f"{amount(peak.upper)}; {_MEANS[peak.metric]}{SIMULATED if peak.replayed else ''}"
     )
 
 
@@ -123,16 +120,14 @@ def breakdown(peak: Prediction) -> list[str]:
 @replay_option
 @json_option
 def fits(
-    gpu: str, memory: str | None, level: float | None, strict: bool, replay: bool | None, as_json: bool, **fields: Any
+    gpu: str, memory: str | None, level: float | None, strict: bool, replay: bool, as_json: bool, **fields: Any
 ) -> int:
     """Say whether a run fits, may fit, or does not; exit code 3 if it does not."""
     from sdfit.predict.options import options_that_fit
     from sdfit.predict.verdict import DOES_NOT_FIT, FITS
 
-    f, workload, there = _asked(gpu, memory, fields)
-    settled = settling(f, replay, there.memory_bytes)
-    answer = settled.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
-    say_what_was_replayed(settled)
+    f, workload, there = _asked(gpu, memory, replay, fields)
+    answer = f.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
     others = [] if answer.answer == FITS else options_that_fit(f, workload, memory=there.memory_bytes, level=level)
     if as_json:
         options = [option.to_dict() for option in others]
@@ -149,11 +144,12 @@ MOST_OPTIONS = 6
 def in_words(answer: Verdict, there: Memory) -> list[str]:
     """A verdict in two or three lines."""
     peak, spare = answer.prediction, answer.margin_bytes
+    how = SIMULATED if peak.replayed else ""
     chance = (
         "" if answer.answer != "may fit" or answer.chance is None else f", with a chance of {100 * answer.chance:.0f} %"
     )
     lines = [
-        f"{answer.answer}{chance}: {peak.metric} {format_bytes(peak)}, at most {amount(peak.upper)} (level {peak.level:.3g}); "
+        f"{answer.answer}{chance}: {peak.metric} {format_bytes(peak)}, at most {amount(peak.upper)} (level {peak.level:.3g}{how}); "
         f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}",
         f"memory: {there.words}",
     ]
@@ -181,12 +177,11 @@ def largest(
     aspect: str,
     step: int,
     level: float | None,
-    replay: bool | None,
+    replay: bool,
     as_json: bool,
     **fields: Any,
 ) -> None:
     """Find the largest size of an aspect ratio that is sure to fit, and the largest that is likely to."""
-    from sdfit.predict.library import load
     from sdfit.predict.memory import available
 
     for name in ("height", "width"):
@@ -196,15 +191,9 @@ def largest(
         across, down = (int(part) for part in aspect.split(":"))
     except ValueError:
         raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
-    f = load(gpu)
+    f = _model(gpu, replay)
     there = available(memory, f.card)
-    settled = settling(f, replay, there.memory_bytes)
-
-    def ask(model: Predictor) -> LargestSize:
-        return model.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
-
-    found = best(f, settled, ask, lambda size: tuple(size) != size.likely)
-    say_what_was_replayed(settled)
+    found = f.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
     (height, width), (most_height, most_width) = found, found.likely
     if as_json:
         likely = {"height": most_height, "width": most_width}
@@ -221,9 +210,7 @@ def largest(
 @level_option
 @replay_option
 @json_option
-def advise(
-    gpu: str, memory: str | None, level: float | None, replay: bool | None, as_json: bool, **fields: Any
-) -> None:
+def advise(gpu: str, memory: str | None, level: float | None, replay: bool, as_json: bool, **fields: Any) -> None:
     """Say what to change so that a run fits: the cheapest sufficient changes first, and what each saves.
 
     Cheapest by rank, not by time: attention, VAE slicing, a split batch, VAE tiling, no safety checker, half precision,
@@ -233,21 +220,13 @@ def advise(
     from sdfit.predict.options import options_that_fit
     from sdfit.predict.verdict import FITS
 
-    f, workload, there = _asked(gpu, memory, fields)
-    settled = settling(f, replay, there.memory_bytes)
-    answer = settled.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
-    sizes = ("height", "width", "prompt_length", "batch_size")
-    rest = {k: v for k, v in workload.to_dict().items() if k not in sizes}
-
-    def ask(model: Predictor) -> LargestBatch:
-        size = (getattr(workload, name) for name in sizes[:3])
-        return model.max_batch_size(*size, memory=there.memory_bytes, level=level, **rest)
-
+    f, workload, there = _asked(gpu, memory, replay, fields)
+    answer = f.verdict(**workload.to_dict(), memory=there.memory_bytes, level=level)
+    rest = {k: v for k, v in workload.to_dict().items() if k != "batch_size"}
     try:
-        batch = int(best(f, settled, ask, lambda found: int(found) != found.likely))
+        batch = int(f.max_batch_size(**rest, memory=there.memory_bytes, level=level))
     except NothingFits:
         batch = 0
-    say_what_was_replayed(settled)
     options = options_that_fit(f, workload, memory=there.memory_bytes, level=level)
     if as_json:
         shown = {"max_batch_size": batch, "options": [option.to_dict() for option in options], "memory": there.words}
@@ -260,12 +239,19 @@ def advise(
         click.echo("\n".join([*in_words(answer, there), f"largest batch of this size: {batch}", *changes]))
 
 
-def _asked(gpu: str, memory: str | None, fields: dict[str, Any]) -> tuple[Predictor, Workload, Memory]:
-    """The model, the run, and the memory that is there."""
+def _model(gpu: str, replay: bool) -> Predictor:
+    """The model that answers for a card; its equation alone where a simulation is not wanted."""
     from sdfit.predict.library import load
+
+    f = load(gpu)
+    return f if replay else f.equation
+
+
+def _asked(gpu: str, memory: str | None, replay: bool, fields: dict[str, Any]) -> tuple[Predictor, Workload, Memory]:
+    """The model, the run, and the memory that is there."""
     from sdfit.predict.memory import available
 
-    workload, f = workload_from(fields), load(gpu)
+    workload, f = workload_from(fields), _model(gpu, replay)
     return f, workload, available(memory, f.card)
 
 

@@ -87,6 +87,12 @@ level_option = click.option("--level", type=float, default=None, help="Of interv
 memory_option = click.option(
     "--memory", default=None, help="What PyTorch may take, as 15GiB, or free; left out: what the card leaves."
 )
+replay_option = click.option(
+    "--replay/--no-replay",
+    default=True,
+    show_default=True,
+    help="Required memory by simulating the run, where that can be; else by the equation alone.",
+)
 out_option = click.option("--out", type=click.Path(path_type=Path), default=None, help="The file to write.")
 records_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="RECORDS...")
 

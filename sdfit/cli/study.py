@@ -155,7 +155,12 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 @level_option
 @click.option("--figures", type=click.Path(path_type=Path), default=None, help="A folder for the figures.")
 @click.option("--decisions", is_flag=True, help="Judge the largest sizes that it says fit, on ladders of sizes.")
-@click.option("--replay", is_flag=True, help="With --decisions: of the model with every run simulated; minutes.")
+@click.option(
+    "--replay/--no-replay",
+    default=None,
+    help="Judge required memory as it is answered, every run simulated, or the equation alone. Left out: decisions as they "
+    "are answered, numbers by the equation.",
+)
 @json_option
 def evaluate(
     gpu: str,
@@ -163,7 +168,7 @@ def evaluate(
     level: float | None,
     figures: Path | None,
     decisions: bool,
-    replay: bool,
+    replay: bool | None,
     as_json: bool,
 ) -> None:
     """Judge a model on records: errors, coverage, width, by stage, variant and size; or the decisions it leads to."""
@@ -175,16 +180,12 @@ def evaluate(
     data, f = read_pooled(files), load(gpu)
     for words in fitted_on(f.artifact, files, data):
         note(words)
-    if replay and not decisions:
-        raise click.UsageError("--replay goes with --decisions")
+    if not (decisions if replay is None else replay):
+        f = f.equation
     if decisions:
         from sdfit.judging.decisions import decide
         from sdfit.predict.verdict import SAFE_LEVEL
 
-        if replay:
-            from sdfit.backends.trace.needed import replaying
-
-            f = replaying(f)
         source = {"cuda": "measured"}.get(str(data.environment.get("backend")), "simulated")
         found = decide(f, data.records, level=SAFE_LEVEL if level is None else level, source=source)
         click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())

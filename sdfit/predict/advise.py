@@ -7,7 +7,6 @@ bound at the chosen level allows, *likely* what the bound at level `LIKELY` does
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, SdfitError, shown
@@ -108,17 +107,17 @@ def largest(
     def size(k: int) -> tuple[int, int]:
         return size_of_aspect(k, (across, down), step)
 
-    def upper(k: int, at: float | None, model: Model = predictor) -> float:
+    model = predictor.within(limit)
+
+    def upper(k: int, at: float | None) -> float:
         return bound(model, Workload(*size(k), **options), metric, at).upper
 
     first = -(-MIN_SIDE // step)
     last = max(MAX_SIDE * short // (long * step), first)
     while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
         last -= 1
-    what = f"no size of {across}:{down}"
-    quick = partial(upper, model=predictor.equation)
     words = lambda k: "x".join(map(str, size(k)))  # noqa: E731
-    sure, likely = _sure_and_likely(limit, (upper, quick), level, (first, last), what, words)
+    sure, likely = _sure_and_likely(limit, upper, level, (first, last), f"no size of {across}:{down}", words)
     return LargestSize(size(sure), size(likely))
 
 
@@ -161,11 +160,14 @@ def max_batch_size(
     """
     check_keywords(options)
 
-    def upper(batch: int, at: float | None, model: Model = predictor) -> float:
+    limit = parse_bytes(memory)
+    model = predictor.within(limit)
+
+    def upper(batch: int, at: float | None) -> float:
         return bound(model, Workload(height, width, prompt_length, batch, **options), metric, at).upper
 
-    what, quick = f"not even one image of {height}x{width}", partial(upper, model=predictor.equation)
-    return LargestBatch(*_sure_and_likely(parse_bytes(memory), (upper, quick), level, (1, MAX_BATCH_SIZE), what, str))
+    what = f"not even one image of {height}x{width}"
+    return LargestBatch(*_sure_and_likely(limit, upper, level, (1, MAX_BATCH_SIZE), what, str))
 
 
 _Upper = Callable[[int, float | None], float]
@@ -174,18 +176,23 @@ _Upper = Callable[[int, float | None], float]
 
 def _sure_and_likely(
     limit: float,
-    uppers: tuple[_Upper, _Upper],
+    upper: _Upper,
     level: float | None,
     ends: tuple[int, int],
     what: str,
     words: Callable[[int], str],
 ) -> tuple[int, int]:
-    """The largest k whose bound at the level is within the limit, and the largest whose bound at `LIKELY` is."""
+    """The largest k whose bound at the level is within the limit, and the largest whose bound at `LIKELY` is.
+
+    What is needed rises with k but for drops: past 2^31 elements convolutions are split, and how blocks are packed jumps
+    from one size to the next. So the search goes down from the last.
+    """
+
+    def largest(at: float | None) -> int | None:
+        return next((k for k in range(ends[1], ends[0] - 1, -1) if upper(k, at) <= limit), None)
+
     # asked for less than that, what is sure is at least as likely
-    at = LIKELY if level is None else min(level, LIKELY)
-    upper, quick = uppers
-    likely = _last_below(limit, lambda k: upper(k, at), lambda k: quick(k, at), *ends)
-    sure = _last_below(limit, lambda k: upper(k, level), lambda k: quick(k, level), *ends)
+    sure, likely = largest(level), largest(LIKELY if level is None else min(level, LIKELY))
     if sure is None:
         may = "" if likely is None else f"; likely to fit: {words(likely)}"
         raise NothingFits(f"{what} is sure to fit {format_bytes(limit)}{may}", likely=likely)
@@ -200,31 +207,3 @@ def _pair(aspect: Any) -> tuple[Any, Any]:
             f"aspect is {shown(aspect)}; it must be two whole numbers such as (3, 2)", given=aspect
         ) from None
     return across, down
-
-
-LARGEST_DROP = 2.0
-"""How far beyond the limit to look on: inside a swept domain no bound falls by more where a regime begins (of four
-tensors per pixel three remain)."""
-
-
-def _last_below(
-    limit: float, upper: Callable[[int], float], quick: Callable[[int], float], first: int, last: int
-) -> int | None:
-    """The largest k from first to last with ``upper(k) <= limit``; None if the first is above it.
-
-    The bound rises with k, but for drops where a regime begins (past 2^31 elements convolutions are split): beyond the
-    first k that is too large there may be others that are not. ``quick`` is the equation's own bound, which has the drops.
-    """
-    if upper(first) > limit:
-        return None
-    low, high = first, last
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if upper(middle) <= limit else (low, middle - 1)
-    for k in range(low + 1, last + 1):
-        needed = quick(k)
-        if needed <= limit:
-            low = k if upper(k) <= limit else low
-        elif needed > LARGEST_DROP * limit:
-            break
-    return low

@@ -14,6 +14,7 @@ from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.nvml import Here, here
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.replayed import replaying
 from sdfit.units import GIB
 
 AUTO = "auto"
@@ -161,7 +162,7 @@ def load(name: str | Path = AUTO) -> Predictor:
     """
     path, short, card = find_model(name)
     artifact = load_artifact(path)
-    predictor = Predictor(artifact, path, short, card if short is not None else _row_of(artifact.name))
+    predictor = replaying(Predictor(artifact, path, short, card if short is not None else _row_of(artifact.name)))
     once = f"{predictor.name} {path.absolute()}"
     if once not in _warned:
         _warned.add(once)

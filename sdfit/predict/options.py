@@ -104,8 +104,8 @@ def options_that_fit(
         Empty if it fits as it is, or nothing helps. Variants that the model does not know are left out.
     """
     limit = parse_bytes(memory)
-    search = _Search(predictor, workload, limit, metric, level)
-    now = search.upper({})
+    now = _Search(predictor, workload, limit, metric, level).upper({})
+    search = _Search(predictor.within(limit), workload, limit, metric, level)
     if now is None or now <= limit:
         return []
     found: list[Option] = []

@@ -18,7 +18,7 @@ from typing import Any
 from sdfit.errors import InvalidWorkload, SdfitError, needs
 from sdfit.predict.advise import NothingFits, largest
 from sdfit.predict.torn import torn
-from sdfit.predict.verdict import Model, Verdict, verdict
+from sdfit.predict.verdict import FITS, Model, Verdict, verdict
 from sdfit.workload import Workload
 
 STEP = 64
@@ -187,16 +187,20 @@ def check(
         The workload's fields but height and width.
     """
     known: dict[Any, tuple[int, int] | None] = {}
+    quick = model.within(memory)
     for picture in pictures:
         if picture.problem:
             yield Answer(picture)
             continue
         try:
-            found = verdict(model, Workload(picture.height, picture.width, **options), memory=memory, level=level)
+            workload = Workload(picture.height, picture.width, **options)
+            found = verdict(quick, workload, memory=memory, level=level)
+            if found.answer != FITS and found.prediction.replayed:  # quick may stop below what the run needs
+                found = verdict(model, workload, memory=memory, level=level)
         except InvalidWorkload as error:
             yield Answer(Picture(picture.path, picture.height, picture.width, str(error)))
             continue
-        if found.answer == "fits":
+        if found.answer == FITS:
             size = found.prediction.workload
             yield Answer(picture, found, (size.effective_height, size.effective_width))
             continue

@@ -111,6 +111,11 @@ class Prediction(float):
         return parts
 
     @property
+    def replayed(self) -> bool:
+        """Whether the run was simulated for this number (see `sdfit.predict.replayed`)."""
+        return False
+
+    @property
     def extrapolated(self) -> bool:
         """Whether the workload lies outside the swept domain; the interval is then wider, and a guess."""
         return bool(self._facts[0].stretch(self._told()["sizes"]) > 1)
@@ -151,6 +156,7 @@ class Prediction(float):
             "stage_peaks_bytes": {k: round(v) for k, v in self.stage_peaks.items()},
             "breakdown_bytes": {k: round(v) for k, v in self.breakdown.items()},
             "extrapolated": self.extrapolated,
+            "replayed": self.replayed,
             "provenance": self.provenance,
         }
 

@@ -75,7 +75,11 @@ class Predictor:
 
     @property
     def equation(self) -> Predictor:
-        """The model without any simulation (see `sdfit.predict.replayed`): itself."""
+        """The regression alone, without any simulation (see `sdfit.predict.replayed`): here itself."""
+        return self
+
+    def within(self, limit_bytes: float) -> Predictor:
+        """The model for many questions whether runs need more than a limit [bytes]: here itself."""
         return self
 
     @property
@@ -296,7 +300,7 @@ offload, safety_checker, execution
     ) -> bool:
         """Whether a workload's upper bound stays within an amount of memory; see `sdfit.predict.verdict.fits`."""
         there = available(memory, self.card).memory_bytes
-        return verdict.fits(self, _workload(args, kwargs), memory=there, metric=metric, level=level)
+        return verdict.fits(self.within(there), _workload(args, kwargs), memory=there, metric=metric, level=level)
 
     def largest(self, *, memory: str | float | None = None, **kwargs: Any) -> advise.LargestSize:
         """The largest size of an aspect ratio that fits; see `sdfit.predict.advise.largest`."""

@@ -1,9 +1,9 @@
-"""Required memory by replay: a model whose answers are settled by replaying the run, where its equation leaves them open.
+"""Required memory by replay: a model that simulates each run for what it requires.
 
 How PyTorch's allocator packs blocks into segments jumps from one size to the next by up to a quarter of the activations,
 which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does. `replaying`
 simulates the run (`sdfit.predict.simulation.simulate` says which runs it covers), with numpy alone, in some hundredths of a
-second; whoever can trace the others hands that in (`sdfit.backends.trace.needed`).
+second, where the equation takes microseconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from sdfit.workload import Workload
 
 REPLAYED = ("required", "minimum")
 """The metrics that a replay gives."""
-Replay = Callable[[Workload, str], int]
-"""``replay(workload, metric) -> bytes`` for the metrics of `REPLAYED`."""
+FAR = 2.0
+"""Times a limit by which the equation's number is never too high: inside a swept domain it is off by an eighth at most."""
+Replay = Callable[[Workload, str, float | None], int]
+"""``replay(workload, metric, limit) -> bytes`` for the metrics of `REPLAYED`; what is above a limit, if there is one, may be
+less than what is needed. Raises `NotSimulated` for a run that it does not know."""
 
 
 class ReplayedPrediction(Prediction):
@@ -33,6 +36,11 @@ class ReplayedPrediction(Prediction):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ReplayedPrediction, (float(self), *self._facts))
+
+    @property
+    def replayed(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def extrapolated(self) -> bool:
@@ -45,17 +53,13 @@ class ReplayedPrediction(Prediction):
         told = self._told()
         return variant.replayed_chance(told["peaks"], metric, memory_bytes - self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, amounts in bytes."""
-        return super().to_dict() | {"replayed": True}
-
     def _margin(self, level: float, *, upper: bool) -> float:
         variant, _, metric, _ = self._facts
         return float(variant.replayed_margin(self._told()["peaks"], metric, level, upper=upper))
 
 
 class Replayed(Predictor):
-    """A model that replays runs for what they require; everything else is the model's.
+    """A model that replays runs for what they require; everything else is the model's. `sdfit.load` gives it.
 
     Parameters
     ----------
@@ -64,7 +68,8 @@ class Replayed(Predictor):
     replay : callable
         See `Replay`; of the same kernels as the model. What it raises `NotSimulated` for stays the equation's.
     limit_bytes : float, optional
-        Replay only runs of which the model's own bounds do not say whether they need more than this [bytes]. None: all.
+        Replay only runs of which the model's own bounds do not say whether they need more than this [bytes]; of those that
+        do, the number may be too low. None: replay all.
 
     Raises
     ------
@@ -85,24 +90,20 @@ class Replayed(Predictor):
         super().__init__(model.artifact, model.path, model.name, model.card)
         self._model, self._replay, self.limit_bytes = model, replay, limit_bytes
         self._needs: dict[tuple[Workload, str], int] = {}
+        self._at_least: dict[tuple[Workload, str], int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_again, (self._model, self._replay, self.limit_bytes))
 
     @property
     def equation(self) -> Predictor:
-        """The model whose open questions are settled."""
+        """The regression alone: microseconds, and tables of any length."""
         return self._model
 
-    @property
-    def replays(self) -> int:
-        """How many runs were replayed so far."""
-        return len(self._needs)
-
     def within(self, limit_bytes: float) -> Replayed:
-        """The same model, for the question whether runs need more than this [bytes]; what was replayed is shared."""
+        """The same model, for questions whether runs need more than this [bytes]; what was replayed is shared."""
         twin = Replayed(self._model, self._replay, limit_bytes=limit_bytes)
-        twin._needs = self._needs
+        twin._needs, twin._at_least = self._needs, self._at_least
         return twin
 
     def predict_workload(
@@ -110,53 +111,49 @@ class Replayed(Predictor):
     ) -> Prediction:
         """Predict for a `Workload`: by replay, if that is what is asked and the equation does not settle it."""
         found = super().predict_workload(workload, metric=metric, level=level)
-        if metric not in REPLAYED or self._settled(found):
+        known = (workload, metric) in self._needs
+        if metric not in REPLAYED or (not known and self._settled(found)):
             return found
-        key = workload, metric
-        if key not in self._needs:
-            try:
-                self._needs[key] = self._replay(workload, metric)
-            except NotSimulated:
-                return found
-        return ReplayedPrediction(self._needs[key], self.variant(workload.variant), workload, metric, level)
+        try:
+            needed = self._needed(workload, metric)
+        except NotSimulated:
+            return found
+        return ReplayedPrediction(needed, self.variant(workload.variant), workload, metric, level)
+
+    def _needed(self, workload: Workload, metric: str) -> int:
+        """What a run needs; above the limit, perhaps less than that [bytes]. Each is replayed once."""
+        key, limit = (workload, metric), self.limit_bytes
+        if key in self._needs:
+            return self._needs[key]
+        if limit is not None and self._at_least.get(key, 0) > limit:
+            return self._at_least[key]
+        needed = self._replay(workload, metric, limit)
+        known = self._needs if limit is None or needed <= limit else self._at_least
+        known[key] = needed
+        return needed
 
     def _settled(self, found: Prediction) -> bool:
         if self.limit_bytes is None or math.isinf(found.upper):
             return False
-        surest = Prediction(float(found), found._facts[0], found.workload, found.metric, SURE)
+        if found > FAR * self.limit_bytes:
+            return True
+        surest = Prediction(float(found), found._facts[0], found.workload, found.metric, max(SURE, found.level))
         return not surest.lower <= self.limit_bytes < surest.upper
 
 
-def replaying(model: Predictor, *, limit_bytes: float | None = None, otherwise: Replay | None = None) -> Replayed:
-    """Let a model settle by replay what its equation leaves open.
-
-    Parameters
-    ----------
-    model : Predictor
-        As `sdfit.load` gives it.
-    limit_bytes : float, optional
-        See `Replayed`.
-    otherwise : callable, optional
-        See `Replay`: answers for the runs that a simulation does not cover; None: the equation does.
-
-    Raises
-    ------
-    SdfitError
-        See `Replayed`.
+def replaying(model: Predictor) -> Predictor:
+    """Let a model replay runs for what they require; one whose runs cannot be replayed stays as it is.
 
     Examples
     --------
     >>> import sdfit, warnings
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")
-    ...     f = replaying(sdfit.load("t4"))
+    ...     f = sdfit.load("t4")
     >>> f.largest(aspect=(3, 2), memory="8 GiB", attention="eager")
-    (512, 768)
+    (576, 896)
     """
-    no = why_not(model)
-    if no:
-        raise SdfitError(no, provenance=model.provenance)
-    return Replayed(model, Needed(model.artifact.name, otherwise), limit_bytes=limit_bytes)
+    return model if why_not(model) else Replayed(model, Needed(model.artifact.name))
 
 
 def why_not(model: Predictor) -> str:

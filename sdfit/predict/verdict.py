@@ -31,9 +31,8 @@ class Model(Protocol):
     def name(self) -> str:
         """The card."""
 
-    @property
-    def equation(self) -> Model:
-        """The same without any simulation: quick."""
+    def within(self, limit_bytes: float) -> Model:
+        """The same, for many questions whether runs need more than a limit [bytes]; of those that do, numbers may be too low."""
 
     def supported_level(self, metric: str) -> float:
         """The highest level that its scores support."""

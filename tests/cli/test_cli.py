@@ -114,25 +114,19 @@ def test_predict_takes_the_size_of_a_picture(run: Run, tmp_path: Path, f: Predic
         assert ran.code == 1 and f"cannot read a picture from '{name}'" in ran.err and not ran.out
 
 
-def test_what_the_equation_leaves_open_is_settled_by_simulation(run: Run) -> None:
-    """Eager attention packs in jumps: alone the equation says "may fit", a replay says which; the note says so."""
-    pytest.importorskip("diffusers")
-    asked = ("--gpu", "t4", "--height", "880", "--width", "880", "--attention", "eager", "--memory", "12GiB")
-    open_, settled = run("fits", *asked, "--no-replay"), run("fits", *asked, "--json")
-    assert open_.out.startswith("may fit") and "simulated to settle" not in open_.err
-    answer = json.loads(settled.out)
-    assert answer["answer"] == "fits" and answer["replayed"] and "1 run simulated to settle it" in settled.err
-    assert answer["upper_bytes"] < 12 * 2**30
-    sure = run("fits", "--gpu", "t4", "--height", "512", "--width", "512", "--memory", "8GiB", "--json")
-    assert "replayed" not in json.loads(sure.out) and "simulated to settle" not in sure.err
-
-
-def test_a_replay_that_cannot_be_is_refused(run: Run) -> None:
-    """A made-up card's model does not rest on traces; asked for by name that is one sentence, left out it is no matter."""
-    asked = ("fits", "--gpu", "fake", *SIZE, "--memory", "15GiB")
-    refused = run(*asked, "--replay")
-    assert refused.code == 1 and "ask the model itself" in refused.err and not refused.out
-    assert run(*asked).code == 0
+def test_required_memory_is_simulated_where_it_can_be(run: Run) -> None:
+    """Eager attention packs in jumps: alone the equation says "may fit", a replay says which; each says what it is."""
+    size = ("--gpu", "t4", "--height", "880", "--width", "880", "--attention", "eager")
+    asked = (*size, "--memory", "12GiB")
+    alone, settled = run("fits", *asked, "--no-replay"), run("fits", *asked)
+    assert alone.out.startswith("may fit") and "simulated" not in alone.out
+    assert settled.out.startswith("fits: required ") and "(level 0.99, simulated)" in settled.out
+    answer = json.loads(run("fits", *asked, "--json").out)
+    assert answer["answer"] == "fits" and answer["replayed"] and answer["upper_bytes"] < 12 * 2**30
+    predicted = json.loads(run("predict", *size, "--json").out)["metrics"]
+    assert predicted["required"]["required_bytes"] == answer["required_bytes"] and not predicted["allocated"]["replayed"]
+    fake = run("predict", "--gpu", "fake", *SIZE)
+    assert fake.code == 0 and "simulated" not in fake.out  # a made-up card's model does not rest on traces
 
 
 def test_fits_says_no_with_exit_code_3(run: Run) -> None:

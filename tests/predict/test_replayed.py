@@ -17,7 +17,7 @@ from sdfit.workload import Workload
 def f():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sdfit.load("t4")
+        return sdfit.load("t4").equation
 
 
 class Counted:
@@ -26,7 +26,7 @@ class Counted:
     def __init__(self, f, factor=1.125):
         self.f, self.factor, self.asked = f, factor, []
 
-    def __call__(self, workload, metric):
+    def __call__(self, workload, metric, limit=None):
         self.asked.append((workload, metric))
         return round(self.factor * self.f.predict_workload(workload, metric=metric))
 
@@ -38,11 +38,11 @@ def test_required_is_the_replay_and_all_else_the_equation(f):
     w = Workload(768, 512, attention="eager")
     got = g.predict_workload(w, metric="required", level=0.99)
     assert isinstance(got, ReplayedPrediction) and got == round(1.125 * f.predict_workload(w, metric="required"))
-    assert g(768, 512, attention="eager", metric="required") == got and len(replay.asked) == g.replays == 1
+    assert g(768, 512, attention="eager", metric="required") == got and len(replay.asked) == 1
     for metric in ("allocated", "reserved", "device"):
         same = g.predict_workload(w, metric=metric)
         assert same == f.predict_workload(w, metric=metric) and type(same) is sdfit.Prediction
-    assert got.to_dict()["replayed"] and "replayed" not in f.predict_workload(w, metric="required").to_dict()
+    assert got.to_dict()["replayed"] and not f.predict_workload(w, metric="required").to_dict()["replayed"]
 
 
 def test_the_interval_rests_on_published_runs_alone(f):
@@ -85,26 +85,43 @@ def test_it_pickles_and_copies(f):
     for again in (pickle.loads(pickle.dumps(got)), copy.deepcopy(got)):
         assert type(again) is ReplayedPrediction and again == got and again.upper == got.upper
     assert pickle.loads(pickle.dumps(g)).predict_workload(Workload(512, 512), metric="required") == got
-    assert g.within(4 * GIB).replays == 1
+    replay = Counted(f)
+    g = Replayed(f, replay)
+    assert g.predict_workload(Workload(512, 512), metric="required") == got
+    near = g.within(float(got))
+    assert near.predict_workload(Workload(512, 512), metric="required") == got and len(replay.asked) == 1
 
 
 def test_a_model_that_does_not_rest_on_traces_is_not_replayed(noisy):
     """A measured or made-up card knows more than a simulation; one sentence."""
     with pytest.raises(SdfitError, match="ask the model itself"):
-        Replayed(noisy, lambda workload, metric: 1)
+        Replayed(noisy, lambda workload, metric, limit: 1)
 
 
-@pytest.mark.parametrize(
-    "options", [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}, {"attention": "sliced"}], ids=str
-)
-def test_a_real_replay_equals_a_record(f, options):
-    """Of four kinds of run where packing jumps: the smallest cap of a trace of the same run."""
+def test_a_limit_is_answered_rightly_though_a_number_above_it_is_too_low(f):
+    """A run that needs more than a limit is found out sooner; asked for itself, its number is whole again."""
+    g, w = sdfit.load("t4"), Workload(880, 880, attention="eager")
+    whole = g.predict_workload(w, metric="required")
+    for limit in (whole - 2**21, whole, whole + 2**21):
+        near = sdfit.load("t4").within(limit)
+        assert (near.predict_workload(w, metric="required") <= limit) == (whole <= limit)
+        assert near.predict_workload(w, metric="required") <= whole
+
+
+def test_a_run_that_is_not_simulated_is_the_equations(f):
+    """Weights that come module by module: the number of the equation, and it says so."""
+    g, w = sdfit.load("t4"), Workload(512, 512, offload="sequential")
+    got = g.predict_workload(w, metric="required")
+    assert got == f.predict_workload(w, metric="required") and got.replayed is False
+
+
+@pytest.mark.parametrize("options", [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}], ids=str)
+def test_a_real_replay_equals_a_record(options):
+    """Of kinds of run where packing jumps: the smallest cap of a trace of the same run."""
     pytest.importorskip("diffusers")
     from sdfit.backends.trace.backend import TraceBackend
-    from sdfit.backends.trace.needed import replaying
 
-    w = Workload(584, 712, **options)
-    g = replaying(f)
+    w, g = Workload(584, 712, **options), sdfit.load("t4")
     record = TraceBackend("t4", workspaces=True).measure(w)
     for metric in ("required", "minimum"):
         assert g.predict_workload(w, metric=metric) == record[f"{metric}_bytes"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from sdfit.predict.simulation.library import NotSimulated
-from sdfit.predict.simulation.replay import smallest_cap, without
+from sdfit.predict.simulation.replay import replay, smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import Workload
@@ -18,30 +15,37 @@ class Needed:
     ----------
     kernels : str
         Whose workspaces the kernels take: an architecture such as ``sm75``, or a card.
-    otherwise : callable, optional
-        Asked in the same way for a run that is not covered (see `sdfit.predict.simulation.simulate`); None: `NotSimulated` is raised.
+
+    Raises
+    ------
+    NotSimulated
+        When called, for a run that is not covered (see `sdfit.predict.simulation.simulate`).
 
     Examples
     --------
     >>> Needed("sm75")(Workload(512, 512), "required")
-    3445620736
+    3523215360
     """
 
-    def __init__(self, kernels: str, otherwise: Callable[[Workload, str], int] | None = None) -> None:
-        self.kernels, self.otherwise = kernels, otherwise
+    def __init__(self, kernels: str) -> None:
+        self.kernels = kernels
         self._simulator = Simulator(workspaces_for(kernels))
 
-    def __reduce__(self) -> tuple[type[Needed], tuple[str, Callable[[Workload, str], int] | None]]:
-        return (Needed, (self.kernels, self.otherwise))
+    def __reduce__(self) -> tuple[type[Needed], tuple[str]]:
+        return (Needed, (self.kernels,))
 
-    def __call__(self, workload: Workload, metric: str) -> int:
-        """The smallest cap under which the run succeeds; ``minimum``: if no kernel takes a workspace."""
-        try:
-            simulated = self._simulator.run(workload, keep_events=True)
-        except NotSimulated:
-            if self.otherwise is None:
-                raise
-            return self.otherwise(workload, metric)
+    def __call__(self, workload: Workload, metric: str, limit_bytes: float | None = None) -> int:
+        """The smallest cap under which the run succeeds [bytes]; ``minimum``: if no kernel takes a workspace.
+
+        Where that is above ``limit_bytes``, what is given may be any number between the two, and is found sooner.
+        """
+        if limit_bytes is not None and metric == "required":
+            live = self._simulator.run(workload).peak_bytes
+            if live > limit_bytes:
+                return live
+        simulated = self._simulator.run(workload, keep_events=True)
         assert simulated.events is not None
         events = simulated.events if metric == "required" else without(simulated.events, simulated.workspaces)
+        if limit_bytes is not None and replay(events, cap_bytes=int(limit_bytes)).outcome != "ok":
+            return int(limit_bytes) + 1
         return smallest_cap(events)

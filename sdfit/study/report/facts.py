@@ -15,7 +15,7 @@ from sdfit.equation.sizes import TILE_PIXELS, TILE_STRIDE
 from sdfit.equation.stages import COMPONENTS, RESIDENT_WHEN_OFFLOADED, RESIDENT_WHEN_STREAMED, STAGE
 from sdfit.equation.terms import TERMS
 from sdfit.predict import conformal
-from sdfit.predict.advise import LARGEST_DROP, LIKELY
+from sdfit.predict.advise import LIKELY
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.cards import LEAST_SHARE, Card, find_card, table
 from sdfit.predict.library import answering
@@ -77,7 +77,6 @@ def equation_facts() -> dict[str, Any]:
         "safe_level": SAFE_LEVEL,
         "answers": ANSWERS,
         "likely": LIKELY,
-        "largest_drop": LARGEST_DROP,
         "costs": COSTS,
         "saving": SAVING,
         "meanings": {term.name: term.meaning for term in TERMS.values()},

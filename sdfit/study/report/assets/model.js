@@ -400,7 +400,7 @@ const sdfit = (() => {
     /** The most images per call that are sure to fit, and that are likely to; 0 where not even one (`sdfit.predict.advise`). */
     largestBatch(workload, memory) {
       const [first, last] = this.facts.limits.batch_size;
-      const most = (level) => lastWithin(memory, (batch) => this.bound({ ...workload, batch_size: batch }, undefined, level).upper, first, last, this.facts.largest_drop);
+      const most = (level) => lastWithin(memory, (batch) => this.bound({ ...workload, batch_size: batch }, undefined, level).upper, first, last);
       const sure = most(this.safeLevel), likely = most(this.facts.likely);
       return { sure, likely: sure && Math.max(sure, likely) };
     }
@@ -409,20 +409,11 @@ const sdfit = (() => {
     options(workload, memory) { return new Search(this, workload, memory).options(); }
   }
 
-  /** The largest k with upper(k) <= limit, which may rise again where a regime ends; 0 if the first is above it. */
-  function lastWithin(limit, upper, first, last, largestDrop) {
-    if (upper(first) > limit) return 0;
-    let low = first, high = last;
-    while (low < high) {
-      const middle = Math.floor((low + high + 1) / 2);
-      if (upper(middle) <= limit) low = middle; else high = middle - 1;
-    }
-    for (let k = low + 1; k <= last; k++) {
-      const needed = upper(k);
-      if (needed <= limit) low = k;
-      else if (needed > largestDrop * limit) break;
-    }
-    return low;
+  /** The largest k with upper(k) <= limit; 0 without any. Looked for from the top: bounds fall where a regime begins. */
+  function lastWithin(limit, upper, first, last) {
+    let k = last;
+    while (k >= first && !(upper(k) <= limit)) k -= 1;
+    return k < first ? 0 : k;
   }
 
   class Search {
