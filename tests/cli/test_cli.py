@@ -124,7 +124,9 @@ def test_required_memory_is_simulated_where_it_can_be(run: Run) -> None:
     answer = json.loads(run("fits", *asked, "--json").out)
     assert answer["answer"] == "fits" and answer["replayed"] and answer["upper_bytes"] < 12 * 2**30
     predicted = json.loads(run("predict", *size, "--json").out)["metrics"]
-    assert predicted["required"]["required_bytes"] == answer["required_bytes"] and not predicted["allocated"]["replayed"]
+    assert (
+        predicted["required"]["required_bytes"] == answer["required_bytes"] and not predicted["allocated"]["replayed"]
+    )
     fake = run("predict", "--gpu", "fake", *SIZE)
     assert fake.code == 0 and "simulated" not in fake.out  # a made-up card's model does not rest on traces
 

@@ -206,8 +206,7 @@ PROGRAM = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import sdfit
-from sdfit.predict.replayed import replaying
-f = replaying(sdfit.load("t4"))
+f = sdfit.load("t4")
 peak = f(768, 512, metric="required", attention="eager")
 assert peak.to_dict()["replayed"]
 print(*sorted({name.split(".")[0] for name in sys.modules} & {"torch", "diffusers", "transformers", "scipy", "joblib"}))
