@@ -134,7 +134,6 @@ def _those(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda every: [every[at] for at in places]
 
 
-_is_there = None.__ne__
 
 
 def _reference(value: Any) -> Any:
