@@ -224,18 +224,20 @@ class Workload:
         """Every field by name, as plain values."""
         return {name: getattr(self, name) for name in WORKLOAD_FIELDS}
 
-    def _effective(self) -> tuple[int, int, int, int, int]:
+    @property
+    def runs_as(self) -> tuple[int, int, int, int, int]:
+        """What it really runs as: rows and columns of pixels, tokens, images, samples per UNet call; see `effective`."""
         return effective(self.height, self.width, self.prompt_length, self.batch_size, self.guidance_scale)
 
     @property
     def effective_height(self) -> int:
         """Rows of pixels that really run: floored to a multiple of 8."""
-        return self._effective()[0]
+        return self.runs_as[0]
 
     @property
     def effective_width(self) -> int:
         """Columns of pixels that really run: floored to a multiple of 8."""
-        return self._effective()[1]
+        return self.runs_as[1]
 
     @property
     def pixels(self) -> int:
@@ -245,7 +247,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """L: tokens as the UNet sees them; a prompt of up to 77 is padded to 77."""
-        return self._effective()[2]
+        return self.runs_as[2]
 
     @property
     def guided(self) -> bool:
@@ -255,7 +257,7 @@ class Workload:
     @property
     def unet_batch(self) -> int:
         """n: samples per UNet call."""
-        return self._effective()[4]
+        return self.runs_as[4]
 
     @property
     def variant(self) -> VariantKey:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.workload import Workload, effective
+from sdfit.workload import Workload
 
 TILE_PIXELS, TILE_STRIDE = 512, 384
 """Side of a VAE tile and the distance to the next one [pixels] (`tile_sample_min_size`, overlap 0.25)."""
@@ -63,8 +63,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of_workload(cls, w: Workload) -> Sizes:
         """The sizes of one workload, as whole numbers."""
-        runs_as = effective(w.height, w.width, w.prompt_length, w.batch_size, w.guidance_scale)
-        return cls.of(*runs_as, w.vae_slicing, w.vae_tiling)
+        return cls.of(*w.runs_as, w.vae_slicing, w.vae_tiling)
 
     @classmethod
     def of_workloads(cls, workloads: Sequence[Workload]) -> Sizes:
@@ -145,7 +144,7 @@ SIZE_COLUMNS = (
 
 def size_columns(workloads: Sequence[Workload]) -> Array:
     """Rows of `SIZE_COLUMNS` for some workloads [pixels, tokens, images, samples, 0 or 1]."""
-    rows = [[getattr(w, name) for name in SIZE_COLUMNS] for w in workloads]
+    rows = [(*w.runs_as, w.vae_slicing, w.vae_tiling) for w in workloads]
     return np.array(rows, dtype=float).reshape(-1, len(SIZE_COLUMNS))
 
 
@@ -157,7 +156,8 @@ def resolution(w: Workload) -> str:
     >>> resolution(Workload(380, 396))
     '376x392'
     """
-    return f"{w.effective_height}x{w.effective_width}"
+    height, width, *_ = w.runs_as
+    return f"{height}x{width}"
 
 
 def domain_columns(A: Numbers, B: Numbers, L: Numbers) -> dict[str, Numbers]:

@@ -8,6 +8,7 @@ stages come round many times; a stage's peak is the highest of its visits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from sdfit.workload import CHOICES, SLICES, STREAMED, VARIANT_FIELDS, VariantKey
 
@@ -105,6 +106,7 @@ def resident(stage: str, offload: str) -> tuple[str, ...]:
     return COMPONENTS if offload == "none" else RESIDENT_WHEN_OFFLOADED[stage]
 
 
+@cache
 def stage_key(stage: str, variant: VariantKey) -> StageKey:
     """Name the coefficients that a stage of a variant uses: the stage and the fields that reach it.
 
@@ -144,6 +146,7 @@ def is_stage_key(key: StageKey) -> bool:
     return len(executions) <= 1 and all(e in CHOICES["execution"][1:] for e in executions)
 
 
+@cache
 def stages_of(variant: VariantKey) -> tuple[str, ...]:
     """The stages that a variant runs through: the tiny VAE has no mid block, the checker may be absent."""
     values = dict(zip(VARIANT_FIELDS, variant, strict=True))

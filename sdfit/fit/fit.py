@@ -41,9 +41,10 @@ MOST_ROUNDS = 20
 """Fits of one stage until the lower bounds that count are settled."""
 
 
-def fit_stage(key: StageKey, seen: Observations) -> StageModel:
-    """Fit one set of coefficients; a lower bound counts only where the fit lies below it, and pulls upwards only."""
-    rows, bound = seen.rows(), np.array(seen.at_least)
+def fit_stage(key: StageKey, seen: Observations, some: Any = None) -> StageModel:
+    """Fit one set of coefficients to all rows, or some; a lower bound counts only where the fit lies below it."""
+    rows = seen.rows(some)
+    bound = rows.at_least
     use = ~bound if not bound.all() else bound
     for _ in range(MOST_ROUNDS):
         model = StageModel(key).fit(rows.X[use], rows.activation_bytes[use], rows.peak_bytes[use], rows.weight[use])
@@ -72,21 +73,29 @@ def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Reco
     return peaks
 
 
-def cross_validate(records: Sequence[Record], failed: Sequence[Record] = ()) -> tuple[list[dict[str, float]], int]:
-    """Predict each record by models that never saw its resolution; returns stage peaks and the number of folds.
+def cross_validate(
+    records: Sequence[Record], seen: Mapping[StageKey, Observations]
+) -> tuple[list[dict[str, float]], int]:
+    """Predict each run that succeeded by models that never saw its resolution; returns stage peaks and the number of folds.
 
-    ``failed`` are runs out of memory: they help to fit, as in `fit`, and are not predicted.
+    Runs out of memory help to fit, as in `fit`, and are not predicted. ``seen`` is what `observe` finds in the records.
     """
-    out: list[dict[str, float]] = [{} for _ in records]
+    ok = [r for r in records if r.outcome == "ok"]
+    out: list[dict[str, float]] = [{} for _ in ok]
     sizes, folds = [resolution(r.workload) for r in records], 0
-    for stay, left in left_out(sizes, FOLDS):
+    for _, left in left_out([s for s, r in zip(sizes, records, strict=True) if r.outcome == "ok"], FOLDS):
         folds += 1
-        held = {sizes[i] for i in left}
-        seen = observe([*(records[i] for i in stay), *(r for r in failed if resolution(r.workload) not in held)])
-        models = {key: fit_stage(key, obs) for key, obs in seen.items() if not all(obs.at_least)}
-        for i, peaks in zip(left, predict_stages(models, [records[i] for i in left]), strict=True):
+        held = {resolution(ok[i].workload) for i in left}
+        stays = np.array([size not in held for size in sizes])
+        models = {}
+        for key, obs in seen.items():
+            rows = obs.rows()
+            use = np.flatnonzero(stays[rows.places])
+            if not rows.at_least[use].all():
+                models[key] = fit_stage(key, obs, use)
+        for i, peaks in zip(left, predict_stages(models, [ok[i] for i in left]), strict=True):
             # a stage that no training fold saw makes the whole prediction unknown, not small
-            complete = set(peaks) == set(stages_of(records[i].workload.variant))
+            complete = set(peaks) == set(stages_of(ok[i].workload.variant))
             out[i] = peaks if complete else {}
     return out, folds
 
@@ -132,11 +141,12 @@ def fit(
     seen = observe(data.records)
     _enough_sizes(seen, ok)
     models = {key: fit_stage(key, obs) for key, obs in seen.items()}
-    held_out, folds = cross_validate(ok, [r for r in data.records if r.outcome == "oom"])
-    metrics, scores, errors = fit_metrics(ok, predict_stages(models, ok), held_out)
+    held_out, folds = cross_validate(data.records, seen)
+    fitted = predict_stages(models, ok)
+    metrics, scores, errors = fit_metrics(ok, fitted, held_out)
     environment = dict(data.environment)
     rests_on = provenance(environment)
-    evaluation = _evaluation(ok, models, held_out, folds, data.records)
+    evaluation = _evaluation(ok, fitted, held_out, folds, data.records)
     evaluation["metrics"] = {
         metric: error_summary(found).to_dict() | {"rows": len(found)} for metric, found in errors.items() if len(found)
     }
@@ -250,7 +260,8 @@ def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
 
 
 def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
-    rows, bound = seen.rows(), np.array(seen.at_least)
+    rows = seen.rows()
+    bound = rows.at_least
     # a lower bound that the fit exceeds is no observation of the peak
     use = ~bound | (model.predict(rows.X) < rows.activation_bytes) if not bound.all() else bound
     low, high = model.bounds(
@@ -278,12 +289,11 @@ def _short(rows: Array) -> list[list[float]]:
 
 def _evaluation(
     ok: Sequence[Record],
-    models: Mapping[StageKey, StageModel],
+    fitted: Sequence[Mapping[str, float]],
     held_out: Sequence[Mapping[str, float]],
     folds: int,
     records: Sequence[Record],
 ) -> dict[str, Any]:
-    fitted = predict_stages(models, ok)
     actual = np.array([r.allocated_bytes for r in ok], dtype=float)
     inside = np.array([max(p.values()) for p in fitted])
     known = [i for i, p in enumerate(held_out) if p]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -46,28 +46,37 @@ class Observations:
     peak_bytes: list[float] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
     at_least: list[bool] = field(default_factory=list)
+    _whole: Rows | None = None
 
-    def rows(self, use: Any = slice(None)) -> Rows:
-        """The rows as arrays, or some of them."""
-        return Rows(
-            size_columns(self.workloads)[use],
-            np.array(self.activation_bytes)[use],
-            np.array(self.peak_bytes)[use],
-            np.array(self.weight)[use],
-            np.array([resolution(w) for w in self.workloads])[use],
-        )
+    def rows(self, use: Any = None) -> Rows:
+        """The rows as arrays, made once; or some of them."""
+        if self._whole is None or len(self._whole.X) != len(self.workloads):
+            self._whole = Rows(
+                size_columns(self.workloads),
+                np.array(self.activation_bytes),
+                np.array(self.peak_bytes),
+                np.array(self.weight),
+                np.array([resolution(w) for w in self.workloads]),
+                np.array(self.places, dtype=np.intp),
+                np.array(self.at_least, dtype=bool),
+            )
+        if use is None:
+            return self._whole
+        return Rows(*(getattr(self._whole, one.name)[use] for one in fields(Rows)))
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Observations as arrays: rows of `sdfit.equation.sizes.SIZE_COLUMNS`, activations and run peaks [bytes], weights,
-    resolutions."""
+    resolutions, which record each is of, whether its activation is a lower bound."""
 
     X: Array
     activation_bytes: Array
     peak_bytes: Array
     weight: Array
     groups: np.ndarray[Any, np.dtype[np.str_]]
+    places: np.ndarray[Any, np.dtype[np.intp]]
+    at_least: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def observe(records: Sequence[Record]) -> dict[StageKey, Observations]:

@@ -134,8 +134,6 @@ def _those(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda every: [every[at] for at in places]
 
 
-
-
 def _reference(value: Any) -> Any:
     """A weak reference; None to what takes none: numbers, texts, devices."""
     try:
