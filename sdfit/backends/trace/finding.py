@@ -5,12 +5,15 @@ A module whose runs do not line up, or with a size that is no product of the len
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise, product
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import Attention
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import variant_applied
@@ -31,11 +34,11 @@ from sdfit.predict.simulation.programs import (
     Shape,
     sides,
 )
-from sdfit.workload import CHUNK_TOKENS, VAE_SCALE, Workload
+from sdfit.workload import CHUNK_TOKENS, SLICES, VAE_SCALE, Workload
 
 _PROBES = {True: ((56, 88, 77), (104, 72, 154), (72, 136, 231)), False: ((59, 91, 77), (107, 75, 154), (77, 133, 231))}
 """Height and width of the latents, and tokens: what a program is found from, where the latents are multiples of 8 and not."""
-_PROBE_BATCHES = (3, 5, 2)
+_PROBE_BATCHES = (3, 5, 4)
 
 
 class Recorded(NamedTuple):
@@ -49,6 +52,8 @@ class Recorded(NamedTuple):
     convolutions: dict[int, tuple[tuple[int, ...], ...]]
     marks: list[tuple[int, str]]
     made: tuple[int, ...]
+    slices: list[list[int]]
+    """Of each attention in slices, the events at which they begin."""
 
 
 def probes(kind: str, *, single: bool, even: bool) -> list[Lengths]:
@@ -84,6 +89,7 @@ def record(tracer: Tracer, workload: Workload, kind: str, at: Lengths) -> Record
     events = meter.events
     convolutions: dict[int, tuple[tuple[int, ...], ...]] = {}
     marks: list[tuple[int, str]] = []
+    slices: list[list[int]] = []
 
     def workspace(func: Any, args: tuple[Any, ...], out: Any) -> int:
         if func.name() != "aten::convolution":
@@ -97,8 +103,9 @@ def record(tracer: Tracer, workload: Workload, kind: str, at: Lengths) -> Record
         if isinstance(tensor, torch.Tensor):
             follow.ignore(tensor)
     as_on_a_card = AsOnACard("math" if workload.attention == "math" else "fused")
+    sliced = _slices_noted(slices, events) if workload.attention in SLICES else nullcontext()
     stages = watched(pipe, lambda stage: marks.append((len(events), stage)))
-    with torch.no_grad(), variant_applied(pipe, workload), as_on_a_card, stages, follow:
+    with torch.no_grad(), variant_applied(pipe, workload), as_on_a_card, stages, sliced, follow:
         out = module(*arguments, **inputs)
         happened = list(events)
         results = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else (out,)
@@ -106,7 +113,7 @@ def record(tracer: Tracer, workload: Workload, kind: str, at: Lengths) -> Record
     there = {block for block, size in happened if size > 0} - {block for block, size in happened if size < 0}
     if there != set(made) - {0}:
         raise AssertionError(f"{kind} leaves more than its results")
-    return Recorded(happened, convolutions, marks[1:] or [(0, STAGES[0])], tuple(b for b in made if b))
+    return Recorded(happened, convolutions, marks[1:] or [(0, STAGES[0])], tuple(b for b in made if b), slices)
 
 
 def _called(pipe: Any, kind: str, at: Lengths) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -131,14 +138,78 @@ def _called(pipe: Any, kind: str, at: Lengths) -> tuple[Any, list[Any], dict[str
     return {ENCODER: pipe.vae.encoder, DECODER: pipe.vae.decoder}[kind], [sample], {}
 
 
-def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]]) -> Program | None:
+@contextmanager
+def _slices_noted(slices: list[list[int]], events: list[tuple[int, int]]) -> Iterator[None]:
+    """Note after how many events each slice of each attention begins."""
+    scores = Attention.get_attention_scores
+    last: list[Any] = [None]
+
+    def noted(attention: Any, *args: Any) -> Any:
+        if attention is not last[0]:
+            last[0] = attention
+            slices.append([])
+        slices[-1].append(len(events))
+        return scores(attention, *args)
+
+    with patch.object(Attention, "get_attention_scores", noted):
+        yield
+
+
+def _of_three_slices(run: Recorded) -> tuple[Recorded, tuple[tuple[int, int, int], ...]]:
+    """The run with the first two slices and the last one of each attention, and at which events they begin."""
+    events: list[tuple[int, int]] = []
+    loops: list[tuple[int, int, int]] = []
+    numbers: dict[int, int] = {}
+    born: list[int] = []
+
+    def keep(first: int, end: int) -> int:
+        for block, size in run.events[first:end]:
+            if size > 0:
+                born.append(block)
+                numbers[block] = len(born)
+            events.append((numbers[block], size))
+        return len(events)
+
+    def births(first: int, end: int) -> list[int]:
+        return [block for block, size in run.events[first:end] if size > 0]
+
+    position = 0
+    for begins in run.slices:
+        second = births(begins[1], begins[2])
+        if len({tuple(size for _, size in run.events[a:b]) for a, b in pairwise(begins[1:])}) != 1:
+            raise AssertionError("slices differ from one another")
+        loops.append((keep(position, begins[0]), keep(begins[0], begins[1]), keep(begins[1], begins[2])))
+        for left_out, kept in zip(births(begins[-2], begins[-1]), second, strict=True):
+            numbers[left_out] = numbers[kept]
+        position = begins[-1]
+    keep(position, len(run.events))
+    convolutions = {numbers[block]: shapes for block, shapes in run.convolutions.items()}
+    made = tuple(numbers[block] for block in run.made)
+    return run._replace(events=events, convolutions=convolutions, made=made), tuple(loops)
+
+
+def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]], heads_at_once: int = 0) -> Program | None:
     """Find a module's program from runs of it at several sizes.
+
+    Parameters
+    ----------
+    kind : str
+    runs : sequence of (Lengths, Recorded)
+    heads_at_once : int
+        Heads in a slice of the attention; 0 if it is computed whole.
 
     Returns
     -------
     Program or None
         None if the runs do not line up, or a size is no product of the lengths.
     """
+    loops: tuple[tuple[int, int, int], ...] = ()
+    if heads_at_once and runs[0][0].batch > 1:
+        three = [(at, *_of_three_slices(run)) for at, run in runs]
+        loops = three[0][2]
+        if any(other != loops for *_, other in three):
+            return None
+        runs = [(at, run) for at, run, _ in three]
     first = runs[0][1]
     orders = [[(block, size > 0) for block, size in run.events] for _, run in runs]
     if any(order != orders[0] for order in orders) or any(
@@ -179,6 +250,8 @@ def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]]) -> Program | None:
         tuple(convolutions),
         tuple(first.marks),
         first.made,
+        loops,
+        heads_at_once if loops else 0,
     )
 
 

@@ -38,7 +38,7 @@ LARGEST_BYTES = 1 << 20
 DTYPES = ("float16", "float32")
 """bfloat16 takes what float16 takes; which modules' programs are equal is seen when they are found."""
 ATTENTIONS, VAES = CHOICES["attention"], CHOICES["vae"]
-_POOLS = ("steps", "products", "layers", "marks", "made")
+_POOLS = ("steps", "products", "layers", "marks", "made", "loops")
 
 
 class NotSimulated(SdfitError):
@@ -140,7 +140,9 @@ class Library:
         pools = {name: _restored(stored, name) for name in _POOLS}
         programs = {}
         for kind, dtype, attention, vae, single, even, *numbers in stored["programs"].tolist():
-            steps, products, layers, marks, made = (pools[name][n] for name, n in zip(_POOLS, numbers, strict=True))
+            steps, products, layers, marks, made, loops = (
+                pools[name][n] for name, n in zip(_POOLS, numbers, strict=True)
+            )
             key = Key(KINDS[kind], DTYPES[dtype], str(ATTENTIONS[attention]), str(VAES[vae]), bool(single), bool(even))
             programs[key] = Program(
                 KINDS[kind],
@@ -151,6 +153,8 @@ class Library:
                 ),
                 tuple((first, STAGES[stage]) for first, stage in marks.reshape(-1, 2).tolist()),
                 tuple(made.tolist()),
+                tuple((first, second, last) for first, second, last in loops.reshape(-1, 3).tolist()),
+                SLICES.get(str(ATTENTIONS[attention]), 0),
             )
         names = [(dtype, name) for dtype in DTYPES for name in PARAMETERS]
         sizes = (tuple(values.tolist()) for values in _restored(stored, "weights"))
@@ -167,8 +171,8 @@ def _arrays(program: Program) -> dict[str, Any]:
     """A program's fields as flat arrays."""
     layers = [[*layer.image, *layer.weight, *layer.out] for layer in program.layers]
     marks = [[first, STAGES.index(stage)] for first, stage in program.marks]
-    values = (program.steps, program.products, layers, marks, program.made)
-    types = (np.int16, np.int32, np.int16, np.int16, np.int16)
+    values = (program.steps, program.products, layers, marks, program.made, program.loops)
+    types = (np.int16, np.int32, np.int16, np.int16, np.int16, np.int16)
     return {
         name: np.array(value, dtype=dtype).ravel() for name, value, dtype in zip(_POOLS, values, types, strict=True)
     }

@@ -27,6 +27,8 @@ UNET, ENCODER, DECODER, TEXT, CHECKER = KINDS = ("unet", "encoder", "decoder", "
 """The pipeline's modules."""
 
 
+HEADS = 8
+"""Of each attention of the UNet."""
 PICTURE, PATCH = 224, 14
 """Side of the pictures that the safety checker looks at, and of the patches that it cuts them into [pixels]."""
 
@@ -94,6 +96,15 @@ class Layer(NamedTuple):
     out: Shape
 
 
+class _Order(NamedTuple):
+    """Of each event the block, whether it is born, and which amount it is; and the blocks that are made."""
+
+    blocks: Any
+    born: Any
+    amounts: Any
+    made: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Program:
     """The events of a module's call, for any size.
@@ -113,6 +124,11 @@ class Program:
         Before which event which stage begins, the first one before the first event.
     made : tuple of int
         The blocks that are there afterwards, counted from 1, in the order of the results.
+    loops : tuple of (int, int, int)
+        Where attention is computed in slices: the events at which the first, the second and the last of three slices begin. There
+        may be more than three, all of them as the second, or only two.
+    heads_at_once : int
+        Heads in a slice.
     """
 
     kind: str
@@ -121,18 +137,68 @@ class Program:
     layers: tuple[Layer, ...]
     marks: tuple[tuple[int, str], ...]
     made: tuple[int, ...]
+    loops: tuple[tuple[int, int, int], ...] = ()
+    heads_at_once: int = 0
 
     @cached_property
-    def _events(self) -> tuple[Any, Any, Any]:
-        """Of each event the block, whether it is born, and which amount it is."""
+    def _order(self) -> _Order:
+        """The events as they are written down."""
         born = self.steps >= 0
         count = np.cumsum(born)
         blocks = np.where(born, count, count + 1 + self.steps)
-        return blocks, born, self.steps[born][blocks - 1]
+        return _Order(blocks, born, self.steps[born][blocks - 1], self.made)
+
+    @cached_property
+    def _unrolled(self) -> dict[int, _Order]:
+        """By how many slices there are."""
+        return {}
+
+    def _ordered(self, batch: int) -> _Order:
+        if not self.loops:
+            return self._order
+        slices = -(-batch * HEADS // self.heads_at_once)
+        if slices not in self._unrolled:
+            self._unrolled[slices] = self._unroll(slices)
+        return self._unrolled[slices]
+
+    def _unroll(self, slices: int) -> _Order:
+        """As many slices as there are: what one of them leaves, the next one takes for what the first one left."""
+        born, blocks = self._order.born.tolist(), self._order.blocks.tolist()
+        numbers: dict[int, int] = {}
+        events: list[int] = []
+        unrolled: list[int] = []
+        count = 0
+
+        def play(first: int, end: int) -> None:
+            nonlocal count
+            events.extend(range(first, end))
+            for event in range(first, end):
+                if born[event]:
+                    count += 1
+                    numbers[blocks[event]] = count
+                unrolled.append(numbers[blocks[event]])
+
+        def births(first: int, end: int) -> list[int]:
+            return [blocks[event] for event in range(first, end) if born[event]]
+
+        position = 0
+        for first, second, last in self.loops:
+            play(position, second)
+            pairs = list(zip(births(first, second), births(second, last), strict=True))
+            for number in range(slices - 2):
+                if number:
+                    numbers.update({before: numbers[after] for before, after in pairs})
+                play(second, last)
+            if slices == 2:
+                numbers.update({after: numbers[before] for before, after in pairs})
+            position = last
+        play(position, len(blocks))
+        made = tuple(numbers[block] for block in self.made)
+        return _Order(np.array(unrolled), self._order.born[events], self._order.amounts[events], made)
 
     def call(self, lengths: Lengths, convolution: Convolution | None, *, keep_events: bool) -> Taken:
         """What a call of these lengths takes."""
-        blocks, born, amounts = self._events
+        blocks, born, amounts, left = self._ordered(lengths.batch)
         heights, widths = sides(lengths.height, self.kind), sides(lengths.width, self.kind)
         areas = np.array(heights) * np.array(widths)
         factor, of_batch, of_tokens, of_area, level = self.products.T
@@ -160,6 +226,6 @@ class Program:
             new = np.cumsum(there[born])  # a workspace of nothing is no block
             numbers = new[blocks[there] - 1]
             events = list(zip(numbers.tolist(), changes[there].tolist(), strict=True))
-            made = tuple(int(new[block - 1]) for block in self.made)
+            made = tuple(int(new[block - 1]) for block in left)
             workspaces = frozenset(new[blocks[there & (amounts >= len(tensors))] - 1].tolist())
         return Taken(peaks, self.marks[-1][1], int(live[-1]), events, made, workspaces)

@@ -19,7 +19,8 @@ def keys() -> list[Key]:
         Key(kind, dtype, str(attention), str(vae), single, even)
         for kind in KINDS
         for dtype in DTYPES
-        for attention in (a for a in ATTENTIONS if a not in SLICES and (kind not in (TEXT, CHECKER) or a != "eager"))
+        for attention in ATTENTIONS
+        if kind == UNET or attention not in (*SLICES, *(("eager",) if kind in (TEXT, CHECKER) else ()))
         for vae in (VAES if kind in (ENCODER, DECODER) else ("kl",))
         if vae == "kl" or attention == "sdpa"
         for single in (True, False)
@@ -37,7 +38,7 @@ def found(tracer: Tracer, key: Key, dtype: str | None = None) -> Program:
     """
     workload = Workload(512, 512, dtype=dtype or key.dtype, attention=key.attention, vae=key.vae)
     runs = [(at, record(tracer, workload, key.kind, at)) for at in probes(key.kind, single=key.single, even=key.even)]
-    program = find(key.kind, runs)
+    program = find(key.kind, runs, SLICES.get(key.attention, 0))
     if program is None:
         raise SdfitError(
             f"there is no program of {key}: its runs do not line up, or a size is no product of the lengths"
