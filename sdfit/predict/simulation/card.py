@@ -41,6 +41,20 @@ class Traced:
         """The highest of the stages."""
         return max(self.stage_peaks.values())
 
+    def is_like(self, other: Traced) -> bool:
+        """Whether another run took the same, event by event; blocks may have other numbers, and seconds are not looked at."""
+
+        def facts(run: Traced) -> tuple[object, ...]:
+            return (run.component_bytes, run.stage_peaks, run.standing_bytes, run.unsplit_bytes, run.resident_bytes)
+
+        return facts(self) == facts(other) and self.renumbered() == other.renumbered()
+
+    def renumbered(self) -> tuple[list[tuple[int, int]], set[int]]:
+        """The events with blocks numbered as they are born, and which of them are workspaces."""
+        numbers: dict[int, int] = {0: 0}  # the cache given back is an event of block 0
+        events = [(numbers.setdefault(block, len(numbers)), size) for block, size in self.events or ()]
+        return events, {numbers[block] for block in self.workspaces}
+
 
 class Card:
     """Loads and unloads whole components, as under `enable_model_cpu_offload`; without it all are there at once.

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from simulated import drawn, facts, renumbered
+from simulated import drawn
 
 from sdfit.errors import SdfitError
 from sdfit.files import shipped
@@ -22,21 +22,23 @@ SEED = 20261128
 OLDER_REPLAY = ("sm90",)
 """What these records say of reserved, required and minimum memory is an older replay's: one row in seven differs, from today's
 trace too."""
-ATTENTIONS = ("sdpa", "eager", "math")
 EDGES = [
     Workload(520, 776, 154, 3),
     Workload(1096, 904, batch_size=2, attention="eager", vae_slicing=True),
     Workload(1024, 768, dtype="float32", vae_tiling=True, offload="model"),
     Workload(1000, 1300, 100, 3, 1.0, "bfloat16", "math", vae_tiling=True, vae_slicing=True, offload="model"),
     Workload(72, 136, 231, 2, vae="tiny", safety_checker=False),
+    Workload(264, 328, 100, 3, attention="sliced", dtype="float32"),
+    Workload(128, 192, batch_size=1, attention="sliced_8"),
 ]
 
 
 def assert_equal(workload, architecture, tracer, simulator):
     """With the events and without."""
     expected, got = tracer.run(workload, keep_events=True), simulator.run(workload, keep_events=True)
-    assert renumbered(got) == renumbered(expected), (architecture, workload)
-    assert facts(got) == facts(expected) == facts(simulator.run(workload)), (architecture, workload)
+    assert got.renumbered() == expected.renumbered(), (architecture, workload)
+    assert got.is_like(expected), (architecture, workload)
+    assert simulator.run(workload).stage_peaks == expected.stage_peaks, (architecture, workload)
 
 
 def held_against_a_trace(workloads, architecture):
@@ -66,7 +68,7 @@ def test_without_workspaces_and_on_another_architecture(architecture):
 @pytest.mark.parametrize("architecture", ["sm61", "sm70", "sm75", "sm90"])
 def test_a_drawn_sample(architecture):
     """Every covered variant is drawn from; with a seed."""
-    held_against_a_trace(drawn(SEED + len(architecture), 60, ATTENTIONS), architecture)
+    held_against_a_trace(drawn(SEED + int(architecture[2:]), 60), architecture)
     print(f"seed {SEED}: 60 workloads equal event by event on {architecture}")
 
 
