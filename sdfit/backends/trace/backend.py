@@ -22,7 +22,7 @@ from sdfit.errors import InvalidWorkload, SdfitError, SweepWarning
 from sdfit.predict.simulation.card import Traced
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
-from sdfit.predict.simulation.simulate import Simulator
+from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import Workspaces, workspaces_for
 from sdfit.records import fingerprint
 from sdfit.workload import CARD_ALONE, Workload
@@ -90,13 +90,14 @@ class TraceBackend:
         """
         if workload.execution != "default":
             raise InvalidWorkload(f"execution={workload.execution}: {CARD_ALONE}", given=workload.execution)
-        traced = self._run(workload)
-        # without workspaces the trace is of no card, and what an allocator would do with it says little
-        reserved = required = minimum = None
-        if traced.events is not None:
-            reserved = replay(traced.events).reserved_bytes
-            required = smallest_cap(traced.events)
-            minimum = smallest_cap(without(traced.events, traced.workspaces))
+        with uncollected():
+            traced = self._run(workload)
+            # without workspaces the trace is of no card, and what an allocator would do with it says little
+            reserved = required = minimum = None
+            if traced.events is not None:
+                reserved = replay(traced.events).reserved_bytes
+                required = smallest_cap(traced.events)
+                minimum = smallest_cap(without(traced.events, traced.workspaces))
         return {
             "outcome": "ok",
             "stage_peaks_bytes": traced.stage_peaks,

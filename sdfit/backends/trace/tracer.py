@@ -9,7 +9,6 @@ What a trace cannot see: memory inside kernels. What is known of it comes in thr
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +38,7 @@ from sdfit.equation.weights import rounded
 from sdfit.errors import InvalidWorkload, nearest
 from sdfit.predict.simulation.card import Card, Traced
 from sdfit.predict.simulation.meter import Meter
+from sdfit.predict.simulation.simulate import uncollected
 from sdfit.workload import STREAMED, VAE_SCALE, Workload
 
 TASKS = ("img2img", "txt2img", "vae_encode", "vae_decode")
@@ -212,7 +212,7 @@ class Tracer:
         repeats = nullcontext() if full else skipped(pipe, follow)
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
-        with _no_collection(), variant_applied(pipe, workload), as_on_a_card:
+        with uncollected(), _no_warnings(), variant_applied(pipe, workload), as_on_a_card:
             with streams as buffers, watched(pipe, enter), repeats, follow:
                 _RUN[task](pipe, workload, steps, call or {})
                 enter("")
@@ -261,13 +261,7 @@ class _Weights:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if enabled:
-            gc.enable()
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
-from sdfit.predict.simulation.simulate import Simulator
+from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import Workload
 
@@ -39,6 +39,10 @@ class Needed:
 
         Where that is above ``limit_bytes``, what is given may be any number between the two, and is found sooner.
         """
+        with uncollected():
+            return self._needed(workload, metric, limit_bytes)
+
+    def _needed(self, workload: Workload, metric: str, limit_bytes: float | None) -> int:
         if limit_bytes is not None and metric == "required":
             live = self._simulator.run(workload).peak_bytes
             if live > limit_bytes:

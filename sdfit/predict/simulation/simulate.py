@@ -9,6 +9,9 @@ measured kernels. Those are left to `sdfit.backends.trace.tracer`, which this is
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sdfit.predict.simulation.card import Card, Traced
@@ -19,6 +22,18 @@ from sdfit.predict.simulation.pipeline import Img2Img
 from sdfit.predict.simulation.programs import Convolution
 from sdfit.predict.simulation.workspaces import Workspaces
 from sdfit.workload import STREAMED, Workload
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python from looking for circles of dead values: an event is a tuple, and beside PyTorch each look takes long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Simulator:

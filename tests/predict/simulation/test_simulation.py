@@ -160,12 +160,10 @@ def test_measured_kernels_are_left_to_the_trace():
         Simulator(Workspaces(table)).run(Workload(512, 512))
 
 
-def test_what_is_needed_is_asked_elsewhere_where_it_is_not_simulated():
-    """A trace, or nobody."""
-    streamed = Workload(512, 512, offload="sequential")
-    assert Needed("sm75", lambda workload, metric: 7)(streamed, "required") == 7
+def test_what_is_not_simulated_is_not_needed_either():
+    """The question is left to whoever asked, and a card that nobody knows is refused at once."""
     with pytest.raises(NotSimulated):
-        Needed("sm75")(streamed, "required")
+        Needed("sm75")(Workload(512, 512, offload="sequential"), "required")
     with pytest.raises(SdfitError):
         Needed("no such card")
 
