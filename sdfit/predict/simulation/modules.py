@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sdfit.predict.simulation.card import Card
-from sdfit.predict.simulation.library import Library
+from sdfit.predict.simulation.library import Library, NotSimulated
 from sdfit.predict.simulation.meter import Span
 from sdfit.predict.simulation.programs import (
     CHECKER,
@@ -20,6 +20,9 @@ from sdfit.predict.simulation.tape import Tensor, empty, given
 from sdfit.workload import DTYPE_BYTES, VAE_SCALE, Workload
 
 LATENT_CHANNELS, IMAGE_CHANNELS, TEXT_CHANNELS = 4, 3, 768
+
+MOST_EVENTS = 400_000
+"""Of a run; one has ten to forty thousand, but for slices and tiles by the thousand. Replaying as many takes seconds."""
 
 
 class Modules:
@@ -40,6 +43,7 @@ class Modules:
         self._library, self._convolution = library, convolution
         self._taken: dict[tuple[str, Lengths], Taken] = {}
         self._spans: dict[tuple[str, Lengths], Span] = {}
+        self._events = 0
 
     def text_encoder(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state, and what is pooled of it."""
@@ -85,6 +89,7 @@ class Modules:
     def _once_per_shape(self, kind: str, lengths: Lengths, shape: tuple[int, ...]) -> Tensor:
         """A call, or one more like an earlier one, of which a trace keeps nothing (`Meter.repeat`) but the result."""
         key = (kind, lengths)
+        self._count(kind, lengths)
         if key not in self._spans:
             span, blocks = self._plays(kind, lengths)
             self._spans[key] = span
@@ -93,6 +98,12 @@ class Modules:
         self.card.enter(next(iter(span.peaks_bytes)))
         self.meter.repeat(span)
         return empty(self.meter, shape, self.each_bytes)
+
+    def _count(self, kind: str, lengths: Lengths) -> None:
+        """Refuse a run that goes on for too long."""
+        self._events += self._library.program(kind, self.workload, lengths).count(lengths.batch)
+        if self._events > MOST_EVENTS:
+            raise NotSimulated(f"a run of more than {MOST_EVENTS} allocations and frees takes too long to simulate")
 
     def _plays(self, kind: str, lengths: Lengths) -> tuple[Span, list[int]]:
         key = (kind, lengths)

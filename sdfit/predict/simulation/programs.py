@@ -153,10 +153,17 @@ class Program:
         """By how many slices there are."""
         return {}
 
+    def count(self, batch: int) -> int:
+        """How many events a call of so many images or samples has."""
+        return len(self.steps) + sum(last - second for _, second, last in self.loops) * (self._slices(batch) - 3)
+
+    def _slices(self, batch: int) -> int:
+        return -(-batch * HEADS // self.heads_at_once) if self.loops else 3
+
     def _ordered(self, batch: int) -> _Order:
         if not self.loops:
             return self._order
-        slices = -(-batch * HEADS // self.heads_at_once)
+        slices = self._slices(batch)
         if slices not in self._unrolled:
             self._unrolled[slices] = self._unroll(slices)
         return self._unrolled[slices]

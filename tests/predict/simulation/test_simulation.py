@@ -144,7 +144,8 @@ def test_all_of_the_shipped_records(path):
 @pytest.mark.parametrize(
     "options",
     [{"offload": "sequential"}, {"offload": "group_leaf"}, {"execution": "tf32"}, {"vae": "tiny", "vae_tiling": True},
-     {"height": 64}],
+     {"height": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
+     {"height": 16384, "width": 16384, "batch_size": 4, "vae_slicing": True, "vae_tiling": True}],
     ids=str,
 )  # fmt: skip
 def test_what_is_not_written_out_is_said(options):
