@@ -1,1 +1,1 @@
-"""A simulated card: the pipeline on meta tensors, its kernels' workspaces, its allocator."""
+"""A simulated card: the pipeline on meta tensors, where `sdfit.predict.simulation` does not answer, and what that is found from and held against."""
