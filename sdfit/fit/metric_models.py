@@ -34,6 +34,7 @@ from sdfit.equation.sizes import Array, Sizes, resolution
 from sdfit.equation.stages import stages_of
 from sdfit.fit.folds import left_out
 from sdfit.fit.scores import by_family
+from sdfit.fit.stage_model import lengths
 from sdfit.predict.conformal import scale
 from sdfit.records import Record
 
@@ -287,7 +288,7 @@ def robust_nonnegative(design: Array, target: Array, rounds: int = ROUNDS) -> Ar
     >>> robust_nonnegative(line, y).round(3).tolist()
     [1.0, 2.0]
     """
-    length = np.linalg.norm(design, axis=0)
+    length = lengths(design)
     length[length == 0] = 1.0
     columns, weight = design / length, np.ones(len(target))
     solved: Array = np.zeros(design.shape[1])

@@ -169,8 +169,9 @@ def check_equation(artifact: Artifact) -> list[Finding]:
         if not inside.any():
             continue
         options = dict(zip(VARIANT_FIELDS, key, strict=True))
-        columns = {column: values.ravel() for column, values in grid.items()}
-        peak = predictor.predict(columns | options).reshape(inside.shape)
+        columns = {column: values[inside] for column, values in grid.items()}
+        peak = np.zeros(inside.shape)
+        peak[inside] = predictor.predict(columns | options)
         low = np.where(inside, peak, np.inf)
         at = np.unravel_index(int(np.argmin(low)), low.shape)
         if low[at] < min(found.weights.values()) or not np.isfinite(peak[inside]).all():

@@ -216,13 +216,14 @@ def leave_out(rows: Rows, use: Array) -> Array:
 
 def by_resolution(names: Sequence[str], pixels: Array, errors: Array) -> tuple[HeldOut, ...]:
     """Put relative errors together by resolution, smallest first; rows without an error (NaN) are left out."""
-    lines = []
-    for name in dict.fromkeys(names[i] for i in np.argsort(pixels, kind="stable")):
-        mine = np.array([n == name for n in names]) & np.isfinite(errors)
-        if mine.any():
-            size = pixels[mine][0]
+    lines, ends = [], (pixels.min(), pixels.max())
+    rows: dict[str, list[int]] = {names[i]: [] for i in np.argsort(pixels, kind="stable")}
+    for i in np.flatnonzero(np.isfinite(errors)):
+        rows[names[i]].append(int(i))
+    for name, mine in rows.items():
+        if mine:
             worst = errors[mine][np.argmax(np.abs(errors[mine]))]
-            lines.append(HeldOut(name, int(mine.sum()), float(worst), bool(size in (pixels.min(), pixels.max()))))
+            lines.append(HeldOut(name, len(mine), float(worst), bool(pixels[mine[0]] in ends)))
     return tuple(lines)
 
 
