@@ -21,7 +21,7 @@ test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not bench"
 
 bench: $(READY)
-	$(BIN)/python -m pytest -m bench tests/bench --doctest-continue-on-failure --benchmark-columns=median,min,iqr,rounds --benchmark-warmup=on -s
+	$(BIN)/python -m pytest -m "bench and not slow" tests/bench --doctest-continue-on-failure --benchmark-columns=median,min,iqr,rounds --benchmark-warmup=on -s
 
 lint: $(READY)
 	$(BIN)/ruff check .

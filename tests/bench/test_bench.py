@@ -5,7 +5,9 @@ Run them with `make bench`.
 
 from __future__ import annotations
 
+import json
 import random
+import resource
 import subprocess
 import sys
 import warnings
@@ -19,7 +21,7 @@ import sdfit
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import SimulatedModelWarning
 from sdfit.fit import fit as fitting
-from sdfit.records import Record, RecordsFile
+from sdfit.records import RECORDS, Record, RecordsFile
 from sdfit.sweep.grid import load as load_grid
 from sdfit.workload import Workload
 
@@ -83,18 +85,52 @@ def test_import(benchmark: Any, statement: str) -> None:
     benchmark.pedantic(lambda: subprocess.run(command, check=True), rounds=11, warmup_rounds=1)
 
 
-def test_fit_of_1000_records(benchmark: Any) -> None:
-    """sdfit.fit.fit.fit on 1,000 records of the default and holdout grids on the made-up card."""
+def made_up(rows: int) -> RecordsFile:
+    """Records of the default and holdout grids, and of their variants at other heights, on the made-up card."""
     fake = FakeBackend("bench", noise=0.002, capacity_bytes=1 << 50)
     workloads = [*load_grid("default").workloads, *load_grid("holdout").workloads]
-    rng = random.Random(1)
-    while len(workloads) < 1000:
-        base = rng.choice(workloads)
+    rng, known = random.Random(1), len(workloads)
+    while len(workloads) < rows:
+        base = workloads[rng.randrange(known)]
         workloads.append(type(base).from_dict(base.to_dict() | {"height": rng.randrange(256, 1024)}))
-    records = [Record(i, w, **fake.measure(w)) for i, w in enumerate(workloads[:1000])]
-    data = RecordsFile(fake.environment(), records, [])
-    artifact = benchmark.pedantic(fitting.fit, args=(data,), rounds=3)
+    records = [Record(i, w, **fake.measure(w)) for i, w in enumerate(workloads[:rows])]
+    return RecordsFile(fake.environment() | {"grid": "bench"}, records, [])
+
+
+def test_fit_of_1000_records(benchmark: Any) -> None:
+    """sdfit.fit.fit.fit on 1,000 records on the made-up card."""
+    artifact = benchmark.pedantic(fitting.fit, args=(made_up(1000),), rounds=3)
     assert artifact.evaluation["rows"] == 1000
+
+
+def test_fit_of_the_default_grid(benchmark: Any, tmp_path: Path) -> None:
+    """`sdfit fit` of the traced default grid of sm75, a whole process: read, fitted, judged, written."""
+    (records,) = (Path(__file__).parents[2] / "data" / "sm75").glob("*-default-trace.jsonl.gz")
+    out = tmp_path / "t4.joblib"
+    command = [sys.executable, "-m", "sdfit.cli", "fit", str(records), "--out", str(out)]
+    benchmark.pedantic(lambda: subprocess.run(command, check=True, capture_output=True), rounds=3, warmup_rounds=1)
+    assert out.exists()
+
+
+@pytest.mark.slow
+def test_fit_of_100000_records(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`sdfit fit` of 100,000 records on the made-up card, a whole process, and its peak memory.
+
+    Minutes, so `make bench` leaves it out: pytest -m "bench and slow" tests/bench.
+    """
+    data, path = made_up(100_000), tmp_path / "records.jsonl"
+    lines = [{RECORDS.key: 1, "environment": data.environment}, *map(RECORDS.dump, data.records)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "sdfit.cli", "fit", str(path), "--out", str(tmp_path / "made-up.joblib")]
+    benchmark.pedantic(lambda: subprocess.run(command, check=True, capture_output=True), rounds=1)
+    with capsys.disabled():
+        print(f"\npeak memory: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
+
+
+def test_derive_of_one_variant(benchmark: Any) -> None:
+    """`sdfit derive` of the default variant, a whole process."""
+    command = [sys.executable, "-m", "sdfit.cli", "derive"]
+    benchmark.pedantic(lambda: subprocess.run(command, check=True, capture_output=True), rounds=3)
 
 
 def test_trace_of_one_workload(benchmark: Any) -> None:
