@@ -218,8 +218,8 @@ def by_resolution(names: Sequence[str], pixels: Array, errors: Array) -> tuple[H
     """Put relative errors together by resolution, smallest first; rows without an error (NaN) are left out."""
     lines, ends = [], (pixels.min(), pixels.max())
     rows: dict[str, list[int]] = {names[i]: [] for i in np.argsort(pixels, kind="stable")}
-    for i in np.flatnonzero(np.isfinite(errors)):
-        rows[names[i]].append(int(i))
+    for i in np.flatnonzero(np.isfinite(errors)).tolist():
+        rows[names[i]].append(i)
     for name, mine in rows.items():
         if mine:
             worst = errors[mine][np.argmax(np.abs(errors[mine]))]
