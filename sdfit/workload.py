@@ -43,8 +43,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
 """The discrete fields and what each may be; the first is the default."""
 SLICES = {"sliced": 4, "sliced_max": 1, "sliced_2": 2, "sliced_8": 8}
 """Heads that each kind of sliced attention computes at once, of eight: ``"auto"`` takes half of them, ``"max"`` one."""
-STREAMED = ("sequential", "group_block", "group_leaf")
-"""Kinds of offload that bring weights to the card module by module: of a component only what runs is there."""
+STREAMED = {"sequential": "leaf", "group_block": "block", "group_leaf": "leaf"}
+"""Kinds of offload that bring weights to the card module by module, of which only what runs is there: in leaves, or whole
+blocks at a time."""
 CARD_ALONE = "which kernels then run, and what memory they hold, a card alone can tell; a trace has no number for it"
 """Of every execution but the default."""
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -9,13 +9,19 @@ from typing import Any
 from sdfit.equation.stages import STAGES
 
 
-def boundaries(pipe: Any) -> list[tuple[Any, str, str]]:
-    """List where stages begin: (module, ``before`` or ``after`` its forward, the stage that begins there)."""
-    encoder, decoder = pipe.vae.encoder, pipe.vae.decoder
+def boundaries(pipe: Any, *, streamed: bool = False) -> list[tuple[Any, str, str]]:
+    """List where stages begin: (module, ``before`` or ``after`` its forward, the stage that begins there).
+
+    Where weights come module by module (``streamed``) the UNet is at full size in its first block down and its last one
+    up, and what lies between is deep.
+    """
+    encoder, decoder, unet = pipe.vae.encoder, pipe.vae.decoder, pipe.unet
     marks = [
         (encoder, "before", "vae_encoder_blocks"),
-        (pipe.unet, "before", "unet"),
+        (unet, "before", "unet"),
     ]
+    if streamed:
+        marks += [(unet.down_blocks[1], "before", "unet_deep"), (unet.up_blocks[-1], "before", "unet")]
     if hasattr(encoder, "mid_block"):
         marks += [
             (encoder.mid_block, "before", "vae_encoder_mid"),
@@ -31,10 +37,10 @@ def boundaries(pipe: Any) -> list[tuple[Any, str, str]]:
 
 
 @contextmanager
-def watched(pipe: Any, enter: Callable[[str], None]) -> Iterator[None]:
+def watched(pipe: Any, enter: Callable[[str], None], *, streamed: bool = False) -> Iterator[None]:
     """Call ``enter(stage)`` at each stage boundary of every run inside the ``with`` block, the first one at once."""
     handles = []
-    for module, when, stage in boundaries(pipe):
+    for module, when, stage in boundaries(pipe, streamed=streamed):
         hook = _hook(enter, stage)
         register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
         handles.append(register(hook))

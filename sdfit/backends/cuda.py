@@ -33,7 +33,7 @@ from sdfit.backends.run import Run, is_out_of_memory
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
-from sdfit.workload import VariantKey, Workload
+from sdfit.workload import STREAMED, VariantKey, Workload
 
 
 class CudaBackend:
@@ -181,7 +181,7 @@ class CudaBackend:
                 self.counters.watching(),
                 variant_applied(pipe, workload),
                 kernels_noted(pipe, run.kernels),
-                watched(pipe, run.enter),
+                watched(pipe, run.enter, streamed=workload.offload in STREAMED),
             ):
                 pipe(**call_arguments(workload, num_inference_steps=steps, device=self.counters.device, width=width))
                 run.leave()

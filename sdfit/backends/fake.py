@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdfit.equation.stages import resident, stage_key, stages_of
+from sdfit.equation.stages import UNET_STAGES, resident, stage_key, stages_of
 from sdfit.equation.terms import design_of, terms_of
 from sdfit.equation.weights import component_bytes
 from sdfit.errors import DeviceError
@@ -26,6 +26,7 @@ COEFFICIENTS: dict[str, dict[str, float]] = {
     "vae_encoder_blocks": {"1": 9_000_000, "m·P": 1290.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "vae_encoder_mid": {"1": 9_000_000, "m·P": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "unet": {"1": 12_000_000, "n·A": 260.0, "n": 300_000, "n·L": 1600, "n·L·A": 0.0},
+    "unet_deep": {"1": 90_000_000, "n·A": 60.0, "n": 300_000, "n·L": 1600, "n·L·A": 0.0},
     "vae_decoder_mid": {"1": 9_000_000, "m·P": 140.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "vae_decoder_blocks": {"1": 9_000_000, "m·P": 2433.0, "m": 20_000, "n·L": 1536, "B·A": 2.0, "D": 8.0},
     "safety_checker": {"1": 9_000_000, "B": 3_000_000, "B·A": 24.0, "n·L": 1536},
@@ -39,7 +40,7 @@ def true_coefficients(workload: Workload, stage: str) -> dict[str, float]:
     """The coefficients that a fit should give back for a stage of a workload's variant."""
     scale = DTYPE_BYTES[workload.dtype] / 2
     known = dict(COEFFICIENTS[stage])
-    if stage == "unet" and workload.attention in SCORES:
+    if stage in UNET_STAGES and workload.attention in SCORES:
         name, value = SCORES[workload.attention]
         known[name] = value
         known["n·L·A"] = 0.02

@@ -38,7 +38,7 @@ CONSTANT_BYTES = 1 << 20
 MATERIALISED = ("math", "eager", *SLICES)
 """Kinds of attention that hold score matrices."""
 
-PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid") for stage in STAGES}
+PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid").removesuffix("_deep") for stage in STAGES}
 """The part of the pipeline that a stage belongs to."""
 PIECES = tuple(dict.fromkeys(PIECE.values()))
 
@@ -90,6 +90,11 @@ class Place(NamedTuple):
         """Whether convolutions run image by image: past 2^31 elements."""
         return bool(_SPLIT[self.regime])
 
+    @property
+    def scoring(self) -> str:
+        """The attention, but one word for slices of any size."""
+        return "sliced" if self.attention in SLICES else self.attention
+
 
 _SPLIT = np.array([one.elements[0] > 0 for one in REGIMES])
 """Of each regime."""
@@ -105,11 +110,13 @@ WIDENING: tuple[tuple[str, ...], ...] = (
 """What a group of places agrees in, the narrowest first. No two have as many fields, so names tell them apart."""
 FAMILIES: tuple[tuple[str, ...], ...] = (
     ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "split", "three", "piece"),
-    ("attention", "offload", "sliced", "tiled", "split"),
-    ("attention", "split"),
+    ("scoring", "offload", "sliced", "tiled", "split"),
+    ("scoring", "offload", "split"),
+    ("scoring", "split"),
     (),
 )
-"""What runs that share conformal scores agree in, the narrowest first."""
+"""What runs that share conformal scores agree in, the narrowest first: rather another slice size than another offload, with
+which the room that a component leaves is used otherwise."""
 
 
 @cache
@@ -147,7 +154,7 @@ def families(place: Place) -> tuple[str, ...]:
     Examples
     --------
     >>> families(Place(2, "sdpa", "kl", "none", False, False, True, False, 1, "unet"))
-    ('2|sdpa|kl|none|0|0|0|0|unet', 'sdpa|none|0|0|0', 'sdpa|0', '')
+    ('2|sdpa|kl|none|0|0|0|0|unet', 'sdpa|none|0|0|0', 'sdpa|none|0', 'sdpa|0', '')
     """
     return tuple(_name(place, names) for names in FAMILIES)
 

@@ -2,7 +2,8 @@
 
 A stage begins when its first module is called and lasts until the next one begins, so the work between two modules
 (the scheduler's step, sampling the latents) counts to the stage before it. With VAE tiling or slicing the VAE's
-stages come round many times; a stage's peak is the highest of its visits.
+stages come round many times; a stage's peak is the highest of its visits. Where weights come module by module the UNet
+is two stages: its deep blocks, which have most of the weights, and those at full size, which have the large feature maps.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ _STAGES = (
     Stage("vae_encoder_blocks", "m", _BLOCKS,                 _VAE,                       128),
     Stage("vae_encoder_mid",    "m", _MID,                    _VAE),
     Stage("unet",               "n", ("dtype", "attention"),  _UNET),
+    Stage("unet_deep",          "n", ("dtype", "attention"),  _UNET),
     Stage("vae_decoder_mid",    "m", _MID,                    _VAE),
     Stage("vae_decoder_blocks", "m", _BLOCKS,                 _VAE,                       256),
     Stage("safety_checker",     "B", ("dtype",),              ("1", "B", "B·A", "n·L")),
@@ -61,7 +63,10 @@ _STAGES = (
 STAGE = {stage.name: stage for stage in _STAGES}
 STAGES = tuple(STAGE)
 """Their names, in the order in which they run. The text encoder is called once for the prompts and once for the
-negative ones, so its own batch is B."""
+negative ones, so its own batch is B. ``unet_deep`` is there only where weights come module by module (`stages_of`)."""
+
+UNET_STAGES = tuple(stage for stage in STAGES if stage.startswith("unet"))
+"""Those of the UNet."""
 
 COMPONENTS = ("vae", "text_encoder", "unet", "safety_checker")
 """What has weights, in the order in which the pipeline holds it and so, usually, loads it."""
@@ -71,6 +76,7 @@ RESIDENT_WHEN_OFFLOADED = {
     "vae_encoder_blocks": ("text_encoder", "vae", "safety_checker"),
     "vae_encoder_mid": ("text_encoder", "vae", "safety_checker"),
     "unet": ("unet", "vae", "safety_checker"),
+    "unet_deep": ("unet", "vae", "safety_checker"),
     "vae_decoder_mid": ("vae", "safety_checker"),
     "vae_decoder_blocks": ("vae", "safety_checker"),
     "safety_checker": ("vae", "safety_checker"),
@@ -86,12 +92,6 @@ accelerate's `CpuOffload`.
 RESIDENT_WHEN_STREAMED = {"sequential": ("safety_checker",), "group_block": (), "group_leaf": ()}
 """Which components are on the card as a whole when weights come module by module: sequential offload leaves the checker
 there (`_exclude_from_cpu_offload`), group offload nothing. What comes and goes counts to the stage's coefficients."""
-
-IN_PIECES = ("group_block", "group_leaf")
-"""Kinds of offload that no coefficients are fitted for: what a stage holds is the larger of two pieces (a deep block's
-weights, or feature maps at full size), and the text encoder's weights do not come at all where embeddings are given. One
-polynomial misses that by up to 50 %; a trace answers to the byte."""
-
 
 def resident(stage: str, offload: str) -> tuple[str, ...]:
     """The components whose weights are on the card while a stage runs.
@@ -111,7 +111,8 @@ def stage_key(stage: str, variant: VariantKey) -> StageKey:
     """Name the coefficients that a stage of a variant uses: the stage and the fields that reach it.
 
     ``enable_attention_slicing`` does not reach the VAE, so its mid block runs ``sdpa`` there. Where weights come module by
-    module the peak may lie elsewhere, so every stage then has coefficients of its own; so it has where other kernels run.
+    module the peak may lie elsewhere, so every stage then has coefficients of its own, whichever hooks bring the same
+    modules; so it has where other kernels run.
 
     Examples
     --------
@@ -124,8 +125,8 @@ def stage_key(stage: str, variant: VariantKey) -> StageKey:
         values["attention"] = "sdpa"
     key = (stage, *(str(values[name]) for name in STAGE[stage].fields))
     if values["offload"] in STREAMED:
-        key += (str(values["offload"]),)
-    if values["execution"] != "default" and (stage == "unet" or values["execution"] == "tf32"):
+        key += (STREAMED[str(values["offload"])],)
+    if values["execution"] != "default" and (stage in UNET_STAGES or values["execution"] == "tf32"):
         key += (str(values["execution"]),)
     return key
 
@@ -135,22 +136,31 @@ def is_stage_key(key: StageKey) -> bool:
 
     Examples
     --------
-    >>> is_stage_key(("unet", "float16", "sdpa", "sequential")), is_stage_key(("unet", "float16", "sdpa", "none"))
+    >>> is_stage_key(("unet", "float16", "sdpa", "leaf")), is_stage_key(("unet", "float16", "sdpa", "none"))
     (True, False)
     """
     if not key or key[0] not in STAGE or len(key) < 1 + len(STAGE[key[0]].fields):
         return False
     rest = key[1 + len(STAGE[key[0]].fields) :]
-    offloads = rest[:1] if rest and rest[0] in STREAMED else ()
+    offloads = rest[:1] if rest and rest[0] in STREAMED.values() else ()
     executions = rest[len(offloads) :]
     return len(executions) <= 1 and all(e in CHOICES["execution"][1:] for e in executions)
 
 
 @cache
 def stages_of(variant: VariantKey) -> tuple[str, ...]:
-    """The stages that a variant runs through: the tiny VAE has no mid block, the checker may be absent."""
+    """The stages that a variant runs through: the tiny VAE has no mid block, the checker may be absent.
+
+    Examples
+    --------
+    >>> from sdfit.workload import Workload
+    >>> stages_of(Workload(512, 512, vae="tiny", safety_checker=False, offload="sequential").variant)
+    ('text_encoder', 'vae_encoder_blocks', 'unet', 'unet_deep', 'vae_decoder_blocks')
+    """
     values = dict(zip(VARIANT_FIELDS, variant, strict=True))
     skipped = {"safety_checker"} if not values["safety_checker"] else set()
     if values["vae"] == "tiny":
         skipped |= {"vae_encoder_mid", "vae_decoder_mid"}
+    if values["offload"] not in STREAMED:
+        skipped |= {"unet_deep"}
     return tuple(stage for stage in STAGES if stage not in skipped)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdfit.equation.sizes import Array, Numbers, Sizes
-from sdfit.equation.stages import STAGE, StageKey
+from sdfit.equation.stages import STAGE, UNET_STAGES, StageKey
 from sdfit.workload import SLICES, Workload
 
 
@@ -66,7 +66,7 @@ def products(B: Numbers, n: Numbers, A: Numbers, L: Numbers, m: Numbers, P: Numb
 def terms_of(key: StageKey) -> tuple[str, ...]:
     """The terms of a stage; with sliced attention the scores of one slice do not grow with the batch."""
     names = STAGE[key[0]].terms
-    if key[0] == "unet" and not SLICES.keys().isdisjoint(key):
+    if key[0] in UNET_STAGES and not SLICES.keys().isdisjoint(key):
         names = tuple("A²" if name == "n·A²" else name for name in names)
     return names
 

@@ -27,7 +27,7 @@ import numpy as np
 from sdfit.equation.metrics import MATERIALISED
 from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Array, Sizes
-from sdfit.equation.stages import STAGE, StageKey, stage_key, stages_of
+from sdfit.equation.stages import STAGE, UNET_STAGES, StageKey, stage_key, stages_of
 from sdfit.equation.terms import COLUMN, products
 from sdfit.errors import FitError, UnknownVariant, listed
 from sdfit.fit.folds import Indices
@@ -188,7 +188,7 @@ def misfit_bytes(stage: str, activation_bytes: float, top_bytes: float) -> float
     An error there spoils no answer, and what lies below the peak was fitted with less weight.
     """
     below = min(top_bytes / max(activation_bytes, 1.0), MOST_DISCOUNT)
-    return (MISFIT * top_bytes + (UNET_MISFIT_BYTES if stage == "unet" else MISFIT_BYTES)) * below
+    return (MISFIT * top_bytes + (UNET_MISFIT_BYTES if stage in UNET_STAGES else MISFIT_BYTES)) * below
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,13 +279,13 @@ def _kind(key: StageKey) -> tuple[object, ...]:
 
 
 def _constants(key: StageKey, which: int) -> dict[tuple[object, ...], float]:
-    kind = UNET_BYTES if key[0] == "unet" else KIND_BYTES
+    kind = UNET_BYTES if key[0] in UNET_STAGES else KIND_BYTES
     named: dict[tuple[object, ...], float] = {
         ("card",): CARD_BYTES,
         ("kind, constant", *_kind(key)): kind,
         ("own, constant", *key): OWN_BYTES,
     }
-    if key[0] == "unet" and not any(kind in key for kind in MATERIALISED):
+    if key[0] in UNET_STAGES and not any(kind in key for kind in MATERIALISED):
         named["kind, constant, regime", *_kind(key), which] = KIND_BYTES
     return named
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import sdfit
 from sdfit.equation.sizes import Array, domain_columns, resolution, size_columns
-from sdfit.equation.stages import IN_PIECES, StageKey, stage_key, stages_of
+from sdfit.equation.stages import StageKey, stage_key, stages_of
 from sdfit.equation.weights import baseline_label
 from sdfit.errors import FitError
 from sdfit.fit.baseline import baseline
@@ -28,7 +27,7 @@ from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.cards import kernels_of
 from sdfit.records import Record, RecordsFile
-from sdfit.workload import Workload, variant_name
+from sdfit.workload import variant_name
 
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
@@ -37,6 +36,8 @@ LISTED_ERROR = 0.01
 FEWEST_PUBLISHED = 19
 """Published whole runs on cards with the same kernels, from which on those of other cards say nothing about a model: so
 many support a bound at level 0.95."""
+WHOLE = 10_000
+"""Coefficients from here on are rounded to whole bytes: those of what does not grow with the pixels."""
 MOST_ROUNDS = 20
 """Fits of one stage until the lower bounds that count are settled."""
 
@@ -129,7 +130,6 @@ def fit(
     FitError
         If no run succeeded, or the sizes are too few for the terms: which term, and how many more it needs.
     """
-    data = replace(data, records=[r for r in data.records if _has_an_equation(r.workload)])
     ok = [r for r in data.records if r.outcome == "ok"]
     if not ok:
         counts = {o: sum(r.outcome == o for r in data.records) for o in ("oom", "crash")}
@@ -234,12 +234,6 @@ def _published_rows(published: Sequence[PublishedRow]) -> dict[str, Any]:
     return {"rows": len(rows), "cards": cards, **error_summary([r.error for r in rows]).to_dict(), "misses": misses}
 
 
-def _has_an_equation(w: Workload) -> bool:
-    """Whether coefficients are fitted for runs of that kind: not for those of `IN_PIECES`, nor for the tiny VAE under
-    sequential offload, where the allocator's packing is off by a tenth in the median."""
-    return w.offload not in IN_PIECES and not (w.offload == "sequential" and w.vae == "tiny")
-
-
 def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
     """Bytes of the weights by dtype: each component's, and what each combination held before a run."""
     found: dict[str, dict[str, int]] = {}
@@ -274,7 +268,7 @@ def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
         "regimes": model.regimes_,
         "coef": _short(model.coef_),
         "low": _short(low),
-        "high": [[bound if math.isfinite(bound) else None for bound in row] for row in high.tolist()],
+        "high": [[bound if math.isfinite(bound) else None for bound in row] for row in _short(high)],
         "unidentified": model.unidentified_,
         "condition": model.condition_,
         "domain": {name: [int(v.min()), int(v.max())] for name, v in columns.items()},
@@ -283,8 +277,12 @@ def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
 
 
 def _short(rows: Array) -> list[list[float]]:
-    """Rows of numbers; a zero is a whole number, which takes a quarter of the room in the file."""
-    return [[value or 0 for value in row] for row in rows.tolist()]
+    """Rows of numbers; a zero, and a large number to the byte, is a whole number, which takes half of the room in the file."""
+    return [[_short_number(value) for value in row] for row in rows.tolist()]
+
+
+def _short_number(value: float) -> float:
+    return round(value) if value == 0 or WHOLE <= value < math.inf else value
 
 
 def _evaluation(

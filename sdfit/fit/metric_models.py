@@ -23,6 +23,7 @@ from sdfit.equation.metrics import (
     QUADRATIC,
     Place,
     extent,
+    group_fields,
     highest,
     metric_features,
     metric_groups,
@@ -47,6 +48,8 @@ FEWEST_ROWS = 8
 """A group with fewer rows leaves its workloads to a wider one."""
 FEWEST_IN_RANGE = 5
 """A range with fewer rows, once some are left out, takes the coefficients of the whole group."""
+WORTH_KEEPING = 1.1
+"""A group is kept where the next wider one misses its runs by so many times more, and by more than `CLOSE`."""
 MOST_SPLITS = 2
 """How often a group is split in two by size: into four ranges at most."""
 SPLIT_GAIN = 2.0
@@ -127,10 +130,19 @@ class _Regression:
         self._given, self._found = edges, dict[str, tuple[list[float], list[Array]]]()
 
     def group(self, place: Place) -> str:
-        """The narrowest group that a place belongs to and that has rows enough."""
-        return next(
-            g for g in metric_groups(place)[self.finest :] if not g or len(self.members.get(g, ())) >= FEWEST_ROWS
-        )
+        """The narrowest group that a place belongs to, that has rows enough and was worth keeping."""
+        return next(g for g in metric_groups(place)[self.finest :] if not g or self._stands(g))
+
+    def _stands(self, group: str) -> bool:
+        return len(self.members.get(group, ())) >= FEWEST_ROWS and (self._given is None or group in self._given)
+
+    def errors(self, group: str, runs: Sequence[int]) -> float:
+        """The mean error of a group's coefficients on some runs, relative."""
+        mine = np.array(runs)
+        design, above = self._rows(mine)
+        edges, coef = self.ranges(group)
+        which = np.searchsorted(edges, [self.seen[i].extent for i in mine], side="right")
+        return float(np.mean(np.abs(np.sum(design * np.array(coef)[which], axis=1) - above)))
 
     def ranges(self, group: str) -> tuple[list[float], list[Array]]:
         """Where a group's ranges end, and the coefficients of each."""
@@ -240,12 +252,23 @@ def fit_metrics(
 
 
 def _fitted(model: _Regression) -> dict[str, dict[str, Any]]:
-    """Ranges and coefficients of every group with rows enough."""
-    found = {}
-    for name in (g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS):
+    """Ranges and coefficients of the groups with rows enough that tell more of their runs than the next wider one."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted((g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS), key=_breadth):
+        mine = model.members[name]
+        wider = next((g for g in metric_groups(model.seen[mine[0]].place) if g in found), None)
+        if wider is not None:
+            missed = model.errors(wider, mine)
+            if missed < CLOSE or missed < WORTH_KEEPING * model.errors(name, mine):
+                continue
         edges, coef = model.ranges(name)
         found[name] = {"edges": edges, "coef": [_short(row) for row in coef]}
     return found
+
+
+def _breadth(group: str) -> tuple[int, str]:
+    """The widest first."""
+    return len(group_fields(group)) if group else 0, group
 
 
 def _short(coef: Iterable[float]) -> list[float]:

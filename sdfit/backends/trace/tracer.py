@@ -213,7 +213,7 @@ class Tracer:
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
         with uncollected(), _no_warnings(), variant_applied(pipe, workload), as_on_a_card:
-            with streams as buffers, watched(pipe, enter), repeats, follow:
+            with streams as buffers, watched(pipe, enter, streamed=workload.offload in STREAMED), repeats, follow:
                 _RUN[task](pipe, workload, steps, call or {})
                 enter("")
                 meter.leave()

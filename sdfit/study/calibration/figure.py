@@ -28,6 +28,7 @@ NAMES = {
     "vae_encoder_blocks": "VAE encoder",
     "vae_encoder_mid": "VAE encoder",
     "unet": "UNet",
+    "unet_deep": "UNet",
     "vae_decoder_mid": "VAE decoder",
     "vae_decoder_blocks": "VAE decoder",
     "safety_checker": "safety checker",

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sdfit.equation.stages import IN_PIECES
 from sdfit.errors import InvalidWorkload, UnknownVariant
 from sdfit.predict.cards import DESKTOP_BYTES, context_bytes
 from sdfit.predict.prediction import Prediction
@@ -270,8 +269,6 @@ def _row(
             why = CARD_ALONE + (COMPILED if run.execution == "compiled" else "")
         elif "fails in diffusers" in str(error):
             why = str(error)
-        elif run.offload in IN_PIECES or (run.offload == "sequential" and run.vae == "tiny"):
-            why = "no polynomial follows it; a trace answers for one size: sdfit explain"
         else:
             why = f"no coefficients for it: sdfit sweep --gpu {f.artifact.name} --grid strategies, then sdfit fit"
         return Strategy(name, change, None, "", None, None, None, why)

@@ -53,6 +53,7 @@ _NAMES = {
     "vae_encoder_blocks": "VAE encoder, blocks",
     "vae_encoder_mid": "VAE encoder, mid block",
     "unet": "UNet",
+    "unet_deep": "UNet, deep blocks",
     "vae_decoder_mid": "VAE decoder, mid block",
     "vae_decoder_blocks": "VAE decoder, blocks",
     "safety_checker": "safety checker",

@@ -24,7 +24,7 @@ import numpy as np
 from sdfit.backends.trace.observe import PIPELINE, OperationName, Pass, observed
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.sizes import Array, Sizes, vae_passes
-from sdfit.equation.stages import STAGES, resident
+from sdfit.equation.stages import STAGES, UNET_STAGES, resident
 from sdfit.errors import FitError
 from sdfit.study.derivation.closed_form import (
     VAE_STAGES,
@@ -219,7 +219,7 @@ def _solve(seen: dict[Name, dict[At, int]], points: tuple[Workload, ...]) -> lis
         when = next((when for when, expected in presence.items() if present == expected), None)
         if when is None:
             continue
-        halves = ("n=1", "n>=2") if stage == "unet" else ("B=1", "B>=2")
+        halves = ("n=1", "n>=2") if stage in UNET_STAGES else ("B=1", "B>=2")
         for regimes in ((when,), tuple(f"{when}, {half}" if when else half for half in halves)):
             solved = [c for regime in regimes for c in _solve_part(regime, stage, places, left, seen, points)]
             found += solved

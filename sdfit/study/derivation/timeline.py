@@ -27,6 +27,7 @@ PHASES = {
     "vae_encoder_blocks": "VAE\nencoder",
     "vae_encoder_mid": "VAE\nencoder",
     "unet": "UNet",
+    "unet_deep": "UNet",
     "vae_decoder_mid": "VAE\ndecoder",
     "vae_decoder_blocks": "VAE\ndecoder",
     "safety_checker": "safety\nchecker",

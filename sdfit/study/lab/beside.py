@@ -21,7 +21,7 @@ from sdfit.backends.trace.observe import observed
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Sizes
-from sdfit.equation.stages import StageKey, stage_key
+from sdfit.equation.stages import UNET_STAGES, StageKey, stage_key
 from sdfit.records import Record
 from sdfit.units import aligned, format_bytes
 
@@ -77,7 +77,7 @@ def beside(records: Sequence[Record], tracer: Tracer) -> tuple[Difference, ...]:
             key = stage_key(stage, w.variant)
             above = peak - record.weights_bytes(stage)
             expected = traced.stage_peaks[stage] - _weights(record, stage, traced.weights_bytes + traced.unsplit_bytes)
-            pixels = float(np.asarray(sizes.n * sizes.A if stage == "unet" else sizes.m * sizes.P).item())
+            pixels = float(np.asarray(sizes.n * sizes.A if stage in UNET_STAGES else sizes.m * sizes.P).item())
             name = observer.peaks[stage].name if stage in observer.peaks else None
             where = f"{name.operation} in {name.path}" if name else ""
             label = REGIMES[int(np.asarray(regime(stage, sizes)).item())].words

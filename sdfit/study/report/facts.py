@@ -25,13 +25,14 @@ from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
 from sdfit.predict.variant import MOST_BELOW, TINY_TILES
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
 from sdfit.units import MIB
-from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, SLICES, VAE_SCALE, Workload
+from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, SLICES, STREAMED, VAE_SCALE, Workload
 
 TITLES = {
     "text_encoder": "Text encoder",
     "vae_encoder_blocks": "VAE encoder, blocks",
     "vae_encoder_mid": "VAE encoder, mid block",
     "unet": "UNet",
+    "unet_deep": "UNet, deep blocks",
     "vae_decoder_mid": "VAE decoder, mid block",
     "vae_decoder_blocks": "VAE decoder, blocks",
     "safety_checker": "Safety checker",
@@ -59,6 +60,7 @@ def equation_facts() -> dict[str, Any]:
         "dtype_bytes": DTYPE_BYTES,
         "components": COMPONENTS,
         "resident_when_offloaded": RESIDENT_WHEN_OFFLOADED,
+        "streamed": STREAMED,
         "resident_when_streamed": RESIDENT_WHEN_STREAMED,
         "slices": SLICES,
         "tiny_tiles": TINY_TILES,

@@ -141,7 +141,8 @@ const sdfit = (() => {
       this.values = Object.fromEntries(Object.keys(facts.choices).map((name, i) => [name, key[i]]));
       const v = this.values;
       this.stages = facts.stages.filter(({ name }) =>
-        !(name === "safety_checker" && !v.safety_checker) && !(name.endsWith("_mid") && v.vae === "tiny"));
+        !(name === "safety_checker" && !v.safety_checker) && !(name.endsWith("_mid") && v.vae === "tiny") &&
+        !(name.endsWith("_deep") && !(v.offload in this.facts.streamed)));
       this.weights = this.stages.map((stage) => this.resident(stage));
       const found = this.stages.map((stage) => artifact.stages[this.stageKey(stage)]);
       this.regimes = found.map((stage) => stage.regimes);
@@ -162,9 +163,9 @@ const sdfit = (() => {
       const values = { ...this.values };
       if (stage.name.startsWith("vae") && values.attention in this.facts.slices) values.attention = "sdpa";
       const key = [stage.name, ...stage.fields.map((field) => values[field])];
-      if (values.offload in this.facts.resident_when_streamed) key.push(values.offload);
+      if (values.offload in this.facts.streamed) key.push(this.facts.streamed[values.offload]);
       const usual = this.facts.choices.execution[0];
-      if (values.execution !== usual && (stage.name === "unet" || values.execution === "tf32")) key.push(values.execution);
+      if (values.execution !== usual && (stage.name.startsWith("unet") || values.execution === "tf32")) key.push(values.execution);
       return key.join("|");
     }
 
@@ -211,9 +212,10 @@ const sdfit = (() => {
       const { facts, values } = this;
       const regime = regimeOf(facts, facts.stages.find((stage) => stage.name === "vae_decoder_blocks"), sizes);
       const split = facts.regimes[regime].elements[0] > 0;
+      const attention = values.attention + (values.offload in facts.streamed ? `/${values.offload}` : "");
       return {
         element_bytes: facts.dtype_bytes[values.dtype], vae: values.vae,
-        attention: values.attention + (values.offload in facts.resident_when_streamed ? `/${values.offload}` : ""),
+        attention, scoring: attention in facts.slices ? "sliced" : attention,
         offload: values.offload, sliced: sizes.m < sizes.B, tiled: sizes.P < sizes.A, guided: sizes.n > sizes.B,
         three: sizes.m === 3 && split, regime, piece: facts.pieces[this.stages[top].name], split,
       };
