@@ -48,6 +48,12 @@ STREAMED = {"sequential": "leaf", "group_block": "block", "group_leaf": "leaf"}
 blocks at a time."""
 CARD_ALONE = "which kernels then run, and what memory they hold, a card alone can tell; a trace has no number for it"
 """Of every execution but the default."""
+QUANTISED = ("int8", "uint8", "int4", "nf4", "fp4", "fp8", "float8_e4m3fn", "float8_e5m2")
+"""Weights that people ask for as a dtype, and that none of `CHOICES` is."""
+NOT_QUANTISED = (
+    "quantised weights are not covered: diffusers leaves them to bitsandbytes, torchao or quanto, and what their kernels "
+    "widen a card alone can tell"
+)
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 VARIANT_FIELDS = tuple(CHOICES)
 VariantKey = tuple[str, str, str, bool, bool, str, bool, str]
@@ -137,7 +143,8 @@ def one_of(name: str, value: object) -> Any:
     for choice in allowed:
         if type(choice) is type(plain) and choice == plain:
             return choice
-    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {shown(plain)}", field=name, given=value)
+    why = f"; {NOT_QUANTISED}" if name == "dtype" and plain in QUANTISED else ""
+    raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {shown(plain)}{why}", field=name, given=value)
 
 
 @dataclass(frozen=True, slots=True)

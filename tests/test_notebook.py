@@ -39,6 +39,22 @@ def test_it_goes_from_nothing_to_a_pull_request() -> None:
     assert {"--budget"} <= known["sweep"]
 
 
+def test_it_says_where_sdfit_is_to_come_from(tmp_path: Path) -> None:
+    """It is in no index: an upload is found, an address or a folder is taken, and with none of them one sentence says so."""
+    (cell,) = (cell.source for cell in cells("code") if '"pip", "install"' in cell.source)
+    room: dict[str, Any] = {}
+    exec(cell, room)  # sdfit is there, so nothing is installed
+    assert room["SOURCE"] == ""
+    with pytest.raises(SystemExit, match=r"upload sdfit-\*.whl, or fill in SOURCE"):
+        room["requirement"]("", [tmp_path])
+    assert room["requirement"]("git+https://example.org/a/b", []) == "sdfit[sweep,fit,plot] @ git+https://example.org/a/b"
+    assert room["requirement"]("/content/sdfit", []) == "/content/sdfit[sweep,fit,plot]"
+    wheel = tmp_path / "upload" / "sdfit-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    assert room["requirement"]("", [tmp_path]) == f"{wheel}[sweep,fit,plot]"
+
+
 @pytest.mark.slow
 def test_it_runs_with_a_simulated_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell runs, in a folder of its own, on a traced T4: a model is written, shown, and its records refused as no card's."""

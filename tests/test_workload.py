@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdfit.errors import InvalidWorkload, UnknownKeyword
+import sdfit
+from sdfit.cli import cli
+from sdfit.errors import InvalidWorkload, SdfitError, UnknownKeyword
+from sdfit.sweep.grid import load
 from sdfit.workload import (
     CHOICES,
     MAX_BATCH_SIZE,
@@ -124,6 +130,25 @@ def test_discrete_fields_name_their_choices(name: str, value: Any) -> None:
     """Anything but a listed choice, 0 and 1 for a boolean included, is refused with the list."""
     with pytest.raises(InvalidWorkload, match=f"{name} must be one of {CHOICES[name][0]}, {CHOICES[name][1]}"):
         Workload(512, 512, **{name: value})
+
+
+@pytest.mark.parametrize("value", ["int8", "nf4"])
+def test_quantised_weights_are_refused_with_the_reason_wherever_they_are_asked_for(value: str, tmp_path: Path) -> None:
+    """As a workload, a keyword of f, a column of a table, an option of a command and an axis of a grid; f stays usable."""
+    f, grid = sdfit.load("t4"), tmp_path / "mine.toml"
+    grid.write_text(f'[[block]]\nshapes = [512]\ndtype = "{value}"\n')
+    asked: list[Callable[[], Any]] = [
+        lambda: Workload(512, 512, dtype=value),
+        lambda: f(512, 512, dtype=value),
+        lambda: f.predict({"height": [512], "width": [512], "dtype": [value]}),
+        lambda: load(str(grid)),
+    ]
+    for ask in asked:
+        with pytest.raises(SdfitError, match=f"'{value}'; quantised weights are not covered: .* a card alone can tell"):
+            ask()
+    words = CliRunner().invoke(cli, ["predict", "--gpu", "t4", "--height", "512", "--width", "512", "--dtype", value])
+    assert words.exit_code == 2 and "quantised weights are not covered" in words.output
+    assert f(512, 512) > 0
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def advise(gpu: str, memory: str | None, level: float | None, replay: bool, as_j
     """Say what to change so that a run fits: the cheapest sufficient changes first, and what each saves.
 
     Cheapest by rank, not by time: attention, VAE slicing, a split batch, VAE tiling, no safety checker, half precision,
-    model offload, the tiny VAE, a smaller size.
+    model offload, the tiny VAE, sequential offload (by far the slowest), group offload of leaves, a smaller size.
     """
     from sdfit.predict.advise import NothingFits
     from sdfit.predict.options import options_that_fit
@@ -256,11 +256,15 @@ def _asked(gpu: str, memory: str | None, replay: bool, fields: dict[str, Any]) -
 
 
 def _options_in_words(options: list[Option], verb: str) -> list[str]:
-    return [
-        f"  {verb} {', '.join(f'{name}={value}' for name, value in option.change.items())}: at most "
-        f"{format_bytes(option.upper_bytes)}, saves {format_bytes(option.saved_bytes)}"
-        for option in options
+    from sdfit.predict.options import COSTS
+
+    changes = [[f"{name}={value}" for name, value in option.change.items()] for option in options]
+    lines = [
+        f"  {verb} {', '.join(change)}: at most {format_bytes(option.upper_bytes)}, saves {format_bytes(option.saved_bytes)}"
+        for option, change in zip(options, changes, strict=True)
     ]
+    dear = dict.fromkeys(words for change in changes for words in change if words in COSTS)
+    return [*lines, *(f"  {words}: {COSTS[words][1]}" for words in dear)]
 
 
 def _readable(paths: Mapping[str, Path]) -> dict[str, Artifact]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +15,9 @@ from sdfit.cli.progress import Reporter
 from sdfit.errors import SimulatedModelWarning
 from sdfit.fit.card import fit_summary
 from sdfit.fit.files import fit_files
+from sdfit.predict.artifact import Artifact
 from sdfit.predict.library import load
+from sdfit.predict.prediction import Prediction
 from sdfit.records import Record, fingerprint, read
 from sdfit.sweep import grid
 from sdfit.sweep.grid import Plan
@@ -40,8 +45,90 @@ UNSEEN = (
 """Runs whose sizes are not in the quick grid."""
 
 
-def run_demo(folder: Path) -> str:
-    """Sweep, fit, save, load, predict, compare; returns the report.
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A run that the fit never saw: what was estimated, what came of it, and whether it was said to fit."""
+
+    record: Record
+    peak: Prediction
+    fits: bool
+
+    @property
+    def error(self) -> float | None:
+        """Relative; None for a run out of memory."""
+        actual = self.record.allocated_bytes if self.record.outcome == "ok" else None
+        return None if actual is None else (float(self.peak) - actual) / actual
+
+    def cells(self) -> tuple[str, ...]:
+        """Its line of the table."""
+        w, (low, high) = self.record.workload, self.peak.interval
+        against: tuple[str, ...] = ("out of memory", "", "")
+        if self.error is not None and self.record.allocated_bytes is not None:
+            actual = self.record.allocated_bytes
+            holds = "yes" if low <= actual <= high else "no"
+            against = (format_bytes(actual), percent(self.error, 3), holds)
+        return f"{w.height}x{w.width}", _kind(w), format_bytes(self.peak), *against, "yes" if self.fits else "no"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, amounts in bytes."""
+        low, high = self.peak.interval
+        return {
+            "workload": self.record.workload.to_dict(),
+            "estimated_bytes": round(self.peak),
+            "interval_bytes": [round(low), round(high)] if math.isfinite(high) else None,
+            "outcome": self.record.outcome,
+            "actual_bytes": self.record.allocated_bytes,
+            "error": self.error,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What a demonstration found.
+
+    Parameters
+    ----------
+    artifact : Artifact
+    rows : tuple of Compared
+    folder : Path
+        Where the records, the model and its card are.
+    seconds : float
+    """
+
+    artifact: Artifact
+    rows: tuple[Compared, ...]
+    folder: Path
+    seconds: float
+
+    def text(self) -> str:
+        """The report for a terminal."""
+        heading = (
+            "measured on this card"
+            if self.artifact.provenance == "measured"
+            else f"simulated: a trace for '{self.artifact.name}', no card was used"
+        )
+        head = ("resolution", "run", "estimated", "actual", "error", "interval holds", f"fits on {MEMORY}")
+        table = aligned([head, *(row.cells() for row in self.rows)], left=2)
+        end = f"records, model and card are in {self.folder}/; took {self.seconds:.0f} s"
+        return "\n".join([fit_summary(self.artifact), "", heading, table, "", end])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, amounts in bytes."""
+        return {
+            "name": self.artifact.name,
+            "provenance": self.artifact.provenance,
+            "level": LEVEL,
+            "memory": MEMORY,
+            "evaluation": self.artifact.evaluation,
+            "unseen": [row.to_dict() for row in self.rows],
+            "folder": str(self.folder),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def run_demo(folder: Path) -> Demo:
+    """Sweep, fit, save, load, predict, compare.
 
     Parameters
     ----------
@@ -61,28 +148,12 @@ def run_demo(folder: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimulatedModelWarning)  # the heading says it
         f = load(folder / "model.joblib")
-    lines = [("resolution", "run", "estimated", "actual", "error", "interval holds", f"fits on {MEMORY}")]
+    rows = []
     for record in read(folder / "unseen.jsonl").records:
         w = record.workload
-        peak = f.predict_workload(w, level=LEVEL)
-        low, high = peak.interval
-        fits = "yes" if f.fits(**w.to_dict(), memory=MEMORY, level=LEVEL) else "no"
-        lines.append((f"{w.height}x{w.width}", _kind(w), format_bytes(peak), *_against(record, peak, low, high), fits))
-    heading = (
-        "measured on this card"
-        if f.provenance == "measured"
-        else f"simulated: a trace for '{f.name}', no card was used"
-    )
-    return "\n".join(
-        [
-            fit_summary(fitted.artifact),
-            "",
-            heading,
-            aligned(lines, left=2),
-            "",
-            f"records, model and card are in {folder}/; took {time.monotonic() - started:.0f} s",
-        ]
-    )
+        fits = f.fits(**w.to_dict(), memory=MEMORY, level=LEVEL)
+        rows.append(Compared(record, f.predict_workload(w, level=LEVEL), bool(fits)))
+    return Demo(fitted.artifact, tuple(rows), folder, time.monotonic() - started)
 
 
 def _backend() -> tuple[str, dict[str, object]]:
@@ -99,10 +170,3 @@ def _backend() -> tuple[str, dict[str, object]]:
 def _kind(w: Workload) -> str:
     guided = "CFG" if w.guided else "no CFG"
     return f"{w.attention}, {w.batch_size} image{'s' * (w.batch_size > 1)}, {guided}, {w.prompt_length} tokens"
-
-
-def _against(record: Record, peak: float, low: float, high: float) -> tuple[str, str, str]:
-    if record.outcome != "ok" or record.allocated_bytes is None:
-        return "out of memory", "", ""
-    actual = record.allocated_bytes
-    return format_bytes(actual), percent((peak - actual) / actual, 3), "yes" if low <= actual <= high else "no"

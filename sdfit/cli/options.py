@@ -9,11 +9,21 @@ from typing import Any, TypeVar
 
 import click
 
-from sdfit.errors import QUIET, SdfitError, quiet
+from sdfit.errors import QUIET, SdfitError, listed, quiet
 from sdfit.units import format_bytes
-from sdfit.workload import CHOICES, CHUNK_TOKENS, Workload
+from sdfit.workload import CHOICES, CHUNK_TOKENS, NOT_QUANTISED, QUANTISED, Workload
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Kinds(click.Choice):  # type: ignore[type-arg]
+    """The values of an option; what people ask for and none of them is, is refused with the reason."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        if param is not None and param.name == "dtype" and value in QUANTISED:
+            self.fail(f"{value!r} is not one of {listed(self.choices)}; {NOT_QUANTISED}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def workload_options(command: F) -> F:
@@ -27,7 +37,7 @@ def workload_options(command: F) -> F:
                 f"{flag}/{negative}", name, default=options[0], show_default=True, help=_CHOICES[name]
             )(command)
         else:
-            kind = click.Choice([str(o) for o in options])
+            kind = _Kinds([str(o) for o in options])
             command = click.option(flag, name, type=kind, default=options[0], show_default=True, help=_CHOICES[name])(
                 command
             )

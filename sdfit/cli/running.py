@@ -16,6 +16,7 @@ from sdfit.workload import CARD_ALONE, Workload, variant_name
 
 if TYPE_CHECKING:
     from sdfit.fit.planning import Few
+    from sdfit.sweep.grid import Plan
     from sdfit.sweep.run import Outcome
 
 MOST_FINDINGS = 12
@@ -108,8 +109,7 @@ def sweep(
 
     plan = grids.load(grid)
     if dry_run and runs is None:
-        counted = {"grid": plan.name, "grid_sha256": plan.sha256, "runs": len(plan.workloads)}
-        click.echo(json.dumps(counted) if as_json else plan.summary())
+        click.echo(_planned(plan, None, as_json))
         return
     options: dict[str, Any] = {"gpu": gpu}
     if address is not None and engine != "ray":
@@ -140,7 +140,7 @@ def sweep(
                 note(f"{error}; this trace has none")
     few = _few(gpu, backend, plan.workloads, runs, budget, narrow, prior)
     if dry_run:
-        click.echo(_few_table(few, plan.workloads) if few else plan.summary())
+        click.echo(_planned(plan, few, as_json))
         return
     with Reporter(f"{gpu} {plan.name}", len(few.steps) if few else len(plan.workloads)) as reporter:
         outcome = run(
@@ -232,6 +232,21 @@ def _few_table(few: Few, workloads: Sequence[Workload]) -> str:
     return f"{head}\n{aligned(lines, left=0)}"
 
 
+def _planned(plan: Plan, few: Few | None, as_json: bool) -> str:
+    """What a sweep would run; as plain values an interval is a share of the peak, to either side."""
+    if not as_json:
+        return _few_table(few, plan.workloads) if few else plan.summary()
+    found: dict[str, Any] = {"grid": plan.name, "grid_sha256": plan.sha256, "runs": len(plan.workloads)}
+    if few is None:
+        return json.dumps(found)
+    found |= {"prior": few.prior.artifact.name, "provenance": few.prior.artifact.provenance}
+    found["planned"] = [
+        {"index": step.index, "workload": plan.workloads[step.index].to_dict(), "interval_then": step.width}
+        for step in few.steps
+    ]
+    return json.dumps(found, indent=2)
+
+
 @click.command(epilog=example("sdfit fit"))
 @records_argument
 @click.option("--gpu", default=None, help="Fit only this card's records under ./data.")
@@ -275,8 +290,10 @@ def fit(files: tuple[Path, ...], gpu: str | None, prior: str, out: Path | None, 
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True, help="A folder."
 )
-def demo(out: Path) -> None:
+@json_option
+def demo(out: Path, as_json: bool) -> None:
     """Sweep a small grid, fit it, and compare with runs that it never saw."""
     from sdfit.cli.demo import run_demo
 
-    click.echo(run_demo(out))
+    found = run_demo(out)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())

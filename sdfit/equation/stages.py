@@ -93,6 +93,7 @@ RESIDENT_WHEN_STREAMED = {"sequential": ("safety_checker",), "group_block": (), 
 """Which components are on the card as a whole when weights come module by module: sequential offload leaves the checker
 there (`_exclude_from_cpu_offload`), group offload nothing. What comes and goes counts to the stage's coefficients."""
 
+
 def resident(stage: str, offload: str) -> tuple[str, ...]:
     """The components whose weights are on the card while a stage runs.
 

@@ -1,7 +1,8 @@
 """What to change so that a run fits: the cheapest sufficient changes first.
 
 All combinations of the options that save memory are tried, with batches split and sizes as last resorts. What a change
-costs is a rank, not a time: `COSTS` states it. No time is known that was measured on all cards.
+costs is a rank, not a time: `COSTS` states it. No time is known that was measured on all cards. What a dearer value of a
+field does is not named where a cheaper one does it too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sdfit.units import parse_bytes
 from sdfit.workload import VAE_SCALE, Workload
 
 COSTS: Mapping[str, tuple[int, str]] = {
-    # field            rank  what it costs
+    # field or value   rank  what it costs
     "attention":        (0, "nothing: fused attention is also faster"),
     "vae_slicing":      (1, "the VAE takes the images one by one"),
     "batch_size":       (2, "more calls for the same images"),
@@ -27,10 +28,15 @@ COSTS: Mapping[str, tuple[int, str]] = {
     "dtype":            (6, "half the precision; also faster"),
     "offload":          (8, "weights travel to the card for each call"),
     "vae":              (12, "another VAE, with less detail"),
+    "offload=sequential": (20, "by far the slowest: weights travel module by module in every step; published: 2.4 times as "
+                               "long on a GTX 1070, 4.4 times on a P100"),
+    "offload=group_leaf": (22, "weights travel module by module in every step, the checker's too: expect it as slow as "
+                               "sequential offload, nobody published its time"),
     "height":           (40, "a smaller picture"),
     "width":            (0, "a smaller picture"),
 }  # fmt: skip
-"""What each change costs, as ranks that add up: less is tried first. A judgement, not a measurement."""
+"""What each change costs, as ranks that add up: less is tried first. A judgement, not a measurement; the times are those of
+``data/published/times.csv``, of the whole call at 512x512 beside the same without offload."""
 SAVING: tuple[tuple[str, Any], ...] = (
     ("attention", "sdpa"),
     ("vae_slicing", True),
@@ -38,9 +44,36 @@ SAVING: tuple[tuple[str, Any], ...] = (
     ("safety_checker", False),
     ("dtype", "float16"),
     ("offload", "model"),
+    ("offload", "sequential"),
+    ("offload", "group_leaf"),
     ("vae", "tiny"),
 )
-"""The value of each field that takes least memory, but for bfloat16, which takes no more than float16."""
+"""The values of each field that take less memory, the cheapest first; but for bfloat16, which takes no more than float16."""
+
+
+def cost_of(name: str, value: Any) -> tuple[int, str]:
+    """The rank of a change, and what it costs in words.
+
+    Examples
+    --------
+    >>> cost_of("offload", "model")[0] < cost_of("offload", "sequential")[0] < cost_of("offload", "group_leaf")[0]
+    True
+    """
+    return COSTS.get(f"{name}={value}") or COSTS[name]
+
+
+def no_dearer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a change touches no field that another does not, and none with a dearer value.
+
+    Examples
+    --------
+    >>> no_dearer({"offload": "model"}, {"offload": "sequential", "vae_tiling": True})
+    True
+    """
+    return all(
+        name in other and (value == other[name] or cost_of(name, value)[0] < cost_of(name, other[name])[0])
+        for name, value in one.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +102,12 @@ class Option:
     @property
     def cost(self) -> int:
         """The ranks of `COSTS`, added up."""
-        return sum(COSTS[name][0] for name in self.change)
+        return sum(cost_of(*item)[0] for item in self.change.items())
+
+    @property
+    def costs(self) -> list[str]:
+        """What it costs, in words, each once."""
+        return list(dict.fromkeys(cost_of(*item)[1] for item in self.change.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, amounts in bytes."""
@@ -77,7 +115,7 @@ class Option:
             "change": self.change,
             "upper_bytes": round(self.upper_bytes),
             "saved_bytes": round(self.saved_bytes),
-            "costs": list(dict.fromkeys(COSTS[name][1] for name in self.change)),
+            "costs": self.costs,
         }
 
 
@@ -111,7 +149,7 @@ def options_that_fit(
     found: list[Option] = []
     for change in search.changes():
         # what contains a sufficient change has something that could be left out
-        if not any(option.change.items() <= change.items() for option in found):
+        if not any(no_dearer(option.change, change) for option in found):
             sufficient = search.sufficient(change, found)
             if sufficient is not None:
                 prediction = search.predict(sufficient)
@@ -150,8 +188,13 @@ class _Search:
         w = self.workload
         single = [(name, value) for name, value in SAVING if getattr(w, name) != value]
         single = [(name, value) for name, value in single if (name, w.dtype) != ("dtype", "bfloat16")]
-        every = [dict(some) for count in range(len(single) + 1) for some in combinations(single, count)]
-        yield from sorted(every, key=lambda change: (len(change), sum(COSTS[name][0] for name in change)))
+        every = [
+            dict(some)
+            for count in range(len(single) + 1)
+            for some in combinations(single, count)
+            if len(dict(some)) == count  # one value a field
+        ]
+        yield from sorted(every, key=lambda change: (len(change), sum(cost_of(*item)[0] for item in change.items())))
         size = self._smaller_size()
         if size is not None:
             yield size
@@ -176,7 +219,7 @@ class _Search:
         fewer = (option.change for option in found if option.change.get("batch_size", 0) >= most)
         return (
             None
-            if any(other.items() - {("batch_size", other["batch_size"])} <= change.items() for other in fewer)
+            if any(no_dearer({n: v for n, v in other.items() if n != "batch_size"}, change) for other in fewer)
             else split
         )
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from sdfit.equation.weights import PARAMETERS
+from sdfit.workload import NOT_QUANTISED
 
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -109,7 +110,7 @@ def _weights(part: str, kind: str, module: Any, explained: bool) -> Iterator[str
         yield f"a {part} of {count:,} parameters where Stable Diffusion v1.5 has {expected:,}"
     kinds = sorted({type(p).__name__ for p in parameters} - {"Parameter"})
     if kinds:
-        yield f"weights of the {part} that are no plain tensors ({', '.join(kinds)})"
+        yield f"weights of the {part} that are no plain tensors ({', '.join(kinds)}); {NOT_QUANTISED}"
     extra = sum(b.numel() for b in module.buffers())
     if extra > MOST_BUFFERS:
         yield f"buffers of {extra:,} elements in the {part}"

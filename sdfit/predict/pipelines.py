@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdfit.predict.parts import CLASSES, foreign, home, replaced, unlike
-from sdfit.workload import DTYPE_BYTES, SLICES, VARIANT_FIELDS
+from sdfit.workload import DTYPE_BYTES, NOT_QUANTISED, QUANTISED, SLICES, VARIANT_FIELDS
 
 PIPELINE = "StableDiffusionImg2ImgPipeline"
 ATTENTION = {
@@ -146,8 +146,9 @@ def _dtype(parts: dict[str, Any]) -> tuple[str, list[str]]:
     if len(every) == 1 and main in DTYPE_BYTES:
         return main, []
     words = ", ".join(f"{part} {' and '.join(sorted(kinds))}" for part, kinds in found.items() if kinds)
+    why = "" if set(QUANTISED).isdisjoint(every) else f"; {NOT_QUANTISED}"
     return (main if main in DTYPE_BYTES else "float16"), [
-        f"weights of other or of several dtypes ({words})"
+        f"weights of other or of several dtypes ({words}){why}"
     ] if every else []
 
 

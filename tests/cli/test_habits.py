@@ -14,13 +14,13 @@ import click
 import pytest
 
 from sdfit.cli import cli
+from sdfit.cli.demo import UNSEEN
 from sdfit.predict.library import available, load
 from sdfit.study.lab.commands import lab
+from sdfit.sweep import grid
 
 PROGRAM = "import sys; from sdfit.cli import main; sys.argv[0] = 'sdfit'; sys.exit(main())"
 SWEEP = ("sweep", "--backend", "fake", "--gpu", "slow", "--grid", "quick")
-NO_ANSWER = ("demo",)
-"""Commands that leave files and a report for the eye."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -78,10 +78,37 @@ def test_every_option_and_command_says_what_it_is(group: click.Group) -> None:
 
 
 def test_every_command_that_answers_has_json() -> None:
-    """`--json`, but for those that only leave files."""
+    """`--json`, all of them."""
     every = {n: c for name, group in cli.commands.items() for n, c in getattr(group, "commands", {name: group}).items()}
-    without = [name for name, command in every.items() if not any("--json" in p.opts for p in command.params)]
-    assert set(without) <= set(NO_ANSWER)
+    assert all(any("--json" in p.opts for p in command.params) for command in every.values())
+
+
+def test_a_plan_of_few_runs_is_json_too(tmp_path: Path) -> None:
+    """The runs in their order, each as a workload of the grid, and how sure the model would be after it."""
+    few = ("sweep", "--gpu", "t4", "--backend", "trace", "--grid", "quick", "--runs", "3", "--dry-run", "--json")
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *few], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    told, plan = json.loads(ran.stdout), grid.load("quick")
+    assert told["prior"] == "sm75" and told["runs"] == len(plan.workloads) and len(told["planned"]) == 3
+    for step in told["planned"]:
+        assert step["workload"] == plan.workloads[step["index"]].to_dict() and 0 < step["interval_then"] < 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_demonstration_is_json_too(tmp_path: Path) -> None:
+    """Every run that it did not fit, what was estimated, what came of it, and the error between the two."""
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "demo", "--json"], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    told = json.loads(ran.stdout)
+    assert told["provenance"] == "published" and len(told["unseen"]) == len(UNSEEN)
+    for row in told["unseen"]:
+        assert row["error"] == pytest.approx(row["estimated_bytes"] / row["actual_bytes"] - 1, abs=1e-8)
+        low, high = row["interval_bytes"]
+        assert low <= row["estimated_bytes"] <= high and isinstance(row["fits"], bool)
+    assert (tmp_path / told["folder"] / "model.joblib").is_file()
 
 
 def test_a_sweep_tells_what_it_did_as_json(tmp_path: Path) -> None:

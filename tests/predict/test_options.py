@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import pytest
 
+import sdfit
 from sdfit.errors import UnknownVariant
-from sdfit.predict.options import COSTS, options_that_fit
+from sdfit.predict.options import COSTS, cost_of, no_dearer, options_that_fit
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import bound, fits
+from sdfit.study.comparison.times import published_times
 from sdfit.units import GIB
 from sdfit.workload import Workload
 
@@ -74,3 +76,24 @@ def test_every_change_has_a_stated_cost(f: Predictor) -> None:
     """As a rank and in words, in the option's plain values too."""
     told: dict[str, Any] = options_that_fit(f, CASES[0][0], memory="15 GiB")[0].to_dict()
     assert told["costs"] == [COSTS["attention"][1]] and told["saved_bytes"] > 0
+
+
+def test_weights_come_module_by_module_only_where_nothing_cheaper_does_with_the_same_fields() -> None:
+    """On a card of 2 GB sequential offload is named where model offload does not do, and never beside it."""
+    model = sdfit.load("rtx3050")
+    w, found = Workload(512, 512), []
+    for memory in ("1.2 GiB", "1.4 GiB", "2 GiB", "3 GiB"):
+        options = [option.change for option in options_that_fit(model, w, memory=memory)]
+        for one, other in permutations(options, 2):
+            assert not no_dearer(one, other), (memory, one, other)
+        found += [change["offload"] for change in options if "offload" in change]
+    assert {"model", "sequential", "group_leaf"} <= set(found)
+
+
+def test_the_time_of_sequential_offload_is_the_published_one() -> None:
+    """2.4 and 4.4 times that of the same run without offload, by the table of times."""
+    seconds = {(t.card, t.offload): t.seconds for t in published_times() if "gperdrizet" in t.series}
+    for card, name in (("gtx1070", "GTX 1070"), ("p100", "P100")):
+        times = f"{seconds[card, 'sequential'] / seconds[card, 'none']:.1f} times"
+        assert times in COSTS["offload=sequential"][1] and name in COSTS["offload=sequential"][1]
+    assert cost_of("offload", "model") == COSTS["offload"] and "slowest" in cost_of("offload", "sequential")[1]

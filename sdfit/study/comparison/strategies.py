@@ -17,7 +17,7 @@ from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import best_metric, verdict
 from sdfit.study.comparison.times import Time, best_series
 from sdfit.units import GIB, aligned, format_bytes
-from sdfit.workload import CARD_ALONE, CHOICES, Workload
+from sdfit.workload import CARD_ALONE, CHOICES, NOT_QUANTISED, Workload
 
 ASKED = "as asked"
 TOGETHER: tuple[dict[str, Any], ...] = (
@@ -50,10 +50,7 @@ CHANGES_NOTHING: tuple[tuple[str, str], ...] = (
     ("guidance cut off late", "callback_on_step_end: the first steps set the peak; it never rises (traced)"),
 )
 """What is often tried and moves the peak by nothing, or next to nothing; ``tests/backends/test_strategies.py`` holds it."""
-INT8 = (
-    "int8 weights of the UNet",
-    "not covered: diffusers leaves them to bitsandbytes, torchao or quanto; what their kernels widen, a card alone can tell",
-)
+INT8 = ("int8 weights of the UNet", NOT_QUANTISED)
 COMPILED = "; published: allocated memory is the same to the byte at 512x512 (open-muse; T4, A100, RTX 4090)"
 
 

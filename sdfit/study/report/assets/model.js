@@ -428,18 +428,23 @@ const sdfit = (() => {
       }
     }
     fits(change) { const found = this.predict(change); return found !== null && found.upper <= this.limit; }
-    cost(change) { return Object.keys(change).reduce((sum, name) => sum + this.facts.costs[name][0], 0); }
+    costOf(name, value) { return this.facts.costs[`${name}=${value}`] ?? this.facts.costs[name]; }
+    cost(change) { return Object.entries(change).reduce((sum, [name, value]) => sum + this.costOf(name, value)[0], 0); }
+    noDearer(one, other) {
+      return Object.entries(one).every(([name, value]) =>
+        name in other && (value === other[name] || this.costOf(name, value)[0] < this.costOf(name, other[name])[0]));
+    }
 
     options() {
       const now = this.predict({});
       if (now === null || now.upper <= this.limit) return [];
       const found = [];
       for (const change of this.changes()) {
-        if (found.some((option) => within(option.change, change))) continue;
+        if (found.some((option) => this.noDearer(option.change, change))) continue;
         const enough = this.sufficient(change, found), prediction = enough && this.predict(enough);
         if (prediction && prediction.upper < now.upper) {
           found.push({ change: enough, upper: prediction.upper, saved: now.upper - prediction.upper, cost: this.cost(enough),
-            costs: [...new Set(Object.keys(enough).map((name) => this.facts.costs[name][1]))] });
+            costs: [...new Set(Object.entries(enough).map(([name, value]) => this.costOf(name, value)[1]))] });
         }
       }
       return found.sort((a, b) => a.cost - b.cost || Object.keys(a.change).length - Object.keys(b.change).length || a.upper - b.upper);
@@ -450,7 +455,12 @@ const sdfit = (() => {
       const w = this.workload;
       const single = this.facts.saving.filter(([name, value]) => w[name] !== value && !(name === "dtype" && w.dtype === "bfloat16"));
       const every = [];
-      for (let count = 0; count <= single.length; count++) for (const some of combinations(single, count)) every.push(Object.fromEntries(some));
+      for (let count = 0; count <= single.length; count++) {
+        for (const some of combinations(single, count)) {
+          const change = Object.fromEntries(some);
+          if (Object.keys(change).length === count) every.push(change);
+        }
+      }
       every.sort((a, b) => Object.keys(a).length - Object.keys(b).length || this.cost(a) - this.cost(b));
       const size = this.smallerSize();
       return size ? [...every, size] : every;
@@ -469,7 +479,7 @@ const sdfit = (() => {
       }
       const fewer = found.map((option) => option.change).filter((other) => (other.batch_size ?? 0) >= most);
       const rest = ({ batch_size: _, ...others }) => others;
-      return fewer.some((other) => within(rest(other), change)) ? null : { ...change, batch_size: most };
+      return fewer.some((other) => this.noDearer(rest(other), change)) ? null : { ...change, batch_size: most };
     }
 
     /** The largest size of the same shape that fits, in steps of a latent along the shorter side. */
@@ -489,8 +499,6 @@ const sdfit = (() => {
       return scaled(low * step);
     }
   }
-
-  const within = (part, whole) => Object.entries(part).every(([name, value]) => whole[name] === value);
 
   function* combinations(items, count, start = 0) {
     if (count === 0) { yield []; return; }
