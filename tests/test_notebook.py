@@ -47,7 +47,9 @@ def test_it_says_where_sdfit_is_to_come_from(tmp_path: Path) -> None:
     assert room["SOURCE"] == ""
     with pytest.raises(SystemExit, match=r"upload sdfit-\*.whl, or fill in SOURCE"):
         room["requirement"]("", [tmp_path])
-    assert room["requirement"]("git+https://example.org/a/b", []) == "sdfit[sweep,fit,plot] @ git+https://example.org/a/b"
+    assert (
+        room["requirement"]("git+https://example.org/a/b", []) == "sdfit[sweep,fit,plot] @ git+https://example.org/a/b"
+    )
     assert room["requirement"]("/content/sdfit", []) == "/content/sdfit[sweep,fit,plot]"
     wheel = tmp_path / "upload" / "sdfit-1.0-py3-none-any.whl"
     wheel.parent.mkdir()

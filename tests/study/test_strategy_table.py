@@ -57,7 +57,10 @@ def test_what_changes_nothing_is_said(p100: Predictor) -> None:
     """Gradient checkpointing, schedulers, steps and a late cut-off of guidance stand in the table, without a number."""
     table = asked_of(p100, PLAIN).table()
     assert all(f"{name}: {words}" in table for name, words in CHANGES_NOTHING)
-    assert "gradient checkpointing: belongs to training" in table and "int8 weights of the UNet: not covered" in table
+    assert (
+        "gradient checkpointing: belongs to training" in table
+        and "int8 weights of the UNet: quantised weights are not covered" in table
+    )
 
 
 def test_seconds_are_of_this_card_and_one_source(p100: Predictor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, UnknownVariant
@@ -144,19 +145,34 @@ class Strategies:
         }
 
     def table(self) -> str:
-        """The table for a terminal, then what has no number, then notes."""
+        """The table for a terminal, then what has no number, then what changes nothing, then notes.
+
+        Columns that would be empty are left out; what all rows rest on is said once.
+        """
         shown = [row for row in self.rows if row.prediction is not None or row.time is not None]
-        width = max(len(row.rests_on) for row in shown if row.prediction is not None)
-        lines: list[tuple[str, ...]] = [
-            ("", "strategy", "peak", "saved", "fits", "seconds per image", "relative speed", "rests on".ljust(width))
-        ]
-        lines += [_cells(row, width) for row in shown]
+        timed = any(row.time is not None for row in shown)
+        words = list(dict.fromkeys(row.rests_on for row in shown if row.prediction is not None))
+        apart = timed or len(words) > 1
+        width = max(map(len, words))
+        head = ("", "strategy", "peak", "saved", "fits", "seconds per image", "relative speed", "rests on".ljust(width))
+        wanted = (timed, True, True, True, True, timed, timed, apart)
+        lines = [tuple(compress(cells, wanted)) for cells in (head, *(_cells(row, width) for row in shown))]
+        nothing = dict(CHANGES_NOTHING)
         why: dict[str, list[str]] = {}
         for row in self.rows:
-            if row.prediction is None:
+            if row.prediction is None and row.name not in nothing:
                 why.setdefault(row.rests_on, []).append(row.name)
         rest = [f"  {'; '.join(names)}: {reason}" for reason, names in why.items()]
-        return "\n".join([aligned(lines, left=2), *(["no number:", *rest] if rest else []), *self.notes])
+        return "\n".join(
+            [
+                aligned(lines, left=1 + timed),
+                *(["no number:", *rest] if rest else []),
+                "no difference:",
+                *(f"  {name}: {reason}" for name, reason in CHANGES_NOTHING),
+                *([] if apart else [f"rests on: {words[0]}"]),
+                *self.notes,
+            ]
+        )
 
 
 def _cells(row: Strategy, width: int) -> tuple[str, ...]:
@@ -201,8 +217,8 @@ def strategies(f: Predictor, workload: Workload, *, memory_bytes: int, times: Se
     unknown = [row for row in rows if row.prediction is None]
     unknown += [Strategy(name, {}, None, "", None, None, None, words) for name, words in (INT8, *CHANGES_NOTHING)]
     notes = [
-        f"peak: {best_metric(f)} memory; saved: less than as asked; fits: in {format_bytes(memory_bytes)}; "
-        "*: no other takes both less memory and less time",
+        f"peak: {best_metric(f)} memory; saved: less than as asked; fits: in {format_bytes(memory_bytes)}"
+        + ("; *: no other takes both less memory and less time" if any(row.frontier for row in known) else ""),
         *others,
         *_about_times(f, workload, [t for t in found if t is not None], times),
     ]

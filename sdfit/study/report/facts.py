@@ -22,7 +22,7 @@ from sdfit.predict.library import answering
 from sdfit.predict.memory import left
 from sdfit.predict.options import COSTS, SAVING
 from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
-from sdfit.predict.variant import MOST_BELOW, TINY_TILES
+from sdfit.predict.variant import MOST_BELOW, TINY_BLOCKS, TINY_TILES
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
 from sdfit.units import MIB
 from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, SLICES, STREAMED, VAE_SCALE, Workload
@@ -63,6 +63,7 @@ def equation_facts() -> dict[str, Any]:
         "streamed": STREAMED,
         "resident_when_streamed": RESIDENT_WHEN_STREAMED,
         "slices": SLICES,
+        "tiny_blocks": TINY_BLOCKS,
         "tiny_tiles": TINY_TILES,
         "pieces": m.PIECE,
         "metrics": m.METRICS,

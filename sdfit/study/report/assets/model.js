@@ -179,6 +179,7 @@ const sdfit = (() => {
       const all = `all/${vae}/${checker ? "checked" : "unchecked"}`;
       let labels = parts.map((part) => (part === "vae" ? `vae/${vae}` : part));
       if (offload === "none" && all in weights) labels = [all];
+      if (vae === "tiny" && offload === "group_block") throw new Unknown(`offload='group_block' with vae='tiny' ${facts.tiny_blocks}`);
       const found = artifact.stages[this.stageKey(stage)];
       if (!found || labels.some((label) => !(label in weights))) {
         throw new Unknown(`the model has no coefficients for this combination: its ${stage.name} was never swept`);
