@@ -14,6 +14,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#2
 """Okabe and Ito's, told apart with any colour vision; the kind of line says the same once more."""
 LINES = ("-", "--", "-.", ":")
 INK, GRID = "#222222", "#dddddd"
+FARTHEST = 2.0
+"""The axis ends at so many times the cards' memory where one curve goes far beyond and would press the others flat; and a
+memory so far above all curves is not drawn."""
 
 
 def draw(found: Curves, path: Path | str) -> Path:
@@ -27,6 +30,13 @@ def draw(found: Curves, path: Path | str) -> Path:
         If the file cannot be written, or the ending names no format.
     """
     figure, axes = blank(10, 5.5)
+    memories: dict[int, list[str]] = {}
+    for curve in found.curves:
+        if curve.memory_bytes is not None:
+            memories.setdefault(curve.memory_bytes, []).append(curve.name.split(" ")[0])
+    edge = FARTHEST * max(memories, default=0)
+    tops = [max(curve.peak_bytes) for curve in found.curves]
+    cut = min(tops) < edge / FARTHEST and max(tops) > edge
     for i, curve in enumerate(found.curves):
         colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
         at, peak, low, high = (
@@ -34,14 +44,10 @@ def draw(found: Curves, path: Path | str) -> Path:
         )
         known = np.isfinite(high)
         axes.fill_between(at[known], low[known] / GIB, high[known] / GIB, color=colour, alpha=0.18, lw=0)
-        axes.plot(at, peak / GIB, line, color=colour, lw=1.6, label=curve.name)
-    memories: dict[int, list[str]] = {}
-    for curve in found.curves:
-        if curve.memory_bytes is not None:
-            memories.setdefault(curve.memory_bytes, []).append(curve.name.split(" ")[0])
-    top = max(max(curve.peak_bytes) for curve in found.curves) / GIB
+        beyond = f", up to {format_bytes(tops[i])}" if cut and tops[i] > edge else ""
+        axes.plot(at, peak / GIB, line, color=colour, lw=1.6, label=curve.name + beyond)
     for memory, cards in memories.items():
-        if memory / GIB > 2 * top:  # it would press the curves flat; the table says that all of them stay below it
+        if memory > FARTHEST * max(tops):  # it would press the curves flat; the table says that all stay below it
             continue
         axes.axhline(memory / GIB, color=INK, lw=1, ls=(0, (5, 3)))
         whose = ", ".join(dict.fromkeys(cards))
@@ -49,7 +55,7 @@ def draw(found: Curves, path: Path | str) -> Path:
             f"memory of {whose}: {format_bytes(memory)}", (found.curves[0].at[0], memory / GIB), xytext=(2, 3),
             textcoords="offset points", fontsize=9, color=INK,
         )  # fmt: skip
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, edge / GIB if cut else None)
     axes.set_xlim(found.curves[0].at[0], found.curves[0].at[-1])
     axes.set_xlabel(f"{found.over} [{UNITS[found.over]}]", color=INK)
     axes.set_ylabel(f"{found.metric} memory [GiB], bands {100 * found.level:g} %", color=INK)

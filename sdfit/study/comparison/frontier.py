@@ -60,6 +60,8 @@ def draw(found: Strategies, path: Path | str) -> Path:
     axes[-1].set_xlim(
         0, min(edge, 1.1 * max([memory, *(row.prediction.upper / GIB for row in rows if row.prediction)]))
     )
+    shown = [pair for one in axes for pair in zip(*one.get_legend_handles_labels(), strict=True)]
+    figure.legend(*zip(*shown, strict=True), loc="outside lower right", ncols=len(shown), frameon=False, fontsize=9)
     w = found.workload
     source = rows[0].prediction.provenance if rows[0].prediction is not None else ""
     title = f"{w.effective_height}x{w.effective_width}, batch {w.batch_size}, {found.card}"
@@ -72,7 +74,6 @@ def _times(axes: Axes, rows: list[Strategy]) -> None:
     ends = sorted((float(r.prediction or 0) / GIB, r.time.seconds_per_image) for r in rows if r.frontier and r.time)
     if len(ends) > 1:
         axes.step(*zip(*ends, strict=True), where="post", color=SOFT, lw=1.2, zorder=2, label="frontier")
-        axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1, fontsize=9)
     for row in rows:
         assert row.prediction is not None and row.time is not None
         place = (row.prediction / GIB, row.time.seconds_per_image)
@@ -98,4 +99,3 @@ def _names(axes: Axes, rows: list[Strategy], edge: float) -> None:
     answers = [a for a in COLOURS if any(row.answer == a for row in rows)]
     for answer in answers:
         axes.plot([], [], MARKS[answer], color=COLOURS[answer], label=answer)
-    axes.legend(loc="center right", facecolor="white", edgecolor="none", framealpha=1, fontsize=9)

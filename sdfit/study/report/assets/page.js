@@ -189,7 +189,7 @@
       return element("div", { class: name === live.stage ? "bar top-stage" : "bar" }, element("span", {}, facts.titles[name]),
         element("span", { class: "track" }, element("i", { style: share(weights), title: `weights ${bytes(weights)}` }), element("b", { style: share(peak - weights), title: `above the weights ${bytes(peak - weights)}` })),
         element("span", { class: "amount" }, bytes(peak)));
-    }), element("p", { class: "hint" }, "Lighter: weights that are on the card. Darker: what the stage itself holds."));
+    }), element("p", { class: "hint" }, "First the weights that are on the card, then what the stage itself holds."));
   }
 
   function showParts(model, live) {
@@ -217,8 +217,10 @@
       const flag = name.replaceAll("_", "-");
       return typeof value === "boolean" ? (value ? `--${flag}` : `--no-${flag}`) : `--${flag} ${value}`;
     });
-    const amount = form.memory.value === shownMemory(card) ? "" : ` --memory ${form.memory.value}GiB`;
-    $("command").textContent = `sdfit fits --gpu ${/\s/.test(card.typed) ? `"${card.typed}"` : card.typed}${amount} ${flags.join(" ")}`;
+    const amount = form.memory.value === shownMemory(card) ? [] : [`--memory ${form.memory.value}GiB`];
+    const words = ["sdfit fits", `--gpu ${/\s/.test(card.typed) ? `"${card.typed}"` : card.typed}`, ...amount, ...flags];
+    // a narrow page breaks the line between options, never inside one
+    $("command").replaceChildren(...words.flatMap((word, i) => [i ? " " : "", element("span", { class: "whole" }, word)]));
   }
 
   // -- the picture --
