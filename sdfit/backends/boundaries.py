@@ -12,8 +12,8 @@ from sdfit.equation.stages import STAGES
 def boundaries(pipe: Any, *, streamed: bool = False) -> list[tuple[Any, str, str]]:
     """List where stages begin: (module, ``before`` or ``after`` its forward, the stage that begins there).
 
-    Where weights come module by module (``streamed``) the UNet is at full size in its first block down and its last one
-    up, and what lies between is deep.
+    Where weights come module by module (``streamed``) the UNet's blocks at a quarter of the size and below are a stage of
+    their own.
     """
     encoder, decoder, unet = pipe.vae.encoder, pipe.vae.decoder, pipe.unet
     marks = [
@@ -21,7 +21,7 @@ def boundaries(pipe: Any, *, streamed: bool = False) -> list[tuple[Any, str, str
         (unet, "before", "unet"),
     ]
     if streamed:
-        marks += [(unet.down_blocks[1], "before", "unet_deep"), (unet.up_blocks[-1], "before", "unet")]
+        marks += [(unet.down_blocks[-2], "before", "unet_deep"), (unet.up_blocks[-2], "before", "unet")]
     if hasattr(encoder, "mid_block"):
         marks += [
             (encoder.mid_block, "before", "vae_encoder_mid"),

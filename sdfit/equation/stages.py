@@ -3,7 +3,8 @@
 A stage begins when its first module is called and lasts until the next one begins, so the work between two modules
 (the scheduler's step, sampling the latents) counts to the stage before it. With VAE tiling or slicing the VAE's
 stages come round many times; a stage's peak is the highest of its visits. Where weights come module by module the UNet
-is two stages: its deep blocks, which have most of the weights, and those at full size, which have the large feature maps.
+is two stages: its deep blocks (a quarter of the size and below), which have most of the weights, and the others, which have
+the large feature maps. Which of them sets its peak depends on the size.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tiny import TINY
 from sdfit.backends.pipeline import build_pipeline, call_arguments, place
 from sdfit.backends.trace.backend import TraceBackend
 from sdfit.backends.trace.tracer import SCHEDULERS, Tracer
-from sdfit.equation.stages import resident, stages_of
+from sdfit.equation.stages import UNET_STAGES, resident, stages_of
 from sdfit.errors import InvalidWorkload
 from sdfit.predict.pipelines import read
 from sdfit.predict.simulation.replay import replay
@@ -64,10 +64,30 @@ def test_of_a_component_only_what_runs_is_there(bare: Tracer, offload: str) -> N
     unet = none.component_bytes["unet"]
     checker = none.component_bytes["safety_checker"] if offload == "sequential" else 0
     activations = none.stage_peaks["unet"] - none.weights_bytes
-    there = streamed.stage_peaks["unet"] - checker - activations
+    there = max(streamed.stage_peaks[stage] for stage in UNET_STAGES) - checker - activations
     assert set(resident("unet", offload)) == ({"safety_checker"} if checker else set())
     assert 0 <= there < unet * (0.5 if offload == "group_block" else 0.1)
     assert streamed.component_bytes == none.component_bytes
+
+
+@pytest.mark.parametrize("offload", STREAMED)
+def test_deep_blocks_set_the_unets_peak_in_small_images_and_the_others_in_large_ones(
+    tracer: Tracer, offload: str
+) -> None:
+    """Which is why they are two stages; without such an offload there is one, and the largest feature maps set it."""
+    small, large = (tracer.run(Workload(side, side, offload=offload)).stage_peaks for side in (256, 2048))
+    assert small["unet_deep"] > 1.05 * small["unet"] and large["unet"] > 1.4 * large["unet_deep"]
+    assert "unet_deep" not in tracer.run(Workload(256, 256, offload="model")).stage_peaks
+
+
+def test_leaves_come_alike_whichever_hooks_bring_them(tracer: Tracer) -> None:
+    """accelerate's and diffusers' differ by the checker, which sequential offload leaves on the card, and by a buffer: so
+    both share their coefficients."""
+    one, other = (
+        tracer.run(Workload(384, 512, safety_checker=False, offload=offload)).stage_peaks
+        for offload in ("sequential", "group_leaf")
+    )
+    assert one.keys() == other.keys() and all(0 <= peak - other[stage] <= 1024 for stage, peak in one.items())
 
 
 @pytest.mark.parametrize("offload", STREAMED)
