@@ -38,8 +38,8 @@ CONSTANT_BYTES = 1 << 20
 MATERIALISED = ("math", "eager", *SLICES)
 """Kinds of attention that hold score matrices."""
 
-PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid").removesuffix("_deep") for stage in STAGES}
-"""The part of the pipeline that a stage belongs to."""
+PIECE = {stage: stage.removesuffix("_blocks").removesuffix("_mid") for stage in STAGES}
+"""The part of the pipeline that a stage belongs to, as far as blocks pack alike in it."""
 PIECES = tuple(dict.fromkeys(PIECE.values()))
 
 
@@ -103,6 +103,7 @@ WIDENING: tuple[tuple[str, ...], ...] = (
     ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "three", "regime", "piece"),
     ("element_bytes", "attention", "vae", "tiled", "regime", "piece"),
     ("element_bytes", "attention", "regime", "piece"),
+    ("element_bytes", "attention", "piece"),
     ("regime", "piece"),
     ("piece",),
     (),

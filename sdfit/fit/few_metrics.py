@@ -30,7 +30,12 @@ from sdfit.predict.predictor import Predictor
 from sdfit.records import Record
 from sdfit.workload import Workload
 
-STAGE_OF = {"unet": "unet", "vae_decoder": "vae_decoder_blocks", "vae_encoder": "vae_encoder_blocks"}
+STAGE_OF = {
+    "unet": "unet",
+    "unet_deep": "unet_deep",
+    "vae_decoder": "vae_decoder_blocks",
+    "vae_encoder": "vae_encoder_blocks",
+}
 """The stage that stands for a part of the pipeline; the others never set a peak that matters."""
 USUAL = {"element_bytes": "2", "attention": "sdpa", "vae": "kl", "regime": "1", "piece": "vae_decoder"}
 """What most runs of a group have in common that does not tell."""
