@@ -91,6 +91,11 @@ class Place(NamedTuple):
         return bool(_SPLIT[self.regime])
 
     @property
+    def tiles(self) -> bool:
+        """Whether tiles set the peak: only there a pass's pixels are not the image's, and coefficients tell them apart."""
+        return self.tiled and self.piece.startswith("vae")
+
+    @property
     def scoring(self) -> str:
         """The attention, but one word for slices of any size."""
         return "sliced" if self.attention in SLICES else self.attention
@@ -102,8 +107,8 @@ WIDENING: tuple[tuple[str, ...], ...] = (
     Place._fields,
     ("element_bytes", "attention", "vae", "offload", "sliced", "tiled", "three", "regime", "piece"),
     ("element_bytes", "attention", "vae", "tiled", "regime", "piece"),
-    ("element_bytes", "attention", "regime", "piece"),
-    ("element_bytes", "attention", "piece"),
+    ("element_bytes", "attention", "tiles", "regime", "piece"),
+    ("element_bytes", "attention", "tiles", "piece"),
     ("regime", "piece"),
     ("piece",),
     (),

@@ -256,9 +256,11 @@ def _fitted(model: _Regression) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in sorted((g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS), key=_breadth):
         mine = model.members[name]
-        wider = next((g for g in metric_groups(model.seen[mine[0]].place) if g in found), None)
-        if wider is not None:
-            missed = model.errors(wider, mine)
+        wider: dict[str, list[int]] = defaultdict(list)
+        for i in mine:
+            wider[next((g for g in metric_groups(model.seen[i].place) if g in found), "")].append(i)
+        if found:
+            missed = sum(len(some) * model.errors(g, some) for g, some in wider.items()) / len(mine)
             if missed < CLOSE or missed < WORTH_KEEPING * model.errors(name, mine):
                 continue
         edges, coef = model.ranges(name)

@@ -213,12 +213,13 @@ const sdfit = (() => {
       const { facts, values } = this;
       const regime = regimeOf(facts, facts.stages.find((stage) => stage.name === "vae_decoder_blocks"), sizes);
       const split = facts.regimes[regime].elements[0] > 0;
+      const piece = facts.pieces[this.stages[top].name];
       const attention = values.attention + (values.offload in facts.streamed ? `/${values.offload}` : "");
       return {
         element_bytes: facts.dtype_bytes[values.dtype], vae: values.vae,
         attention, scoring: attention in facts.slices ? "sliced" : attention,
         offload: values.offload, sliced: sizes.m < sizes.B, tiled: sizes.P < sizes.A, guided: sizes.n > sizes.B,
-        three: sizes.m === 3 && split, regime, piece: facts.pieces[this.stages[top].name], split,
+        three: sizes.m === 3 && split, regime, piece, split, tiles: sizes.P < sizes.A && piece.startsWith("vae"),
       };
     }
 
