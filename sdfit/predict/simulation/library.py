@@ -94,7 +94,8 @@ class Library:
         NotSimulated
             If there is none.
         """
-        if kind not in (TEXT, CHECKER) and min(*sides(lengths.height, kind)[1:], *sides(lengths.width, kind)[1:]) == 1:
+        pairs = zip(sides(lengths.height, kind)[1:], sides(lengths.width, kind)[1:], strict=True)
+        if kind not in (TEXT, CHECKER) and any(height == width == 1 for height, width in pairs):
             raise NotSimulated("what has one pixel is laid out in any order")
         found = self.programs.get(Key.of(kind, workload, lengths))
         if found is None:

@@ -2,8 +2,8 @@
 
 **Covered**: every dtype and resolution, batches of any size, prompts of any length, guidance on and off, both VAEs, VAE
 slicing and tiling, the safety checker, model offload, every kind of attention. **Not covered** (`Simulator.run` raises
-`NotSimulated`): offload that brings weights module by module, the tiny VAE in tiles, other executions than the default, latents or
-tiles so small that a feature map has one pixel (an image with a side below 72 pixels), workspaces of measured kernels, and runs
+`NotSimulated`): offload that brings weights module by module, the tiny VAE in tiles, other executions than the default, an image or a
+tile so small that a feature map has one pixel (64x64, and a corner of 8x8), workspaces of measured kernels, and runs
 of slices and tiles by the thousand. Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
 """
 

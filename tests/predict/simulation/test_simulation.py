@@ -29,6 +29,8 @@ EDGES = [
     Workload(1000, 1300, 100, 3, 1.0, "bfloat16", "math", vae_tiling=True, vae_slicing=True, offload="model"),
     Workload(72, 136, 231, 2, vae="tiny", safety_checker=False),
     Workload(264, 328, 100, 3, attention="sliced", dtype="float32"),
+    Workload(64, 328, batch_size=2, attention="math"),
+    Workload(776, 256, vae_tiling=True, attention="eager"),
     Workload(128, 192, batch_size=1, attention="sliced_8"),
 ]
 
@@ -144,7 +146,7 @@ def test_all_of_the_shipped_records(path):
 @pytest.mark.parametrize(
     "options",
     [{"offload": "sequential"}, {"offload": "group_leaf"}, {"execution": "tf32"}, {"vae": "tiny", "vae_tiling": True},
-     {"height": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
+     {"height": 64, "width": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
      {"height": 16384, "width": 16384, "batch_size": 4, "vae_slicing": True, "vae_tiling": True}],
     ids=str,
 )  # fmt: skip
