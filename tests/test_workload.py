@@ -132,6 +132,7 @@ def test_discrete_fields_name_their_choices(name: str, value: Any) -> None:
         Workload(512, 512, **{name: value})
 
 
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
 @pytest.mark.parametrize("value", ["int8", "nf4"])
 def test_quantised_weights_are_refused_with_the_reason_wherever_they_are_asked_for(value: str, tmp_path: Path) -> None:
     """As a workload, a keyword of f, a column of a table, an option of a command and an axis of a grid; f stays usable."""

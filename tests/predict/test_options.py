@@ -78,6 +78,7 @@ def test_every_change_has_a_stated_cost(f: Predictor) -> None:
     assert told["costs"] == [COSTS["attention"][1]] and told["saved_bytes"] > 0
 
 
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
 def test_weights_come_module_by_module_only_where_nothing_cheaper_does_with_the_same_fields() -> None:
     """On a card of 2 GB sequential offload is named where model offload does not do, and never beside it."""
     model = sdfit.load("rtx3050")
