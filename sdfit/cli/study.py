@@ -59,11 +59,11 @@ def explain(
     """Say what a run's peak is made of: components, stages, the operation, its tensors."""
     from sdfit.predict.library import load
 
-    if gpu and derives:
+    if gpu is not None and derives:
         raise click.UsageError("--gpu adds a model's terms and --derive those of the closed form; give one of them")
     workload = workload_from(fields)
     equation: Any = None
-    if gpu:
+    if gpu is not None:
         peak = load(gpu).predict_workload(workload)
         equation = peak.breakdown
     from sdfit.study.derivation.explain import explain as explained
@@ -73,7 +73,7 @@ def explain(
         from sdfit.study.derivation.derive import derive as derived
 
         equation = derived(workload, tracer=tracer)
-    whose = f"the model '{gpu}' (its own peak, {peak.provenance})" if gpu else None
+    whose = f"the model '{gpu}' (its own peak, {peak.provenance})" if gpu is not None else None
     told = explained(workload, tracer=tracer, equation=equation, terms_of=whose)
     click.echo(json.dumps(told.to_dict(), indent=2) if as_json else told.to_text())
     if timeline is not None:
@@ -119,7 +119,7 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 
     if files:
         data = read_pooled(files)
-        known = comparing.record_cases(data.records, load(gpu) if gpu else None)
+        known = comparing.record_cases(data.records, load(gpu) if gpu is not None else None)
         source = "measured" if data.environment.get("backend") == "cuda" else "simulated"
     else:
         with warnings.catch_warnings():  # one model after the other: the table says what the truth is
@@ -127,9 +127,9 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
             models = {}
             for card in comparing.published_cards():
                 try:
-                    models[card] = load(gpu or card)
+                    models[card] = load(card if gpu is None else gpu)
                 except ArtifactError as error:  # the cases of other cards are there all the same
-                    if gpu:
+                    if gpu is not None:
                         raise
                     note(str(error))
         known, source = comparing.published_cases(models=models), "published"
@@ -210,7 +210,7 @@ def identify(files: tuple[Path, ...], gpu: str | None, as_json: bool) -> None:
     from sdfit.judging.identify import identifiability
     from sdfit.predict.library import load
 
-    result = identifiability(read_pooled(files).records, load(gpu).artifact if gpu else None)
+    result = identifiability(read_pooled(files).records, load(gpu).artifact if gpu is not None else None)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
 
 

@@ -113,7 +113,7 @@ def fit_files(
     known = prior_of(prior, data)
     artifact = fit(data, name, sources, published) if known is None else fit_few(data, known, name, sources)
     path = out or Path("models", f"{file_name(artifact.name)}.joblib")
-    card = Output(path.with_suffix(".md"), model_card(artifact).encode(), CARD)
+    card = Output(path.parent / f"{path.stem}.md", model_card(artifact).encode(), CARD)
     write(Output(path, artifact.to_bytes(), MODEL), card, inputs=paths)
     return Fitted(artifact, path, data.notes, data.records)
 

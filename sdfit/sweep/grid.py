@@ -92,7 +92,7 @@ def load(grid: str) -> Plan:
     text = path.read_bytes()
     try:
         content = tomllib.loads(text.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise GridError(f"'{path}' is not a TOML file: {error}", path=str(path)) from error
     try:
         return _plan(path.stem, content)

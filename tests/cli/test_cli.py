@@ -327,14 +327,25 @@ def test_the_two_commands_need_no_other_argument(run: Run, tmp_path: Path, f: Pr
 
 
 def test_out_of_memory_and_crashes_are_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep with failed runs says how many of which kind, that it is not complete, and exits 0: the rows are there."""
+    """A sweep with failed runs says how many of which kind, and exits 0: the rows are there; the budget may leave some."""
     monkeypatch.setenv("SDFIT_FAKE", json.dumps({"capacity_bytes": 4 << 30, "crash_batch_size": 4}))
     ran = run("sweep", "--backend", "fake", "--grid", "quick", "--gpu", "small")
     rows = read(Path(ran.out.strip())).records
     oom, crashed = (sum(r.outcome == kind for r in rows) for kind in ("oom", "crash"))
     assert oom > 5 and crashed > 2 and ran.code == 0
     assert f"{44 - crashed} of 44 done, {oom} out of memory, {crashed} crashed" in ran.err
-    assert "not complete: run the same command to go on" in ran.err
+    assert f"note: {crashed} gave no answer however often they were tried" in ran.err
+    ran = run(
+        "sweep", "--backend", "fake", "--grid", "quick", "--gpu", "brief", "--budget", "0.001s", "--prior", "none"
+    )
+    assert ran.code == 0 and "not complete: run the same command to go on" in ran.err
+
+
+def test_an_empty_name_is_no_file_and_no_model(run: Run, fake_records: Path) -> None:
+    """As of a variable of the shell that was never set: one sentence, and no answer about something else."""
+    for command in (["fit", str(fake_records), "--out", ""], ["compare", "--gpu", ""], ["explain", *SIZE, "--gpu", ""]):
+        ran = run(*command)
+        assert ran.code == 1 and not ran.out and ran.err.startswith("sdfit: ") and ran.err.count("\n") == 1
 
 
 def test_cards_are_listed_with_what_answers_for_them(run: Run) -> None:

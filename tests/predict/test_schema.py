@@ -194,9 +194,7 @@ def test_a_long_string_shared_many_times_is_refused(tmp_path: Path) -> None:
     refused(path, "no sdfit artifact")
 
 
-@pytest.mark.parametrize(
-    "keys", [[k * (2**61 - 1) for k in range(60_000)], list(range(10)), [0.5, 1.5], [None], [True]]
-)
+@pytest.mark.parametrize("keys", [[k * (2**61 - 1) for k in range(2_000)], list(range(10)), [0.5, 1.5], [None], [True]])
 def test_names_are_text(tmp_path: Path, keys: list[Any]) -> None:
     """Integers that hash alike load in quadratic time as the keys of a table; no number is a name at all."""
     whole = {"format": 2, "name": dict.fromkeys(keys, 0)}

@@ -117,6 +117,8 @@ BLOCK = "[[block]]\nshapes = [512]\n"
     ("text", "words"),
     [
         ("this is not toml", "not a TOML file"),
+        ("a = " + "[" * 5000, "not a TOML file: maximum recursion depth"),
+        (f"seed = {'9' * 5000}", "not a TOML file: Exceeds the limit"),
         ("", r"has no \[\[block\]\]"),
         ("[block]\nshapes = [512]", r"has no \[\[block\]\]"),
         ("block = []", r"has no \[\[block\]\]"),
