@@ -145,7 +145,9 @@ def snapshots() -> None:
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path("build/matrix"), show_default=True, help="For installs."
 )
-@click.option("--part", type=click.Choice(["wheel", "diffusers", "installs"]), multiple=True, help="Left out: all.")
+@click.option(
+    "--part", type=click.Choice(["wheel", "oldest", "diffusers", "installs"]), multiple=True, help="Left out: all."
+)
 @click.option("--release", multiple=True, help="Of diffusers; left out: each since 0.32.")
 def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...]) -> None:
     """Predict and trace under other Pythons and releases, and print where memory differs; fetches gigabytes."""
@@ -156,6 +158,8 @@ def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...]) -> Non
     rows: list[tuple[str, ...]] = []
     if not part or "wheel" in part:
         rows += module.wheels(folder)
+    if not part or "oldest" in part:
+        rows += module.oldest(folder)
     parts = {"diffusers": module.diffusers(folder, release or module.DIFFUSERS), "installs": module.installs(folder)}
     for name, traced in parts.items():
         if part and name not in part:

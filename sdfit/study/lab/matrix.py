@@ -1,7 +1,7 @@
 """The same under other software: Pythons, and releases of torch, diffusers and transformers, each in a folder of its own.
 
-Two questions. Does the base install predict from a built wheel, outside the checkout? And does a release move memory? The
-second is asked of the trace, which runs the unmodified pipeline of whatever release it finds (grid ``releases``); what
+Three questions. Does the base install predict from a built wheel, outside the checkout? Does the oldest that is declared fit
+what the tested set fits? And does a release move memory? The last is asked of the trace, which runs the unmodified pipeline of whatever release it finds (grid ``releases``); what
 kernels hold is not in a release of diffusers, and no trace sees it.
 """
 
@@ -12,13 +12,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sdfit
 from sdfit.errors import SdfitError
+from sdfit.predict.loading import load_artifact
+from sdfit.predict.predictor import Predictor
 from sdfit.records import Record, read
 from sdfit.units import aligned
 from sdfit.workload import Workload, variant_name
@@ -111,6 +114,42 @@ def wheels(folder: Path) -> list[Row]:
             )
         )
     return [("sdist, and a wheel of it", "", f"{source.stat().st_size} B", "built"), *rows]
+
+
+def oldest(folder: Path, extras: Sequence[str] = ("fit", "plot")) -> list[Row]:
+    """Fit a grid under the oldest release of everything that `pyproject.toml` declares, torch's extras left out; a row.
+
+    Both models then predict the grid; a coefficient may differ in its last digits, a prediction hardly.
+    """
+    pins = declared(tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"], extras)
+    version, there = PYTHONS[0], pythons()
+    if version not in there:
+        return [(f"Python {version}", "the oldest", "not on this machine", "")]
+    (fitted,) = (CHECKOUT / "data" / "sm90").glob("*-default-trace.jsonl.gz")
+    fresh = _fresh(there[version], folder / "oldest", *pins)
+    name = (f"Python {version}, the oldest declared", ", ".join(pins).replace("==", " "))
+    models = []
+    for place in (Place(fresh.python, fresh.folder, (CHECKOUT,)), Place(sys.executable, folder, (CHECKOUT,))):
+        models.append(place.folder / "oldest.joblib")
+        ran = place.run("-m", "sdfit.cli", "fit", str(fitted), "--out", str(models[-1]))
+        if ran.returncode:
+            return [(*name, "", f"cannot fit: {_last(ran.stderr)}")]
+    one, other = (Predictor(load_artifact(path)) for path in models)
+    workloads = [r.workload for r in read(fitted).records]
+    far = max(abs(float(one.predict_workload(w)) / float(other.predict_workload(w)) - 1) for w in workloads)
+    return [(*name, "", f"fits; its predictions differ by {far:.1e} at most")]
+
+
+def declared(project: Mapping[str, Any], extras: Sequence[str]) -> tuple[str, ...]:
+    """The oldest release of each declared dependency, as pip takes it.
+
+    Examples
+    --------
+    >>> declared({"dependencies": ["numpy>=1.26"], "optional-dependencies": {"plot": ["matplotlib>=3.8"]}}, ["plot"])
+    ('numpy==1.26', 'matplotlib==3.8')
+    """
+    wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    return tuple(one.replace(">=", "==") for one in wanted)
 
 
 def diffusers(folder: Path, releases: Sequence[str] = DIFFUSERS) -> Iterator[Row]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +55,14 @@ def test_the_grid_of_releases_holds_each_kind_once() -> None:
     assert {w.vae for w in workloads} == {"kl", "tiny"} and {"eager", "math", "sliced"} <= {
         w.attention for w in workloads
     }
+
+
+def test_the_oldest_is_what_the_project_declares() -> None:
+    """Each dependency of the base and of fitting has a release to begin with, and is pinned to it."""
+    project = tomllib.loads((matrix.CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = matrix.declared(project, ("fit", "plot"))
+    assert {pin.split("==")[0] for pin in pins} >= {"numpy", "joblib", "click", "rich", "scipy", "matplotlib"}
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", pin) for pin in pins)
 
 
 def test_the_python_that_runs_this_is_found() -> None:
