@@ -7,12 +7,14 @@ made of, and is there whole or not at all.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdfit.errors import SdfitError
 
@@ -206,3 +208,14 @@ def _refused(output: Output, why: str) -> SdfitError:
         f"cannot write the {output.kind.noun} to '{output.path}': {why}; choose another file with --out",
         path=str(output.path),
     )
+
+
+def fingerprint(value: Any) -> str:
+    """Hash plain values: the first 16 hex digits of the sha256 of their canonical JSON.
+
+    Examples
+    --------
+    >>> fingerprint({"a": 1}) == fingerprint({"a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sdfit.equation.metrics import METRICS
 from sdfit.equation.stages import COMPONENTS, STAGES, resident
 from sdfit.errors import RecordsError, listed
-from sdfit.files import read_bytes
+from sdfit.files import fingerprint, read_bytes
 from sdfit.workload import Workload
 
 if TYPE_CHECKING:
@@ -239,17 +238,6 @@ class RecordsFile:
         left_out = len(self.records) - len(kept)
         words = f"{left_out} rows are left out: another program's memory came or went while they ran; sweep them again"
         return RecordsFile(self.environment, kept, [*self.notes, *([words] if left_out else [])])
-
-
-def fingerprint(value: Any) -> str:
-    """Hash plain values: the first 16 hex digits of the sha256 of their canonical JSON.
-
-    Examples
-    --------
-    >>> fingerprint({"a": 1}) == fingerprint({"a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 def read(path: Path | str) -> RecordsFile:

@@ -16,8 +16,9 @@ from sdfit.backends.fake import FakeBackend
 from sdfit.equation.regimes import REGIMES
 from sdfit.equation.stages import STAGES, resident
 from sdfit.equation.weights import component_bytes
+from sdfit.files import fingerprint
 from sdfit.predict.artifact import Artifact
-from sdfit.records import Record, RecordsFile, fingerprint
+from sdfit.records import Record, RecordsFile
 from sdfit.workload import Workload
 
 SIDES = (256, 320, 384, 456, 512, 584, 640, 768, 776, 896, 1024, 1200)

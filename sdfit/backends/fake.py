@@ -17,7 +17,7 @@ from sdfit.equation.stages import UNET_STAGES, resident, stage_key, stages_of
 from sdfit.equation.terms import design_of, terms_of
 from sdfit.equation.weights import component_bytes
 from sdfit.errors import DeviceError
-from sdfit.records import fingerprint
+from sdfit.files import fingerprint
 from sdfit.units import GIB
 from sdfit.workload import DTYPE_BYTES, Workload
 

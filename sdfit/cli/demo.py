@@ -13,12 +13,13 @@ import click
 
 from sdfit.cli.progress import Reporter
 from sdfit.errors import SimulatedModelWarning
+from sdfit.files import fingerprint
 from sdfit.fit.card import fit_summary
 from sdfit.fit.files import fit_files
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.library import load
 from sdfit.predict.prediction import Prediction
-from sdfit.records import Record, fingerprint, read
+from sdfit.records import Record, read
 from sdfit.sweep import grid
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.run import sweep

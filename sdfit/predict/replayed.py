@@ -18,6 +18,7 @@ from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import DEFAULT_LEVEL, Predictor
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import Workload
 
 REPLAYED = ("required", "minimum")
@@ -165,7 +166,12 @@ def why_not(model: Predictor) -> str:
         )
     if REPLAYED_FAMILY not in model.artifact.scores.get("required", {}):
         return f"'{model.name}' was fitted before runs could be replayed; fit it again: sdfit fit"
-    return ""
+    table = model.artifact.environment.get("workspaces")
+    try:
+        same = table == workspaces_for(model.artifact.name).label
+    except SdfitError:
+        same = False
+    return "" if same else f"'{model.name}' rests on the kernels of another table than this sdfit knows: {table}"
 
 
 SURE = 0.99

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.errors import GridError, SdfitError, listed, nearest
-from sdfit.files import shipped
-from sdfit.records import fingerprint
+from sdfit.files import fingerprint, shipped
 from sdfit.workload import VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
 
 TOP_KEYS = ("description", "seed", "num_inference_steps", "block")

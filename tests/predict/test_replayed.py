@@ -8,7 +8,8 @@ import pytest
 
 import sdfit
 from sdfit.errors import SdfitError
-from sdfit.predict.replayed import Replayed, ReplayedPrediction
+from sdfit.predict.predictor import Predictor
+from sdfit.predict.replayed import Replayed, ReplayedPrediction, replaying, why_not
 from sdfit.units import GIB
 from sdfit.workload import Workload
 
@@ -113,6 +114,15 @@ def test_a_run_that_is_not_simulated_is_the_equations(f):
     g, w = sdfit.load("t4"), Workload(512, 512, offload="sequential")
     got = g.predict_workload(w, metric="required")
     assert got == f.predict_workload(w, metric="required") and got.replayed is False
+
+
+def test_a_model_of_other_kernels_is_not_replayed(f):
+    """Of a table that was calibrated elsewhere, or that has changed since: its own equation answers, with no word of a replay."""
+    for table in ("sm75 0123456789abcdef", None):
+        artifact = copy.deepcopy(f.artifact)
+        artifact.environment["workspaces"] = table
+        other = replaying(Predictor(artifact))
+        assert type(other) is Predictor and "another table" in why_not(other)
 
 
 @pytest.mark.parametrize("options", [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}], ids=str)

@@ -13,7 +13,8 @@ from worlds import run as measured
 
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import DeviceError, SweepWarning
-from sdfit.records import RECORDS, Record, fingerprint, latest, read, read_rows
+from sdfit.files import fingerprint
+from sdfit.records import RECORDS, Record, latest, read, read_rows
 from sdfit.sweep import workers
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.run import Progress, default_path, sweep

@@ -15,7 +15,8 @@ from worlds import run as measured
 
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import DeviceError, SweepWarning
-from sdfit.records import RECORDS, Record, fingerprint, read, read_rows
+from sdfit.files import fingerprint
+from sdfit.records import RECORDS, Record, read, read_rows
 from sdfit.sweep import ray as engine
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.ray import RayPool

@@ -20,7 +20,8 @@ import pytest
 
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import DependencyError, DeviceError, InvalidWorkload, RecordsError, SdfitError, SweepWarning
-from sdfit.records import RECORDS, Record, fingerprint, read, read_rows
+from sdfit.files import fingerprint
+from sdfit.records import RECORDS, Record, read, read_rows
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.run import Progress, default_path, record_of, sweep, workloads_left

@@ -24,7 +24,6 @@ from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import Workspaces, workspaces_for
-from sdfit.records import fingerprint
 from sdfit.workload import CARD_ALONE, Workload
 
 SEED = 20261128
@@ -69,8 +68,7 @@ class TraceBackend:
         """See `sdfit.backends.Backend.environment`."""
         table = None
         if self.kernels is not None:
-            architecture = self.kernels.architecture
-            table = f"{architecture.name} {fingerprint(architecture.facts())}"
+            table = self.kernels.label
         return {
             "backend": "trace",
             "gpu": f"none (a trace for '{self.gpu}')",

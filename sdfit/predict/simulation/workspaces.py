@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
+from sdfit.files import fingerprint
 from sdfit.predict.cards import architecture_of, find_card
 from sdfit.predict.simulation.segments import CachingAllocator
 from sdfit.predict.simulation.shapes import Shapes, shapes_of
@@ -274,6 +275,11 @@ class Workspaces:
         self.architecture = architecture
         self._products = dict(architecture.products)
         self._measured = dict(architecture.measured)
+
+    @property
+    def label(self) -> str:
+        """The name and the fingerprint of the table: records and models say by it which one they rest on."""
+        return f"{self.architecture.name} {fingerprint(self.architecture.facts())}"
 
     @property
     def standing_bytes(self) -> int:

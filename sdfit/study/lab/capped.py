@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.errors import SdfitError
+from sdfit.files import fingerprint
 from sdfit.predict.advise import NothingFits, largest, size_of_aspect
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
-from sdfit.records import RECORDS, Record, fingerprint, read
+from sdfit.records import RECORDS, Record, read
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.run import finished, record_of
 from sdfit.sweep.workers import LocalPool

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.backends.fake import FakeBackend
-from sdfit.records import RECORDS, fingerprint
+from sdfit.files import fingerprint
+from sdfit.records import RECORDS
 from sdfit.sweep import grid
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal

@@ -14,7 +14,7 @@ from sdfit.predict.simulation.needed import Needed
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Workspaces, workspaces_for
-from sdfit.records import fingerprint, read
+from sdfit.records import read
 from sdfit.sweep.grid import load
 from sdfit.workload import Workload
 
@@ -94,7 +94,7 @@ def recorded_files(*grids):
 def rows_of(path):
     """A file's rows; those of float32 left out if its workspaces are of an older table, which had other rules for them."""
     architecture, file = ARCHITECTURES[path.parent.name], read(path)
-    today = file.environment["workspaces"] == f"{architecture.name} {fingerprint(architecture.facts())}"
+    today = file.environment["workspaces"] == workspaces_for(architecture.name).label
     return [record for record in file.records if today or record.workload.dtype != "float32"]
 
 
