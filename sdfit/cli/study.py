@@ -240,7 +240,7 @@ def report(gpu: str, files: tuple[Path, ...], every: bool, out: Path | None, as_
         raise click.UsageError("records are judged in a page; give its name with --out")
     if out is not None and as_json:
         raise click.UsageError("--out writes a page, and --json prints; give one of them")
-    f = load(gpu)
+    f = load(gpu).equation
     if out is not None:
         click.echo(write_report(f, out, files))
     elif as_json:

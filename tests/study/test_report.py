@@ -58,7 +58,7 @@ def shipped() -> dict[str, Predictor]:
     """The shipped models, by card."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {card: sdfit.load(card) for card in CARDS}
+        return {card: sdfit.load(card).equation for card in CARDS}
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ def sdfit_quietly(name: str) -> Predictor:
     """Load a model without its note."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sdfit.load(name)
+        return sdfit.load(name).equation
 
 
 @needs_chromium

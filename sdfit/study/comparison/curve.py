@@ -136,7 +136,7 @@ class Curves:
         lines = [(self.over, *(curve.name for curve in self.curves))]
         for i in shown:
             lines.append((str(places[i]), *(format_bytes(curve.peak_bytes[i]) for curve in self.curves)))
-        notes = [f"{self.metric} memory; bands of the figure and the CSV: {100 * self.level:g} %"]
+        notes = [f"{self.metric} memory by the equation; bands of the figure and the CSV: {100 * self.level:g} %"]
         for curve in self.curves:
             if curve.memory_bytes is not None:
                 end = curve.crosses_at
