@@ -116,6 +116,13 @@ def test_a_run_that_is_not_simulated_is_the_equations(f):
     assert got == f.predict_workload(w, metric="required") and got.replayed is False
 
 
+def test_a_run_of_too_many_allocations_is_the_equations(f, monkeypatch):
+    """A replay that would take long, or much memory, is not begun."""
+    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_EVENTS", 10_000)
+    got = replaying(f).predict_workload(Workload(512, 512), metric="required")
+    assert got == f.predict_workload(Workload(512, 512), metric="required") and got.replayed is False
+
+
 def test_a_model_of_other_kernels_is_not_replayed(f):
     """Of a table that was calibrated elsewhere, or that has changed since: its own equation answers, with no word of a replay."""
     for table in ("sm75 0123456789abcdef", None):
