@@ -9,7 +9,7 @@ import click
 
 from sdfit.cli.options import example, json_option, quiet_option
 
-EXAMPLE = example("sdfit records check data/sm75/2026-11-25-default-trace.jsonl.gz")
+EXAMPLE = example("sdfit records check data/sm75/2026-11-28-default-trace.jsonl.gz")
 
 
 @click.group(epilog=EXAMPLE)

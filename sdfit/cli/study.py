@@ -104,7 +104,7 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
         click.echo(derivation.to_latex() if as_latex else derivation.to_text())
 
 
-@click.command(epilog=example("sdfit compare", "sdfit compare --gpu t4 data/sm75/2026-11-25-holdout-trace.jsonl.gz"))
+@click.command(epilog=example("sdfit compare", "sdfit compare --gpu t4 data/sm75/2026-11-28-holdout-trace.jsonl.gz"))
 @records_argument
 @click.option("--gpu", default=None, help="The model beside them; without it each published row gets its card's.")
 @click.option("--figure", type=click.Path(path_type=Path), default=None, help="Draw predicted / actual (.png).")
@@ -146,8 +146,8 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 
 @click.command(
     epilog=example(
-        "sdfit evaluate --gpu t4 data/sm75/2026-11-25-holdout-trace.jsonl.gz",
-        "sdfit evaluate --gpu t4 --decisions data/sm75/2026-11-25-decisions-trace.jsonl.gz",
+        "sdfit evaluate --gpu t4 data/sm75/2026-11-28-holdout-trace.jsonl.gz",
+        "sdfit evaluate --gpu t4 --decisions data/sm75/2026-11-28-decisions-trace.jsonl.gz",
     )
 )
 @gpu_option
@@ -200,7 +200,7 @@ def evaluate(
             click.echo(f"wrote {path}", err=True)
 
 
-@click.command(epilog=example("sdfit identify data/sm75/2026-11-25-default-trace.jsonl.gz"))
+@click.command(epilog=example("sdfit identify data/sm75/2026-11-28-default-trace.jsonl.gz"))
 @records_argument
 @click.option("--gpu", default=None, help="Also say it of this model's coefficients.")
 @json_option

@@ -121,7 +121,7 @@ def test_doubts_are_warnings(send: Callable[..., Path]) -> None:
 
 def test_a_simulation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped traces are no card's records: exit code 3, and --json says the same."""
-    path = "data/sm90/2026-11-25-breadth-trace.jsonl.gz"
+    path = "data/sm90/2026-11-28-breadth-trace.jsonl.gz"
     assert main(["records", "check", path, "--json"]) == 3
     (told,) = json.loads(capsys.readouterr().out)
     assert told["accepted"] is False and told["findings"][0]["kind"] == "environment"

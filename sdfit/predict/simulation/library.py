@@ -7,6 +7,7 @@ a test. Plain arrays of whole numbers; nothing in the file is run.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,8 @@ LARGEST_BYTES = 1 << 20
 DTYPES = ("float16", "float32")
 """bfloat16 takes what float16 takes; which modules' programs are equal is seen when they are found."""
 ATTENTIONS, VAES = CHOICES["attention"], CHOICES["vae"]
+_WORDS = {"kinds": KINDS, "dtypes": DTYPES, "attentions": ATTENTIONS, "vaes": VAES, "stages": STAGES, "weights": PARAMETERS}
+"""What numbers in the file stand for. The file holds these words too: a stage that is added later shifts no number."""
 _POOLS = ("steps", "products", "layers", "marks", "made", "loops")
 
 
@@ -129,6 +132,7 @@ class Library:
         for name, pool in pools.items():
             _store(stored, name, [values for _, values in pool.values()])
         _store(stored, "weights", [np.array(self.weights[d, n], dtype=np.int32) for d in DTYPES for n in PARAMETERS])
+        stored["words"] = np.array(json.dumps({name: [str(word) for word in words] for name, words in _WORDS.items()}))
         file = io.BytesIO()
         np.savez_compressed(file, **stored)
         return file.getvalue()
@@ -138,26 +142,28 @@ class Library:
         """The twin of `to_bytes`."""
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
+        words: dict[str, list[str]] = json.loads(str(stored["words"]))
+        kinds, dtypes, attentions, vaes, stages, weights = (words[name] for name in _WORDS)
         pools = {name: _restored(stored, name) for name in _POOLS}
         programs = {}
         for kind, dtype, attention, vae, single, even, *numbers in stored["programs"].tolist():
             steps, products, layers, marks, made, loops = (
                 pools[name][n] for name, n in zip(_POOLS, numbers, strict=True)
             )
-            key = Key(KINDS[kind], DTYPES[dtype], str(ATTENTIONS[attention]), str(VAES[vae]), bool(single), bool(even))
+            key = Key(kinds[kind], dtypes[dtype], attentions[attention], vaes[vae], bool(single), bool(even))
             programs[key] = Program(
-                KINDS[kind],
+                key.kind,
                 steps.astype(np.int64),
                 products.reshape(-1, 5).astype(np.int64),
                 tuple(
                     Layer(Shape(*row[:3]), tuple(row[3:7]), Shape(*row[7:])) for row in layers.reshape(-1, 10).tolist()
                 ),
-                tuple((first, STAGES[stage]) for first, stage in marks.reshape(-1, 2).tolist()),
+                tuple((first, stages[stage]) for first, stage in marks.reshape(-1, 2).tolist()),
                 tuple(made.tolist()),
                 tuple((first, second, last) for first, second, last in loops.reshape(-1, 3).tolist()),
-                SLICES.get(str(ATTENTIONS[attention]), 0),
+                SLICES.get(key.attention, 0),
             )
-        names = [(dtype, name) for dtype in DTYPES for name in PARAMETERS]
+        names = [(dtype, name) for dtype in dtypes for name in weights]
         sizes = (tuple(values.tolist()) for values in _restored(stored, "weights"))
         return cls(programs, dict(zip(names, sizes, strict=True)))
 
