@@ -118,7 +118,7 @@ def test_a_run_that_is_not_simulated_is_the_equations(f):
 
 def test_a_run_of_too_many_allocations_is_the_equations(f, monkeypatch):
     """A replay that would take long, or much memory, is not begun."""
-    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_EVENTS", 10_000)
+    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_EVENTS", 5_000)
     got = replaying(f).predict_workload(Workload(512, 512), metric="required")
     assert got == f.predict_workload(Workload(512, 512), metric="required") and got.replayed is False
 
