@@ -39,7 +39,14 @@ LARGEST_BYTES = 1 << 20
 DTYPES = ("float16", "float32")
 """bfloat16 takes what float16 takes; which modules' programs are equal is seen when they are found."""
 ATTENTIONS, VAES = CHOICES["attention"], CHOICES["vae"]
-_WORDS = {"kinds": KINDS, "dtypes": DTYPES, "attentions": ATTENTIONS, "vaes": VAES, "stages": STAGES, "weights": PARAMETERS}
+_WORDS = {
+    "kinds": KINDS,
+    "dtypes": DTYPES,
+    "attentions": ATTENTIONS,
+    "vaes": VAES,
+    "stages": STAGES,
+    "weights": PARAMETERS,
+}
 """What numbers in the file stand for. The file holds these words too: a stage that is added later shifts no number."""
 _POOLS = ("steps", "products", "layers", "marks", "made", "loops")
 
