@@ -143,7 +143,7 @@ def one_of(name: str, value: object) -> Any:
     for choice in allowed:
         if type(choice) is type(plain) and choice == plain:
             return choice
-    why = f"; {NOT_QUANTISED}" if name == "dtype" and plain in QUANTISED else ""
+    why = f"; {NOT_QUANTISED}" if name == "dtype" and isinstance(plain, str) and plain in QUANTISED else ""
     raise InvalidWorkload(f"{name} must be one of {listed(allowed)}, not {shown(plain)}{why}", field=name, given=value)
 
 

@@ -117,7 +117,7 @@ def test_a_sweep_tells_what_it_did_as_json(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM, *SWEEP, "--json"], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True,
     )  # fmt: skip
     told = json.loads(ran.stdout)
-    assert told == {"paths": told["paths"], "done": 44, "total": 44, "oom": 0, "crashed": 0, "skipped": 0, "complete": True}  # fmt: skip
+    assert told == {"paths": told["paths"], "done": 44, "total": 44, "oom": 0, "crashed": 0, "disturbed": 0, "skipped": 0, "complete": True}  # fmt: skip
     assert all((tmp_path / path).is_file() for path in told["paths"])
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, *SWEEP, "--json", "--dry-run"], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True,
