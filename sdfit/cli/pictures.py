@@ -18,6 +18,7 @@ from sdfit.cli.options import (
     memory_option,
     note,
     out_option,
+    replay_option,
     workload_options,
 )
 from sdfit.units import aligned, format_bytes, percent
@@ -55,6 +56,7 @@ def _shown(rows: list[dict[str, Any]], head: tuple[str, ...], lines: list[tuple[
 @memory_option
 @workload_options
 @level_option
+@replay_option
 @json_option
 @csv_option
 def check(
@@ -62,6 +64,7 @@ def check(
     gpu: str,
     memory: str | None,
     level: float | None,
+    replay: bool,
     as_json: bool,
     as_csv: bool,
     **fields: Any,
@@ -75,6 +78,8 @@ def check(
     from sdfit.predict.memory import available
 
     options, f = _options(fields), load(gpu)
+    if not replay:
+        f = f.equation
     there = available(memory, f.card)
     found = map(pictures.look, pictures.find(paths))
     answers = list(pictures.check(f, found, memory=there.memory_bytes, level=level, **options))
