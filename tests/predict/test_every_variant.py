@@ -73,12 +73,14 @@ def test_calls_and_tables_know_the_same_variants(model: Predictor) -> None:
     swept = known(model)
     never = [options for options in OPTIONS if options not in swept]
     for options in never:
+        fails = options["vae"] == "tiny" and options["offload"] == "group_block"
+        words = "fails in diffusers itself" if fails else options["dtype"]
         for ask in (
             lambda options=options: model(512, 512, **options),
             lambda options=options: model.predict_workload(Workload(512, 512, **options)),
             lambda options=options: model.predict({"height": [512], "width": [512]} | options),
         ):
-            with pytest.raises(UnknownVariant, match=f"{options['dtype']}|fails in diffusers itself"):
+            with pytest.raises(UnknownVariant, match=words):
                 ask()
     assert never
 
