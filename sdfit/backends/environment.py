@@ -11,6 +11,8 @@ from typing import Any
 
 from sdfit.errors import DeviceError, needs, quiet
 
+NO_CARD = "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace"
+
 
 def a_card_is_there(gpu: str) -> None:
     """Refuse to go on without a CUDA card.
@@ -25,9 +27,7 @@ def a_card_is_there(gpu: str) -> None:
     except ImportError as error:
         raise needs("sweep", "torch") from error
     if not torch.cuda.is_available():
-        raise DeviceError(
-            "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace", gpu=gpu
-        )
+        raise DeviceError(NO_CARD, gpu=gpu)
 
 
 def software() -> dict[str, str | None]:

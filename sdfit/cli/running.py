@@ -105,7 +105,7 @@ def sweep(
     from sdfit.cli.progress import Reporter
     from sdfit.sweep import grid as grids
     from sdfit.sweep.run import sweep as run
-    from sdfit.sweep.workers import cards_named, default_workers
+    from sdfit.sweep.workers import cards_here, cards_named
 
     plan = grids.load(grid)
     if dry_run and runs is None:
@@ -150,7 +150,7 @@ def sweep(
             out,
             engine=engine,
             workers=workers,
-            devices=cards_named(devices, default_workers(backend)) if devices else (),
+            devices=cards_named(devices, cards_here(backend)) if devices else (),
             address=address,
             limit_s=parse_duration(limit),
             budget_s=parse_duration(budget) if budget else None,

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sdfit.backends import open_backend
-from sdfit.backends.environment import quiet_libraries
+from sdfit.backends.environment import NO_CARD, quiet_libraries
 from sdfit.errors import DeviceError, SdfitError, SweepWarning
 from sdfit.records import kind_of
 from sdfit.workload import Workload
@@ -326,11 +326,16 @@ def default_workers(backend: str) -> int:
     """One worker per card, or per processor for a trace."""
     if backend == "trace":
         return os.cpu_count() or 1
-    if backend == "cuda":
-        import torch
+    return max(cards_here(backend), 1)
 
-        return max(int(torch.cuda.device_count()), 1)
-    return 1
+
+def cards_here(backend: str) -> int:
+    """How many cards this process sees; a made-up one is always there."""
+    if backend != "cuda":
+        return 1
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def cards_named(text: str, count: int) -> list[str]:
@@ -345,13 +350,15 @@ def cards_named(text: str, count: int) -> list[str]:
     Raises
     ------
     DeviceError
-        If one is named twice or is not there.
+        If there is no card, or one is named twice or is not there.
 
     Examples
     --------
     >>> cards_named("0, 2", 4)
     ['0', '2']
     """
+    if not count:
+        raise DeviceError(NO_CARD, given=text)
     seen = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     names = [name.strip() for name in text.split(",")]
     found = []
@@ -360,7 +367,7 @@ def cards_named(text: str, count: int) -> list[str]:
         if not there or names.count(name) > 1:
             raise DeviceError(
                 f"the cards asked for are '{text}', and there are {count}; name each once, counted from 0, as in "
-                f"{','.join(str(i) for i in range(max(count, 1)))}",
+                f"{','.join(str(i) for i in range(count))}",
                 given=text,
             )
         found.append(seen[int(name)] if seen and name.isdecimal() else name)

@@ -250,6 +250,8 @@ def test_cards_are_counted_as_this_process_sees_them(
     for wrong in ("2", "0,0", "", "one", "-1"):
         with pytest.raises(DeviceError, match=f"the cards asked for are '{wrong}', and there are 2; .* as in 0,1"):
             cards_named(wrong, 2)
+    with pytest.raises(DeviceError, match="there is no CUDA card here"):
+        cards_named(text, 0)
 
 
 def test_an_unfinished_file_of_any_date_is_resumed(tmp_path: Path) -> None:

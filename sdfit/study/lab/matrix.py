@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from sdfit.workload import Workload, variant_name
 CHECKOUT = Path(sdfit.__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 DIFFUSERS = (
-    "0.32.2", "0.33.1", "0.34.0", "0.35.2", "0.36.0", "0.37.1", "0.38.0", "0.39.0", "0.40.0", "0.41.0", "0.42.1",
+    "0.32.0", "0.32.1", "0.32.2", "0.33.0", "0.33.1", "0.34.0", "0.35.0", "0.35.1", "0.35.2", "0.36.0", "0.37.0", "0.37.1",
+    "0.38.0", "0.39.0", "0.40.0", "0.41.0", "0.42.0", "0.42.1",
 )  # fmt: skip
 TRANSFORMERS = ("5.23.0", "4.57.6")
 """Tried in this order beside each release of diffusers: the first with which its pipeline can be imported."""
@@ -92,6 +94,7 @@ def wheels(folder: Path) -> list[Row]:
     _done(built)
     (source,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     _done(tools.run("-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder / "again"), str(source)))
+    told = _complete(wheel, folder / "again" / wheel.name)
     here = Place(sys.executable, folder, (CHECKOUT,)).run("-m", "sdfit.cli", *PREDICT)
     _done(here)
     rows = []
@@ -113,7 +116,17 @@ def wheels(folder: Path) -> list[Row]:
                 "predicts the same" if same else f"fails: {_last(ran.stderr)}",
             )
         )
-    return [("sdist, and a wheel of it", "", f"{source.stat().st_size} B", "built"), *rows]
+    return [("sdist, and a wheel of it", f"{source.stat().st_size} B", "", told), *rows]
+
+
+def _complete(wheel: Path, again: Path) -> str:
+    """Whether the wheel of the source distribution holds what that of the checkout holds, to the byte."""
+    one, other = (
+        {f.filename: f.CRC for f in zipfile.ZipFile(path).infolist() if not f.filename.endswith("/RECORD")}
+        for path in (wheel, again)
+    )
+    differ = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return f"differ in {', '.join(differ)}" if differ else f"built; the same {len(one)} files as of the checkout"
 
 
 def oldest(folder: Path, extras: Sequence[str] = ("fit", "plot")) -> list[Row]:
