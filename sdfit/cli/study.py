@@ -20,12 +20,23 @@ from sdfit.cli.options import (
     workload_from,
     workload_options,
 )
+from sdfit.errors import SdfitError
 
 kernels_option = click.option(
     "--kernels",
     default=None,
-    help="Add the kernel workspaces of a card, as t4, or of a file of sdfit calibrate (.json).",
+    help="Whose kernel workspaces to add: a card, as t4, or a file of sdfit calibrate (.json).",
 )
+
+
+def _kernels_of(f: Any) -> str | None:
+    """The kernels of a model whose workspaces are known; None where they are not."""
+    from sdfit.predict.simulation.workspaces import workspaces_for
+
+    try:
+        return workspaces_for(f.artifact.name).architecture.name
+    except SdfitError:
+        return None
 
 
 def _tracer(kernels: str | None) -> Any:
@@ -44,7 +55,11 @@ def _tracer(kernels: str | None) -> Any:
 @click.option(
     "--diagram", type=click.Path(path_type=Path), default=None, help="Draw the pipeline and where the peak is (.svg)."
 )
-@click.option("--gpu", default=None, help="Add the terms of a model: its name or path; see: sdfit models")
+@click.option(
+    "--gpu",
+    default=None,
+    help="Add the terms of a model and, unless --kernels are given, the workspaces of its kernels.",
+)
 @click.option("--derive", "derives", is_flag=True, help="Derive the closed form and add its terms; takes longer.")
 @json_option
 def explain(
@@ -64,8 +79,9 @@ def explain(
     workload = workload_from(fields)
     equation: Any = None
     if gpu is not None:
-        peak = load(gpu).predict_workload(workload)
-        equation = peak.breakdown
+        f = load(gpu)
+        peak = f.predict_workload(workload)
+        equation, kernels = peak.breakdown, kernels or _kernels_of(f)
     from sdfit.study.derivation.explain import explain as explained
 
     tracer = _tracer(kernels)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdfit.errors import InvalidWorkload, listed
-from sdfit.predict.cards import DESKTOP_BYTES, Card, also_sold, context_bytes
+from sdfit.predict.cards import DESKTOP_BYTES, LEAST_SHARE, Card, also_sold, context_bytes
 from sdfit.predict.nvml import Here, here
-from sdfit.units import format_bytes, parse_bytes
+from sdfit.units import MIB, format_bytes, parse_bytes
 
 FREE = "free"
 
@@ -100,6 +100,18 @@ def left(card: Card) -> Memory:
     if others:
         words += f"; it is sold with {listed(others)} GiB too: name it {card.slug}-{others[-1]}gb"
     return Memory(left, words)
+
+
+def of_box(gib: int) -> int:
+    """What a card with so many GiB on its box leaves at the least, beside a CUDA context and a desktop [bytes].
+
+    Examples
+    --------
+    >>> format_bytes(of_box(8))
+    '6.270 GiB'
+    """
+    total = int(gib * 1024 * LEAST_SHARE[""]) * MIB
+    return left(Card(f"card of {gib} GB", "0.0", gib, total, "geforce", found=False)).memory_bytes
 
 
 def _a(name: str) -> str:

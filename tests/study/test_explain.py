@@ -6,6 +6,7 @@ import pytest
 
 from sdfit.backends.trace.observe import observed
 from sdfit.backends.trace.tracer import Tracer
+from sdfit.cli import main
 from sdfit.study.derivation.closed_form import Derivation, Polynomial
 from sdfit.study.derivation.explain import explain
 from sdfit.study.derivation.timeline import timeline
@@ -78,7 +79,10 @@ def test_the_terms_come_from_the_equation_given(tracer):
 def test_it_prints_and_serialises(tracer):
     """The text names the operation and says that it is simulated; JSON keeps every tensor."""
     told = explain(WORKLOADS[0], tracer=tracer)
-    assert "silu in vae.decoder.up_blocks.3" in told.to_text() and "(simulated)" in told.to_text()
+    assert (
+        "silu in vae.decoder.up_blocks.3" in told.to_text()
+        and "(simulated without kernel workspaces)" in told.to_text()
+    )
     plain = json.loads(json.dumps(told.to_dict()))
     peak = plain["peak"]
     assert sum(t["size_bytes"] for t in peak["tensors"]) + peak["weights_bytes"] == peak["peak_bytes"]
@@ -89,3 +93,13 @@ def test_the_timeline_is_a_picture(tracer, tmp_path):
     """A PNG is written, also where weights come and go."""
     for name, w in (("a.png", WORKLOADS[0]), ("b.png", WORKLOADS[5])):
         assert timeline(w, tmp_path / name, tracer=tracer).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
+def test_beside_a_model_the_kernels_are_its_own(capsys):
+    """`sdfit explain --gpu t4` explains the peak that `sdfit predict --gpu t4` gives, at the operation that sets it there."""
+    assert main(["explain", "--height", "512", "--width", "512", "--gpu", "t4", "--quiet", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kernels"] == "sm75" and told["peak"]["operation"] == "convolution"
+    assert told["peak"]["workspace_bytes"] == 269_615_616
+    assert sum(told["terms_bytes"].values()) == pytest.approx(told["peak"]["peak_bytes"], rel=2e-4)

@@ -1,6 +1,6 @@
 """What each way to run costs and saves: memory by a model, seconds as others published them or a sweep measured them.
 
-Every option is changed alone, then some together, then the cheapest combination for a card of 4, 6 and 8 GiB. Seconds are
+Every option is changed alone, then some together, then the cheapest combination for a card of 4, 6 and 8 GB. Seconds are
 shown only for the same card, size and batch, all from one source; nothing is carried over from another card.
 """
 
@@ -12,12 +12,12 @@ from itertools import compress
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, UnknownVariant
-from sdfit.predict.cards import DESKTOP_BYTES, context_bytes
+from sdfit.predict.memory import of_box
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import best_metric, verdict
 from sdfit.study.comparison.times import Time, best_series
-from sdfit.units import GIB, aligned, format_bytes
+from sdfit.units import aligned, format_bytes
 from sdfit.workload import CARD_ALONE, CHOICES, NOT_QUANTISED, Workload
 
 ASKED = "as asked"
@@ -39,8 +39,8 @@ RECIPES: tuple[dict[str, Any], ...] = (
     _FUSED | {"vae_slicing": True, "offload": "model", "safety_checker": False, "vae": "tiny"},
 )
 """The cheap before the dear, by judgement: what costs no quality first, then what costs time, last another VAE."""
-RECIPE_GIB = (4, 6, 8)
-"""Memory of the cards that a recipe is found for [GiB]."""
+RECIPE_GB = (4, 6, 8)
+"""Memory on the box of the cards that a recipe is found for [GiB]."""
 CHANGES_NOTHING: tuple[tuple[str, str], ...] = (
     ("gradient checkpointing", "belongs to training: at inference the peak is the same to the byte (traced)"),
     (
@@ -239,36 +239,25 @@ def _words(change: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in change.items())
 
 
-def recipe_memory(gib: int) -> int:
-    """What a card of so many GiB leaves beside a CUDA context and a desktop [bytes].
-
-    Examples
-    --------
-    >>> recipe_memory(8) < 8 * 2**30
-    True
-    """
-    return gib * GIB - context_bytes(gib * GIB) - DESKTOP_BYTES
-
-
 def _recipes(f: Predictor, workload: Workload) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
     """The first of `RECIPES` that fits on each kind of card; and, in words, where none is needed or none is found."""
     found, missing = [], []
-    for gib in RECIPE_GIB:
+    for gib in RECIPE_GB:
         for recipe in RECIPES:
             change = {name: value for name, value in recipe.items() if getattr(workload, name) != value}
             change = {n: v for n, v in change.items() if not (n == "dtype" and workload.dtype == "bfloat16")}
             try:
-                answer = verdict(f, replace(workload, **change), memory=recipe_memory(gib)).answer
+                answer = verdict(f, replace(workload, **change), memory=of_box(gib)).answer
             except (UnknownVariant, InvalidWorkload):
                 continue
             if answer == "fits":
                 if change:
-                    found.append((f"on {gib} GiB: {_words(change)}", change))
+                    found.append((f"card of {gib} GB: {_words(change)}", change))
                 else:
-                    missing.append(f"on {gib} GiB: fits as asked")
+                    missing.append(f"card of {gib} GB: fits as asked")
                 break
         else:
-            missing.append(f"on {gib} GiB: nothing that was tried is sure to fit at this size")
+            missing.append(f"card of {gib} GB: nothing that was tried is sure to fit at this size")
     return found, missing
 
 

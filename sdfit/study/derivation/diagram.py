@@ -108,7 +108,11 @@ def svg(told: Explanation) -> str:
     ]
     lines.append(
         _text(
-            30, 60, f"peak {format_bytes(told.peak_bytes)} (simulated): {told.operation} in {told.path}", 14, fill=PEAK
+            30,
+            60,
+            f"peak {format_bytes(told.peak_bytes)} ({told.made_by}): {told.operation} in {told.path}",
+            14,
+            fill=PEAK,
         )
     )
     x = 30.0

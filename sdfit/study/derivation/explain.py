@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sdfit.backends.trace.observe import LiveTensor, observed
-from sdfit.backends.trace.tracer import Tracer
+from sdfit.backends.trace.tracer import Tracer, Workspace
 from sdfit.equation.stages import STAGES, resident
+from sdfit.predict.simulation.workspaces import Workspaces
 from sdfit.study.derivation.closed_form import Derivation, tensor_lines
 from sdfit.units import format_bytes
 from sdfit.workload import Workload, variant_name
@@ -60,6 +61,8 @@ class Explanation:
         Stage and live bytes at every operation, in order.
     peak_index : int
         The peak's place in the history.
+    kernels : str
+        Whose kernel workspaces are in it; empty: none, so a card takes more.
     """
 
     workload: Workload
@@ -77,6 +80,12 @@ class Explanation:
     formula: str | None = None
     history: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     peak_index: int = 0
+    kernels: str = ""
+
+    @property
+    def made_by(self) -> str:
+        """How the peak came about, in words."""
+        return f"simulated, kernels of {self.kernels}" if self.kernels else "simulated without kernel workspaces"
 
     @property
     def weights_bytes(self) -> int:
@@ -98,6 +107,7 @@ class Explanation:
         return {
             "workload": self.workload.to_dict(),
             "simulated": True,
+            "kernels": self.kernels or None,
             "components": [asdict(component) for component in self.components],
             "stage_peaks_bytes": self.stage_peaks,
             "peak": {
@@ -121,7 +131,7 @@ class Explanation:
         w = self.workload
         lines = [
             f"{w.effective_height}x{w.effective_width}, batch {w.batch_size}, {w.prompt_length} tokens, guidance "
-            f"{w.guidance_scale:g}, {variant_name(w.variant)}: {format_bytes(self.peak_bytes)} (simulated)",
+            f"{w.guidance_scale:g}, {variant_name(w.variant)}: {format_bytes(self.peak_bytes)} ({self.made_by})",
             "",
             "components",
         ]
@@ -137,7 +147,9 @@ class Explanation:
             f"  {format_bytes(self.weights_bytes):>11}  weights",
         ]
         if self.standing_bytes:
-            lines.append(f"  {format_bytes(self.standing_bytes):>11}  held by libraries all the time")
+            lines.append(
+                f"  {format_bytes(self.standing_bytes):>11}  held all the time: by libraries, and as the allocator's remainders"
+            )
         if self.workspace_bytes:
             lines.append(f"  {format_bytes(self.workspace_bytes):>11}  workspace of the kernel")
         lines += [f"  {line}" for line in tensor_lines(tuple(asdict(t) for t in self.tensors), tensors)]
@@ -219,4 +231,9 @@ def explain(
         formula,
         history,
         peak.ordinal,
+        _kernels(tracer.workspace),
     )
+
+
+def _kernels(workspace: Workspace | None) -> str:
+    return workspace.architecture.name if isinstance(workspace, Workspaces) else "a table of its own" * bool(workspace)

@@ -17,14 +17,13 @@ from sdfit.equation.terms import TERMS
 from sdfit.predict import conformal
 from sdfit.predict.advise import LIKELY
 from sdfit.predict.artifact import Artifact
-from sdfit.predict.cards import LEAST_SHARE, Card, find_card, table
+from sdfit.predict.cards import find_card, table
 from sdfit.predict.library import answering
-from sdfit.predict.memory import left
+from sdfit.predict.memory import left, of_box
 from sdfit.predict.options import COSTS, SAVING
 from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
 from sdfit.predict.variant import MOST_BELOW, TINY_BLOCKS, TINY_TILES
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
-from sdfit.units import MIB
 from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, SLICES, STREAMED, VAE_SCALE, Workload
 
 TITLES = {
@@ -144,12 +143,7 @@ def cards_of(models: dict[str, Predictor]) -> list[Predictor]:
 
 def boxes() -> list[dict[str, Any]]:
     """The memory sizes of the map: what PyTorch may take on a card of each that drives a screen [bytes]."""
-    found = []
-    for gib in SIZES_GB:
-        total = int(gib * 1024 * LEAST_SHARE[""]) * MIB
-        card = Card(f"card of {gib} GB", "0.0", gib, total, "geforce", found=False)
-        found.append({"gib": gib, "memory_bytes": left(card).memory_bytes})
-    return found
+    return [{"gib": gib, "memory_bytes": of_box(gib)} for gib in SIZES_GB]
 
 
 def _ends(ends: Iterable[float]) -> list[float | None]:
