@@ -1,5 +1,7 @@
 """The caching allocator's rules one by one, against a second and slower model, and on a real trace."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 from sdfit.predict.simulation.replay import Replay, replay, smallest_cap, without
 from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, Block, CachingAllocator, segment_bytes
+from sdfit.study.lab.expandable import ExpandableAllocator
 from sdfit.units import KIB, MIB
 
 
@@ -17,7 +20,7 @@ def in_mib(run: Replay) -> tuple[float, float, float]:
 
 def expandable(events) -> CachingAllocator:
     """An allocator with expandable segments that has served the events."""
-    allocator, living = CachingAllocator(expandable=True), {}
+    allocator, living = ExpandableAllocator(), {}
     for number, size in events:
         if size > 0:
             living[number] = allocator.malloc(size)
@@ -187,7 +190,7 @@ def test_an_expandable_segment_extends_a_cached_block_at_its_end():
 
 def test_expandable_pages_go_back_and_leave_a_hole_that_is_filled_first():
     """Of 30 + 30 MiB in 3 pages the first 30 go: 1 whole page can be unmapped, and 20 MiB go back there, not behind."""
-    allocator = CachingAllocator(expandable=True)
+    allocator = ExpandableAllocator()
     first, second = allocator.malloc(30 * MIB), allocator.malloc(30 * MIB)
     assert allocator.reserved_bytes == 60 * MIB
     allocator.free(first)
@@ -203,7 +206,7 @@ def test_expandable_pages_go_back_and_leave_a_hole_that_is_filled_first():
 
 def test_expandable_best_fit_leaves_the_end_that_can_grow():
     """Cached: 10 MiB at the end that can grow, 15 in the middle. 8 MiB take the middle, though the end fits closer."""
-    allocator = CachingAllocator(expandable=True)
+    allocator = ExpandableAllocator()
     head, middle, tail = (allocator.malloc(size * MIB) for size in (15, 15, 20))
     assert allocator.reserved_bytes == 60 * MIB  # 50 in use, 10 at the end
     allocator.free(head)
@@ -213,7 +216,7 @@ def test_expandable_best_fit_leaves_the_end_that_can_grow():
 
 def test_expandable_reserved_may_pass_the_cap_by_less_than_a_page():
     """12 MiB are compared with the cap as 12, and then map a page of 20: PyTorch's own arithmetic."""
-    allocator = CachingAllocator(12 * MIB, expandable=True)
+    allocator = ExpandableAllocator(12 * MIB)
     assert allocator.malloc(12 * MIB) is not None
     assert allocator.reserved_bytes == 20 * MIB
 
@@ -334,26 +337,14 @@ def test_a_second_model_of_the_rules_agrees(events, share):
     assert (run.allocated_bytes, run.reserved_bytes, run.oom_at) == (naive.allocated_peak, naive.peak, failed)
 
 
-def blocks_of(allocator: CachingAllocator, handed_out: list[Block]) -> list[Block]:
-    """Every block of every segment, by walking the links from all blocks known."""
-    known = list(handed_out)
-    for pool in (allocator._small, allocator._large):
-        known += [entry[-1] for entry in (*pool.cached, *pool.unmapped)]
-    seen: dict[int, Block] = {}
-    for block in known:
-        step: Block | None = block
-        while step is not None and id(step) not in seen:
-            seen[id(step)] = step
-            step = step.next
-    return list(seen.values())
-
-
 @given(event_lists(), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_bytes_are_conserved_and_all_goes_back(events, grows, tight):
-    """After each event the counters are the sums over sound links without two free neighbours; in the end all is 0."""
+    """After each event blocks and cached pieces overlap nowhere, are all that is reserved, and no two cached ones touch in a
+    segment; in the end all is 0."""
     free_peak = expandable(events).reserved_peak_bytes if grows else replay(events).reserved_bytes
-    allocator, living = CachingAllocator(free_peak * 3 // 4 if tight else None, expandable=grows), {}
+    allocator = (ExpandableAllocator if grows else CachingAllocator)(free_peak * 3 // 4 if tight else None)
+    living: dict[int, Block] = {}
     for number, size in events:
         if size > 0:
             block = allocator.malloc(size)
@@ -363,21 +354,22 @@ def test_bytes_are_conserved_and_all_goes_back(events, grows, tight):
             living[number] = block
         else:
             allocator.free(living.pop(number))
-        blocks = blocks_of(allocator, list(living.values()))
-        assert sum(b.size_bytes for b in blocks if b.mapped) == allocator.reserved_bytes
-        assert sum(b.size_bytes for b in blocks if not b.free) == allocator.allocated_bytes
-        assert {id(b) for b in blocks if not b.free} == {id(b) for b in living.values()}
-        for block in blocks:
-            if block.next is not None:
-                assert block.next.prev is block
-                assert block.next.address == block.address + block.size_bytes
-                assert not (block.free and block.next.free and block.mapped == block.next.mapped)
+        cached = [*allocator._small, *allocator._large]
+        assert allocator._sizes == {begin: size for size, begin in cached}
+        assert allocator._begins == {begin + size: begin for size, begin in cached}
+        taken = sorted((block.address, block.size_bytes, False) for block in living.values())
+        pieces = sorted([*taken, *((begin, size, True) for size, begin in cached)])
+        for (begin, takes, free), (after, _, free_after) in pairwise(pieces):
+            assert begin + takes <= after
+            assert not (free and free_after and begin + takes == after) or after in allocator._segments
+        assert sum(takes for _, takes, _ in pieces) == allocator.reserved_bytes
+        assert sum(takes for _, takes, _ in taken) == allocator.allocated_bytes
     for block in living.values():
         allocator.free(block)
     allocator.release_cached()
     assert allocator.allocated_bytes == allocator.reserved_bytes == 0
-    assert not allocator._small.cached
-    assert not allocator._large.cached
+    assert not allocator._small
+    assert not allocator._large
 
 
 @given(event_lists())

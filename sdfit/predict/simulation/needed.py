@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdfit.predict.simulation.replay import replay, smallest_cap, without
+from sdfit.predict.simulation.replay import smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import Workload
@@ -50,6 +50,4 @@ class Needed:
         simulated = self._simulator.run(workload, keep_events=True)
         assert simulated.events is not None
         events = simulated.events if metric == "required" else without(simulated.events, simulated.workspaces)
-        if limit_bytes is not None and replay(events, cap_bytes=int(limit_bytes)).outcome != "ok":
-            return int(limit_bytes) + 1
-        return smallest_cap(events)
+        return smallest_cap(events, limit_bytes=None if limit_bytes is None else int(limit_bytes))

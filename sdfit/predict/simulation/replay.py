@@ -8,20 +8,15 @@ library only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from sdfit.equation.weights import rounded
+from sdfit.equation.weights import GRANULE_BYTES, rounded
 from sdfit.errors import SdfitError
-from sdfit.predict.simulation.segments import (
-    CACHE_GIVEN_BACK,
-    ROUND_LARGE_BYTES,
-    Block,
-    CachingAllocator,
-    segment_bytes,
-)
+from sdfit.predict.simulation.segments import ROUND_LARGE_BYTES, CachingAllocator, segment_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,38 +88,12 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
     >>> replay(events, cap_bytes=25 * MIB).oom_at
     3
     """
+    live = _checked(events)
     allocator = CachingAllocator(cap_bytes)
-    blocks: dict[int, tuple[Block, int]] = {}
-    live = peak = 0
-    oom_at: int | None = None
-    for index, (number, size) in enumerate(events):
-        if size > 0:
-            if number in blocks:
-                raise SdfitError(
-                    f"event {index}: block {number} is allocated while it is live; trace the workload again",
-                    index=index,
-                )
-            block = allocator.malloc(size)
-            if block is None:
-                oom_at = index
-                break
-            live += rounded(size)
-            peak = max(peak, live)
-            blocks[number] = (block, size)
-        elif size < 0:
-            if number not in blocks or blocks[number][1] != -size:
-                known = blocks[number][1] if number in blocks else 0
-                raise SdfitError(
-                    f"event {index}: block {number} of {known} bytes is freed with {-size}; trace the workload again",
-                    index=index,
-                )
-            live -= rounded(-size)
-            allocator.free(blocks.pop(number)[0])
-        elif (number, size) == CACHE_GIVEN_BACK:
-            allocator.release_cached()
+    oom_at = allocator.serve(events)
     return Replay(
         outcome="ok" if oom_at is None else "oom",
-        live_bytes=peak,
+        live_bytes=max(live[:oom_at], default=0),
         allocated_bytes=allocator.allocated_peak_bytes,
         reserved_bytes=allocator.reserved_peak_bytes,
         retries=allocator.retries,
@@ -132,18 +101,48 @@ def replay(events: Sequence[tuple[int, int]], *, cap_bytes: int | None = None) -
     )
 
 
-def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
+def _checked(events: Sequence[tuple[int, int]]) -> list[int]:
+    """The bytes that are live after each event, if the events can be."""
+    sizes: dict[int, int] = {}
+    for index, (number, size) in enumerate(events):
+        if size > 0:
+            if number in sizes:
+                raise SdfitError(
+                    f"event {index}: block {number} is allocated while it is live; trace the workload again",
+                    index=index,
+                )
+            sizes[number] = size
+        elif size < 0:
+            known = sizes.pop(number, 0)
+            if known != -size:
+                raise SdfitError(
+                    f"event {index}: block {number} of {known} bytes is freed with {-size}; trace the workload again",
+                    index=index,
+                )
+    return list(_live(events))
+
+
+def _live(events: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """The bytes that are live after each event, block by block as the allocator rounds them."""
+    more, whole = GRANULE_BYTES - 1, -GRANULE_BYTES
+    return accumulate([size + more & whole if size > 0 else size & whole for _, size in events])
+
+
+def smallest_cap(events: Sequence[tuple[int, int]], *, limit_bytes: int | None = None) -> int:
     """Find the smallest cap under which the events still succeed: the metric ``required`` of a trace.
 
     Parameters
     ----------
     events : sequence of (int, int)
         As for `replay`.
+    limit_bytes : int, optional
+        If the events fail under this cap, only that is of interest [bytes].
 
     Returns
     -------
     int
-        A cap [bytes] under which `replay` succeeds, a whole number of 2 MiB as all segments are; 2 MiB less fails.
+        A cap [bytes] under which `replay` succeeds, a whole number of 2 MiB as all segments are; 2 MiB less fails. Where the
+        events fail under the limit, one byte more than that.
 
     Notes
     -----
@@ -164,9 +163,18 @@ def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
     """
     step = ROUND_LARGE_BYTES
     replays = _Replays(events)
-    fails, works = -step, -(-_live_bytes(events) // step) * step
+    fails, works = -step, -(-max(_live(events), default=0) // step) * step
+    limit = math.inf if limit_bytes is None else limit_bytes
+    if works > limit:
+        return int(limit) + 1
     while (wanted := replays.wanted(works)) is not None:
+        if wanted > limit:
+            if replays.wanted(int(limit)) is not None:
+                return int(limit) + 1
+            limit = math.inf
         fails, works = works, wanted
+    if limit < math.inf and replays.wanted(int(limit)) is not None:
+        return int(limit) + 1
     middle = works - step
     while fails < middle:
         if replays.wanted(middle) is None:
@@ -177,13 +185,11 @@ def smallest_cap(events: Sequence[tuple[int, int]]) -> int:
     return works
 
 
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
+class _Checkpoint(NamedTuple):
     """A replay before one of its events: what all replays with at least its cap have in common."""
 
-    index: int
+    event: int
     allocator: CachingAllocator
-    blocks: dict[int, Block]
 
 
 class _Tried(NamedTuple):
@@ -200,7 +206,7 @@ class _Replays:
     def __init__(self, events: Sequence[tuple[int, int]]) -> None:
         self._events = events
         self._tried: list[_Tried] = []
-        self._base = _Checkpoint(0, CachingAllocator(), {})
+        self._base = _Checkpoint(0, CachingAllocator())
 
     def wanted(self, cap_bytes: int) -> int | None:
         """What would have been reserved under a cap had the request that fails found it [bytes]; None if none fails.
@@ -217,11 +223,6 @@ class _Replays:
         return wanted
 
 
-def _live_bytes(events: Sequence[tuple[int, int]]) -> int:
-    """Peak of the requests that are live at once [bytes]."""
-    return max(accumulate(rounded(size) if size > 0 else -rounded(-size) for _, size in events), default=0)
-
-
 def _capped(
     events: Sequence[tuple[int, int]], base: _Checkpoint, cap_bytes: int
 ) -> tuple[int | None, CachingAllocator, _Checkpoint]:
@@ -230,28 +231,19 @@ def _capped(
     Returns what would have been reserved had the failing request found it [bytes], None if none fails; the allocator as it then
     stands; and the checkpoint at which the cap was first met.
     """
-    allocator, blocks = base.allocator.copy(base.blocks)
+    allocator, met = base.allocator.copy(), base
     allocator.cap_bytes = cap_bytes
-    met: list[_Checkpoint] = []
-    index = base.index
 
-    def meet() -> None:
-        met.append(_Checkpoint(index, *allocator.copy(blocks)))
+    def meet(index: int) -> None:
+        nonlocal met
+        met = _Checkpoint(index, allocator.copy())
         allocator.at_limit = None
 
     allocator.at_limit = meet
-    for index in range(base.index, len(events)):
-        number, size = events[index]
-        if size > 0:
-            block = allocator.malloc(size)
-            if block is None:
-                return allocator.reserved_bytes + segment_bytes(rounded(size)), allocator, met[0]
-            blocks[number] = block
-        elif size < 0:
-            allocator.free(blocks.pop(number))
-        elif (number, size) == CACHE_GIVEN_BACK:
-            allocator.release_cached()
-    return None, allocator, met[0] if met else base
+    failed = allocator.serve(events, base.event)
+    if failed is None:
+        return None, allocator, met
+    return allocator.reserved_bytes + segment_bytes(rounded(events[failed][1])), allocator, met
 
 
 def without(events: Sequence[tuple[int, int]], blocks: Collection[int]) -> list[tuple[int, int]]:

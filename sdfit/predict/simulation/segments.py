@@ -31,16 +31,20 @@ of one, MercuryB1, was 7 % too high.
 Not modelled: other streams, CUDA graphs, `max_split_size_mb`, `garbage_collection_threshold`,
 `roundup_power2_divisions`, and a driver that fails before the cap.
 
-A sweep runs in default settings. Expandable segments are here because three of the recorded lists have them.
+A sweep runs in default settings; expandable segments, which three of the recorded lists have, stand in
+`sdfit.study.lab.expandable`.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from itertools import islice
+from typing import NamedTuple
 
-from sdfit.equation.weights import GRANULE_BYTES, rounded
+from sdfit.equation.weights import GRANULE_BYTES
 from sdfit.units import MIB
 
 SMALL_BYTES = 1 * MIB
@@ -58,7 +62,6 @@ CACHE_GIVEN_BACK = (0, 0)
 """The event of a list of ``(block, size)`` at which the program itself calls `torch.cuda.empty_cache`."""
 
 _TOP_ADDRESS = 1 << 47  # of a process on x86-64; segments lie below
-_ADDRESS_SPACE_BYTES = 1 << 60  # an expandable segment reserves 1 1/8 of the card; no replay reaches either
 
 
 def segment_bytes(size_bytes: int) -> int:
@@ -81,28 +84,12 @@ def segment_bytes(size_bytes: int) -> int:
     return -(-size_bytes // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
 
 
-class Block:
-    """A piece of a segment: handed out, cached, or (in an expandable segment) address space without memory."""
+class Block(NamedTuple):
+    """A piece of a segment that is handed out: its number, where it lies and what it takes [bytes]."""
 
-    __slots__ = ("address", "free", "mapped", "next", "pool", "prev", "size_bytes")
-
-    def __init__(self, pool: _Pool, address: int, size_bytes: int) -> None:
-        self.pool, self.address, self.size_bytes = pool, address, size_bytes
-        self.free, self.mapped = True, True
-        self.prev: Block | None = None
-        self.next: Block | None = None
-
-
-class _Pool:
-    """Cached blocks in the order of best fit; of an expandable segment also the address space not in use."""
-
-    __slots__ = ("cached", "page_bytes", "split_bytes", "unmapped")
-
-    def __init__(self, *, page_bytes: int, split_bytes: int) -> None:
-        self.page_bytes, self.split_bytes = page_bytes, split_bytes
-        # tuples, so that bisect compares without calling Python; an address occurs once, a Block is never compared
-        self.cached: list[tuple[int, int, Block]] = []
-        self.unmapped: list[tuple[int, Block]] = []
+    number: int
+    address: int
+    size_bytes: int
 
 
 class CachingAllocator:
@@ -112,11 +99,6 @@ class CachingAllocator:
     ----------
     cap_bytes : int, optional
         What `torch.cuda.set_per_process_memory_fraction` allows [bytes]; None: no cap.
-    expandable : bool
-        `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`: one segment per pool that grows by pages of 2 MiB (small
-        pool) or 20 MiB (large pool), in which every remainder of 512 B or more is split off. PyTorch checks the cap
-        against `segment_bytes` of the request, not against the pages it then maps, and so does this: reserved may
-        exceed the cap by less than a page. Addresses count from the beginning of the pool's segment.
     driver : callable, optional
         ``driver(size_bytes)`` gives the address of a new segment, or lists them as they were recorded. None: each lies
         below the one before it.
@@ -133,7 +115,7 @@ class CachingAllocator:
         The least that would have been reserved, of the requests that did not fit under the cap; infinite if all did [bytes]. Under
         any cap from the reserved peak on and below this, all would have gone the same way.
     at_limit : callable or None
-        Called when a request does not fit under the cap, before anything is given back for it.
+        Called with the index of an event that does not fit under the cap, before anything is given back for it.
 
     Examples
     --------
@@ -147,70 +129,93 @@ class CachingAllocator:
     0
     """
 
-    def __init__(
-        self,
-        cap_bytes: int | None = None,
-        *,
-        expandable: bool = False,
-        driver: Callable[[int], int] | None = None,
-    ) -> None:
-        self.cap_bytes, self.expandable = cap_bytes, expandable
+    expandable, large_split_bytes = False, SMALL_BYTES + 1
+    """Whether segments can grow; the least remainder that is split off in the large pool."""
+
+    def __init__(self, cap_bytes: int | None = None, *, driver: Callable[[int], int] | None = None) -> None:
+        self.cap_bytes = cap_bytes
         self.allocated_bytes = self.allocated_peak_bytes = 0
         self.reserved_bytes = self.reserved_peak_bytes = 0
         self.retries = 0
         self.least_refused_bytes = math.inf
-        self._small = _Pool(page_bytes=SMALL_SEGMENT_BYTES, split_bytes=GRANULE_BYTES)
-        self._large = _Pool(
-            page_bytes=LARGE_SEGMENT_BYTES, split_bytes=GRANULE_BYTES if expandable else SMALL_BYTES + 1
-        )
-        self.at_limit: Callable[[], None] | None = None
+        self.at_limit: Callable[[int], None] | None = None
+        # cached pieces by size and address, as best fit takes them; tuples, so that bisect compares without calling Python
+        self._small: list[tuple[int, int]] = []
+        self._large: list[tuple[int, int]] = []
+        # the same pieces by where they begin and where they end, so that a freed block finds its neighbours
+        self._sizes: dict[int, int] = {}
+        self._begins: dict[int, int] = {}
+        self._segments: dict[int, int] = {}
+        self._live: dict[int, tuple[int, int]] = {}  # by number: begin and end
         self._lowest_address = _TOP_ADDRESS
         self._driver = driver or self._below
+        self._count = 0
 
-    def adopt(self, address: int, size_bytes: int, live: Sequence[tuple[int, int]]) -> list[Block]:
-        """Take over a segment as it stands: what others recorded seldom begins with an empty allocator.
+    def serve(self, events: Sequence[tuple[int, int]], first: int = 0) -> int | None:  # noqa: PLR0915 (a call an event is slow)
+        """Serve allocations and frees; the index of the event that finds no memory, None if all do.
 
         Parameters
         ----------
-        address, size_bytes : int
-            Of the segment [bytes].
-        live : sequence of (int, int)
-            Address and size of each block handed out [bytes], by rising address; what lies between them is cached.
-
-        Returns
-        -------
-        list of Block
-            One for each of ``live``, to be freed as if `malloc` had given it.
-
-        Notes
-        -----
-        Not for expandable segments. A segment of 2 MiB belongs to the small pool: no request of the large one gets it.
+        events : sequence of (int, int)
+            ``(number, +size_bytes)`` for a request, ``(number, -size_bytes)`` where its block is freed, `CACHE_GIVEN_BACK`. Numbers
+            are above 0, and each is live once at most.
+        first : int
+            The event to begin with.
         """
-        pool = self._small if size_bytes == SMALL_SEGMENT_BYTES else self._large
-        pieces: list[tuple[int, int, bool]] = []
-        at = address
-        for begin, size in live:
-            pieces += ((at, begin - at, True), (begin, size, False))
-            at = begin + size
-        pieces.append((at, address + size_bytes - at, True))
-        handed_out: list[Block] = []
-        before: Block | None = None
-        for begin, size, free in pieces:
-            if not size:
-                continue
-            block = Block(pool, begin, size)
-            _link(before, block)
-            before = block
-            if free:
-                insort(pool.cached, (size, begin, block))
-            else:
-                block.free = False
-                handed_out.append(block)
-                self.allocated_bytes += size
-        self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
-        self._lowest_address = min(self._lowest_address, address)
-        self._reserve(size_bytes)
-        return handed_out
+        small, large, live = self._small, self._large, self._live
+        sizes, begins, segments = self._sizes, self._begins, self._segments
+        expandable, large_split = self.expandable, self.large_split_bytes
+        more, whole, most_small = GRANULE_BYTES - 1, -GRANULE_BYTES, SMALL_BYTES
+        allocated, peak = self.allocated_bytes, self.allocated_peak_bytes
+        failed = None
+        for index, (number, change) in enumerate(islice(events, first, None), first):
+            if change > 0:
+                size = (change + more) & whole
+                cached = small if size <= most_small else large
+                at = bisect_left(cached, (size,))
+                if at < len(cached):
+                    if expandable:
+                        at = self._less_expandable(cached, at)
+                    have, begin = cached.pop(at)
+                    end = begin + have
+                    del sizes[begin], begins[end]
+                else:
+                    self.allocated_bytes, self.allocated_peak_bytes = allocated, peak
+                    grown = self._room(size, index)
+                    if grown is None:
+                        failed = index
+                        break
+                    have, begin = grown
+                    end = begin + have
+                rest = have - size
+                if rest >= large_split or (rest and cached is small):
+                    begins[end] = begin + size
+                    end = begin + size
+                    sizes[end] = rest
+                    insort(cached, (rest, end))
+                live[number] = begin, end
+                allocated += end - begin
+                if allocated > peak:  # noqa: PLR1730 (max takes three times as long)
+                    peak = allocated
+            elif change < 0:
+                begin, end = live.pop(number)
+                allocated -= end - begin
+                cached = small if end - begin <= most_small else large
+                after = sizes.get(end)
+                if after is not None and end not in segments:
+                    del sizes[end], cached[bisect_left(cached, (after, end))]
+                    end += after
+                before = begins.get(begin)
+                if before is not None and begin not in segments:
+                    del begins[begin], cached[bisect_left(cached, (begin - before, before))]
+                    begin = before
+                size = end - begin
+                sizes[begin], begins[end] = size, begin
+                insort(cached, (size, begin))
+            elif not number:
+                self.release_cached()
+        self.allocated_bytes, self.allocated_peak_bytes = allocated, peak
+        return failed
 
     def malloc(self, size_bytes: int) -> Block | None:
         """Hand out a block of at least ``size_bytes``, or None where PyTorch raises `torch.OutOfMemoryError`.
@@ -220,93 +225,97 @@ class CachingAllocator:
         size_bytes : int
             The request [bytes], above 0.
         """
-        size = rounded(size_bytes)
-        pool = self._small if size <= SMALL_BYTES else self._large
-        cached = pool.cached
-        index = bisect_left(cached, (size,))
-        if index < len(cached):
-            if self.expandable:
-                index = _less_expandable(cached, index)
-            block = cached.pop(index)[2]
-        else:
-            grown = self._grow(pool, size)
-            if grown is None:
-                if self.at_limit is not None:
-                    self.at_limit()
-                self.release_cached()
-                self.retries += 1
-                grown = self._grow(pool, size)
-                if grown is None:
-                    return None
-            block = grown
-        if block.size_bytes - size >= pool.split_bytes:
-            rest = block
-            block = Block(pool, rest.address, size)
-            _link(rest.prev, block)
-            _link(block, rest)
-            rest.address += size
-            rest.size_bytes -= size
-            insort(cached, (rest.size_bytes, rest.address, rest))
-        block.free = False
-        self.allocated_bytes += block.size_bytes
-        self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
-        return block
-
-    def copy(self, live: Mapping[int, Block]) -> tuple[CachingAllocator, dict[int, Block]]:
-        """Copy the allocator as it stands, and the blocks that are handed out.
-
-        Parameters
-        ----------
-        live : dict of int to Block
-            All that `malloc` gave and nobody freed.
-
-        Notes
-        -----
-        Not for expandable segments.
-        """
-        twin = CachingAllocator(self.cap_bytes)
-        twin.allocated_bytes, twin.allocated_peak_bytes = self.allocated_bytes, self.allocated_peak_bytes
-        twin.reserved_bytes, twin.reserved_peak_bytes = self.reserved_bytes, self.reserved_peak_bytes
-        twin.retries, twin._lowest_address = self.retries, self._lowest_address
-        pools = {self._small: twin._small, self._large: twin._large}
-        blocks = [*live.values(), *(entry[2] for pool in pools for entry in pool.cached)]
-        copied = {block: Block(pools[block.pool], block.address, block.size_bytes) for block in blocks}
-        for block, new in copied.items():
-            new.free = block.free
-            new.prev = None if block.prev is None else copied[block.prev]
-            new.next = None if block.next is None else copied[block.next]
-        for pool, new_pool in pools.items():
-            new_pool.cached[:] = [(size, address, copied[block]) for size, address, block in pool.cached]
-        return twin, {number: copied[block] for number, block in live.items()}
+        self._count += 1
+        number = -self._count  # those of events are above 0
+        if self.serve([(number, size_bytes)]) is not None:
+            return None
+        begin, end = self._live[number]
+        return Block(number, begin, end - begin)
 
     def free(self, block: Block) -> None:
         """Take a block back into the cache, joined with its free neighbours."""
-        self.allocated_bytes -= block.size_bytes
-        block.free = True
-        _merge_neighbours(block)
-        insort(block.pool.cached, (block.size_bytes, block.address, block))
+        self.serve([(block.number, -block.size_bytes)])
 
     def release_cached(self) -> None:
-        """Give every wholly free segment (or page) back to the driver, as `torch.cuda.empty_cache` does."""
-        for pool in (self._large, self._small):
-            if self.expandable:
-                for _, _, block in list(pool.cached):
-                    self._unmap(block)
-                continue
-            kept = [entry for entry in pool.cached if entry[2].prev is not None or entry[2].next is not None]
-            self.reserved_bytes -= sum(entry[0] for entry in pool.cached) - sum(entry[0] for entry in kept)
-            pool.cached[:] = kept
+        """Give every wholly free segment back to the driver, as `torch.cuda.empty_cache` does."""
+        segments = self._segments
+        for cached in (self._large, self._small):
+            for size, begin in cached:
+                if segments.get(begin) == size:
+                    del segments[begin], self._sizes[begin], self._begins[begin + size]
+                    self.reserved_bytes -= size
+            cached[:] = [piece for piece in cached if piece[1] in self._sizes]
 
-    def _grow(self, pool: _Pool, size: int) -> Block | None:
-        """`alloc_block`: a free block, no longer among the cached ones, of at least ``size``; None above the cap."""
+    def adopt(self, address: int, size_bytes: int, live: Iterable[tuple[int, int]]) -> list[Block]:
+        """Take over a segment as it stands: what others recorded seldom begins with an empty allocator.
+
+        Parameters
+        ----------
+        address, size_bytes : int
+            Of the segment [bytes].
+        live : iterable of (int, int)
+            Address and size of each block handed out [bytes], by rising address; what lies between them is cached.
+
+        Returns
+        -------
+        list of Block
+            One for each of ``live``, to be freed as if `malloc` had given it.
+
+        Notes
+        -----
+        A segment of 2 MiB belongs to the small pool: no request of the large one gets it.
+        """
+        cached = self._small if size_bytes == SMALL_SEGMENT_BYTES else self._large
+        handed_out: list[Block] = []
+        at = address
+        for begin, size in (*live, (address + size_bytes, 0)):
+            if begin > at:
+                self._cache(cached, at, begin)
+            at = begin + size
+            if size:
+                self._count += 1
+                handed_out.append(Block(-self._count, begin, size))
+                self._live[-self._count] = begin, at
+                self.allocated_bytes += size
+        self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
+        self._lowest_address = min(self._lowest_address, address)
+        self._segments[address] = size_bytes
+        self._reserve(size_bytes)
+        return handed_out
+
+    def copy(self) -> CachingAllocator:
+        """Copy the allocator as it stands, for another cap: what was refused, and who is told, is not copied."""
+        twin = copy(self)
+        twin._small, twin._large, twin._live = self._small.copy(), self._large.copy(), self._live.copy()
+        twin._sizes, twin._begins, twin._segments = self._sizes.copy(), self._begins.copy(), self._segments.copy()
+        twin._driver = twin._below if self._driver == self._below else self._driver
+        twin.least_refused_bytes, twin.at_limit = math.inf, None
+        return twin
+
+    def _room(self, size: int, index: int) -> tuple[int, int] | None:
+        """`alloc_block`, and once more after giving the cache back; where it fails both times, None."""
+        grown = self._grow(size)
+        if grown is None:
+            if self.at_limit is not None:
+                self.at_limit(index)
+            self.release_cached()
+            self.retries += 1
+            grown = self._grow(size)
+        return grown
+
+    def _grow(self, size: int) -> tuple[int, int] | None:
+        """Size and address of a free piece, no longer among the cached ones, of at least ``size``; None above the cap."""
         segment = segment_bytes(size)
         if self.cap_bytes is not None and self.reserved_bytes + segment > self.cap_bytes:
             self.least_refused_bytes = min(self.least_refused_bytes, self.reserved_bytes + segment)
             return None
-        if self.expandable:
-            return self._expand(pool, size)
+        return self._new(size, segment)
+
+    def _new(self, size: int, segment: int) -> tuple[int, int]:
+        address = self._driver(segment)
+        self._segments[address] = segment
         self._reserve(segment)
-        return Block(pool, self._driver(segment), segment)
+        return segment, address
 
     def _below(self, size: int) -> int:
         self._lowest_address -= size
@@ -316,119 +325,11 @@ class CachingAllocator:
         self.reserved_bytes += size
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
 
-    # -- expandable segments: `try_allocate_expandable_block`, `map_block`, `unmap_block` --
+    def _cache(self, cached: list[tuple[int, int]], begin: int, end: int) -> None:
+        """Put a free piece among the cached ones."""
+        insort(cached, (end - begin, begin))
+        self._sizes[begin], self._begins[end] = end - begin, begin
 
-    def _expand(self, pool: _Pool, size: int) -> Block:
-        block = _lowest_with_room(pool, size)
-        if not block.mapped:
-            self._map(block, min(size, block.size_bytes))
-        while block.size_bytes < size:
-            following = block.next
-            assert following is not None  # `_lowest_with_room` saw enough address space
-            self._map(following, min(size - block.size_bytes, following.size_bytes))
-            block = following  # which has taken in the block before it
-        _forget(block)
-        return block
-
-    def _map(self, block: Block, size: int) -> None:
-        """Put memory under the first pages of unmapped address space, and cache them."""
-        pool = block.pool
-        pages = -(-size // pool.page_bytes) * pool.page_bytes
-        _forget(block)
-        if pages < block.size_bytes:
-            rest = Block(pool, block.address + pages, block.size_bytes - pages)
-            rest.mapped = False
-            _link(rest, block.next)
-            _link(block, rest)
-            insort(pool.unmapped, (rest.address, rest))
-            block.size_bytes = pages
-        block.mapped = True
-        _merge_neighbours(block)
-        insort(pool.cached, (block.size_bytes, block.address, block))
-        self._reserve(pages)
-
-    def _unmap(self, block: Block) -> None:
-        """Take the memory from under those pages that lie wholly in a cached block."""
-        pool, page = block.pool, block.pool.page_bytes
-        begin, end = block.address, block.address + block.size_bytes
-        first, last = -(-begin // page) * page, end // page * page
-        if first >= last:
-            return
-        _forget(block)
-        for address, size in ((begin, first - begin), (last, end - last)):
-            if size:
-                piece = Block(pool, address, size)
-                if address == begin:
-                    _link(block.prev, piece)
-                    _link(piece, block)
-                else:
-                    _link(piece, block.next)
-                    _link(block, piece)
-                insort(pool.cached, (size, address, piece))
-        block.address, block.size_bytes, block.mapped = first, last - first, False
-        _merge_neighbours(block)
-        insort(pool.unmapped, (block.address, block))
-        self.reserved_bytes -= last - first
-
-
-def _link(before: Block | None, after: Block | None) -> None:
-    if before is not None:
-        before.next = after
-    if after is not None:
-        after.prev = before
-
-
-def _forget(block: Block) -> None:
-    """Take a free block out of the list that it is in."""
-    if block.mapped:
-        cached = block.pool.cached
-        del cached[bisect_left(cached, (block.size_bytes, block.address))]
-    else:
-        unmapped = block.pool.unmapped
-        del unmapped[bisect_left(unmapped, (block.address,))]
-
-
-def _merge_neighbours(block: Block) -> None:
-    """`try_merge_blocks`, both ways: the block, itself in no list, takes in free neighbours mapped as it is."""
-    other = block.prev
-    if other is not None and other.free and other.mapped == block.mapped:
-        _forget(other)
-        block.address = other.address
-        block.size_bytes += other.size_bytes
-        _link(other.prev, block)
-        if other.prev is None:
-            block.prev = None
-    other = block.next
-    if other is not None and other.free and other.mapped == block.mapped:
-        _forget(other)
-        block.size_bytes += other.size_bytes
-        _link(block, other.next)
-
-
-def _less_expandable(cached: list[tuple[int, int, Block]], index: int) -> int:
-    """Best fit in an expandable segment: a block counts with the address space behind it that it can grow into."""
-
-    def can_be(block: Block) -> int:
-        return block.size_bytes + (block.next.size_bytes if block.next is not None and not block.next.mapped else 0)
-
-    while index + 1 < len(cached) and can_be(cached[index + 1][2]) < can_be(cached[index][2]):
-        index += 1
-    return index
-
-
-def _lowest_with_room(pool: _Pool, size: int) -> Block:
-    """`find_expandable_block`: the lowest run of unmapped and free blocks with enough address space."""
-    for _, start in pool.unmapped:
-        first = start.prev if start.prev is not None and start.prev.free else start
-        room, block = 0, first
-        while room < size:
-            room += block.size_bytes
-            if block.next is None or not block.next.free:
-                break
-            block = block.next
-        if room >= size:
-            return first
-    everything = Block(pool, 0, _ADDRESS_SPACE_BYTES // pool.page_bytes * pool.page_bytes)
-    everything.mapped = False
-    pool.unmapped.append((0, everything))
-    return everything
+    def _less_expandable(self, cached: list[tuple[int, int]], at: int) -> int:
+        """The piece to take where some can grow; ``at`` is the closest fit."""
+        return at

@@ -426,10 +426,8 @@ def unsplit_bytes(sizes: Mapping[str, Sequence[int]], order: Sequence[str] = LOA
     >>> unsplit_bytes({"unet": [1_179_648] * 16}), unsplit_bytes({"unet": [1_179_648] * 17})
     (0, 917504)
     """
+    names = sorted(sizes, key=lambda name: order.index(name) if name in order else len(order))
+    requests = [rounded(size) for name in names for size in sizes[name]]
     allocator = CachingAllocator()
-    requested = 0
-    for name in sorted(sizes, key=lambda name: order.index(name) if name in order else len(order)):
-        for size in sizes[name]:
-            allocator.malloc(size)
-            requested += rounded(size)
-    return allocator.allocated_bytes - requested
+    allocator.serve(list(enumerate(requests, 1)))
+    return allocator.allocated_bytes - sum(requests)

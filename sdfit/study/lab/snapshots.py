@@ -22,6 +22,7 @@ from pathlib import Path
 from sdfit.errors import RecordsError, nearest
 from sdfit.files import shipped
 from sdfit.predict.simulation.segments import SMALL_BYTES, Block, CachingAllocator
+from sdfit.study.lab.expandable import SPACE_BYTES, ExpandableAllocator
 from sdfit.units import aligned, format_bytes, percent
 
 RELEASES = ("segment_free", "segment_unmap")
@@ -116,7 +117,8 @@ def replay_recorded(one: Recorded, *, told: bool) -> Replayed:
     """
     made = [event.address for event in one.events if event.action == "segment_alloc"]
     drivers = iter(made)
-    allocator = CachingAllocator(expandable=one.expandable, driver=(lambda size: next(drivers)) if told else None)
+    driver = (lambda size: next(drivers)) if told else None
+    allocator = ExpandableAllocator() if one.expandable else CachingAllocator(driver=driver)
     shifts = _Shifts(made)
     live: dict[int, Block] = {}
     for segment in (event for event in one.seeds if event.action == "start_segment"):
@@ -155,7 +157,7 @@ def replay_recorded(one: Recorded, *, told: bool) -> Replayed:
             assert block is not None, "an allocator without a cap always finds memory"
             live[event.address] = block
             if one.expandable:
-                address = block.address + bases.setdefault(event.size_bytes <= SMALL_BYTES, last_map)
+                address = block.address % SPACE_BYTES + bases.setdefault(event.size_bytes <= SMALL_BYTES, last_map)
             else:
                 if allocator.reserved_bytes > before:
                     shifts.made(block.address)

@@ -95,3 +95,13 @@ def test_a_replay_stands_for_the_caps_around_it():
     for other in (least, most - 512):
         again = replay(events, cap_bytes=int(other))
         assert (again.outcome, again.retries, again.reserved_bytes) == ("ok", allocator.retries, least)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_fails_under_a_limit_is_said_to_and_not_looked_into(seed):
+    """Under a limit that suffices the cap is the same one; under one that does not, one byte more than it."""
+    events = made_up(seed)
+    cap = smallest_cap(events)
+    for limit in (cap // 2, cap - STEP, cap - 1, cap, cap + 1, cap + STEP, cap + 3 * STEP, 2 * cap):
+        suffices = replay(events, cap_bytes=limit).outcome == "ok"
+        assert smallest_cap(events, limit_bytes=limit) == (cap if suffices else limit + 1)
