@@ -48,6 +48,8 @@ STREAMED = {"sequential": "leaf", "group_block": "block", "group_leaf": "leaf"}
 blocks at a time."""
 CARD_ALONE = "which kernels then run, and what memory they hold, a card alone can tell; a trace has no number for it"
 """Of every execution but the default."""
+TINY_BLOCKS = "fails in diffusers itself: of AutoencoderTiny no block is a group, and its weights stay in host memory"
+TINY_TILES = "fails in diffusers itself: AutoencoderTiny blends its tiles in float32 and decodes none in 16 bits"
 QUANTISED = ("int8", "uint8", "int4", "nf4", "fp4", "fp8", "float8_e4m3fn", "float8_e5m2")
 """Weights that people ask for as a dtype, and that none of `CHOICES` is."""
 NOT_QUANTISED = (
@@ -304,3 +306,19 @@ def variant_name(key: VariantKey) -> str:
         f"{name}={value}" for name, value in zip(VARIANT_FIELDS[2:], key[2:], strict=True) if value != CHOICES[name][0]
     ]
     return " ".join([key[0], key[1], *rest])
+
+
+def why_it_fails(key: VariantKey) -> str:
+    """Why diffusers fails on a variant, whatever the size; empty if it runs.
+
+    Examples
+    --------
+    >>> why_it_fails(Workload(512, 512, vae="tiny", vae_tiling=True).variant)[:52]
+    "vae_tiling with vae='tiny' in float16 fails in diffu"
+    """
+    values = dict(zip(VARIANT_FIELDS, key, strict=True))
+    if values["vae"] == "tiny" and values["offload"] == "group_block":
+        return f"offload='group_block' with vae='tiny' {TINY_BLOCKS}"
+    if values["vae"] == "tiny" and values["vae_tiling"] and values["dtype"] != "float32":
+        return f"vae_tiling with vae='tiny' in {values['dtype']} {TINY_TILES}"
+    return ""

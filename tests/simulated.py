@@ -9,10 +9,14 @@ from sdfit.workload import CHOICES, Workload
 
 
 def drawn(seed: int, count: int) -> Iterator[Workload]:
-    """Covered workloads: odd sizes and round ones, every discrete field, prompts of one chunk and of more."""
+    """Covered workloads: odd sizes and round ones, every discrete field, prompts of one chunk and of more.
+
+    All but what diffusers fails on: the tiny VAE under offload of blocks, and its tiles in 16 bits.
+    """
     rng = random.Random(seed)
     for number in range(count):
-        vae = rng.choice(("kl", "kl", "tiny"))
+        vae, dtype = rng.choice(("kl", "kl", "tiny")), rng.choice(("float16", "bfloat16", "float32"))
+        offloads = [str(o) for o in CHOICES["offload"] if (vae, o) != ("tiny", "group_block")]
         step = rng.choice((1, 8, 64))
         yield Workload(
             rng.randrange(128 // step, 1400 // step) * step,
@@ -20,11 +24,11 @@ def drawn(seed: int, count: int) -> Iterator[Workload]:
             rng.choice((rng.randrange(1, 78), rng.randrange(78, 232), 154)),
             rng.choice((1, 1, 2, 3, rng.randrange(4, 9))),
             rng.choice((1.0, 7.5)),
-            rng.choice(("float16", "bfloat16", "float32")),
+            dtype,
             str(CHOICES["attention"][number % len(CHOICES["attention"])]),
             vae,
             vae_slicing=rng.random() < 0.4,
-            vae_tiling=vae == "kl" and rng.random() < 0.4,
-            offload=rng.choice(("none", "none", "model")),
+            vae_tiling=(vae == "kl" or dtype == "float32") and rng.random() < 0.4,
+            offload=rng.choice(offloads),
             safety_checker=rng.random() < 0.6,
         )

@@ -37,13 +37,9 @@ from sdfit.equation.weights import baseline_label, with_both_baselines
 from sdfit.errors import UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
-from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name
+from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name, why_it_fails
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-TINY_BLOCKS = "fails in diffusers itself: of AutoencoderTiny no block is a group, and its weights stay in host memory"
-TINY_TILES = "fails in diffusers itself: AutoencoderTiny blends its tiles in float32 and decodes none in 16 bits"
 
 
 _WIDTH, _empty = len(TERMS), np.empty
@@ -80,6 +76,9 @@ class Variant:
 
     def __init__(self, artifact: Artifact, key: VariantKey, context_bytes: int = 0) -> None:
         self.artifact, self.key, self.context_bytes = artifact, key, context_bytes
+        fails = why_it_fails(key)
+        if fails:
+            raise UnknownVariant(fails, variant=key)
         values = dict(zip(VARIANT_FIELDS, key, strict=True))
         self.slicing, self.tiling, self.checked = (
             bool(values[n]) for n in ("vae_slicing", "vae_tiling", "safety_checker")
@@ -112,14 +111,10 @@ class Variant:
         labels = [f"vae/{vae}" if c == "vae" else c for c in parts]
         if offload == "none" and baseline_label(vae, checker) in weights:
             labels = [baseline_label(vae, checker)]
-        if vae == "tiny" and offload == "group_block":
-            raise UnknownVariant(f"offload='group_block' with vae='tiny' {TINY_BLOCKS}", variant=self.key)
         model = self.artifact.stages.get("|".join(stage_key(stage, self.key)))
         if model is None or any(label not in weights for label in labels):
             raise self._never_swept(f"has no coefficients for {variant_name(self.key)} (its {stage} was never swept)")
         if stage.startswith("vae"):
-            if self.tiling and vae == "tiny" and values["dtype"] != "float32":
-                raise UnknownVariant(f"vae_tiling with vae='tiny' in {values['dtype']} {TINY_TILES}", variant=self.key)
             # passes over slices alone make D the difference of B·A and m·P: told once these two are
             wanted = {"D"} if self.tiling else {"D", "B·A"} if self.slicing else set()
             if wanted and wanted <= set(model["unidentified"]):

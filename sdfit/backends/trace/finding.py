@@ -5,8 +5,9 @@ A module whose runs do not line up, or with a size that is no product of the len
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import variant_applied
 from sdfit.backends.trace.follow import AsOnACard, FollowStorages
+from sdfit.backends.trace.streaming import moved
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import STAGES
 from sdfit.predict.simulation.meter import Meter
@@ -34,7 +36,7 @@ from sdfit.predict.simulation.programs import (
     Shape,
     sides,
 )
-from sdfit.workload import CHUNK_TOKENS, SLICES, VAE_SCALE, Workload
+from sdfit.workload import CHUNK_TOKENS, SLICES, STREAMED, VAE_SCALE, Workload
 
 _PROBES = {True: ((56, 88, 77), (104, 72, 154), (72, 136, 231)), False: ((59, 91, 77), (107, 75, 154), (77, 133, 231))}
 """Height and width of the latents, and tokens: what a program is found from, where the latents are multiples of 8 and not."""
@@ -45,13 +47,16 @@ class Recorded(NamedTuple):
     """One run of the real module.
 
     ``events`` hold (block, bytes) not rounded, those of a convolution's workspace (block, 1) and (block, -1);
-    ``convolutions`` the shapes of its operands by that block; ``made`` the blocks that are there afterwards.
+    ``convolutions`` the shapes of its operands by that block; ``made`` the blocks that are there afterwards; ``calls`` and
+    ``modules`` as of a `Program`.
     """
 
     events: list[tuple[int, int]]
     convolutions: dict[int, tuple[tuple[int, ...], ...]]
     marks: list[tuple[int, str]]
     made: tuple[int, ...]
+    calls: list[int]
+    modules: list[int]
     slices: list[list[int]]
     """Of each attention in slices, the events at which they begin."""
 
@@ -97,15 +102,17 @@ def record(tracer: Tracer, workload: Workload, kind: str, at: Lengths) -> Record
         convolutions[meter.blocks + 1] = (tuple(args[0].shape), tuple(args[1].shape), tuple(out.shape))
         return 1
 
-    module, arguments, inputs = _called(pipe, kind, at)
+    part, module, arguments, inputs = _called(pipe, kind, at)
     follow = FollowStorages(meter, workspace=workspace, size=int)
     for tensor in (*module.parameters(), *module.buffers(), *arguments, *inputs.values()):
         if isinstance(tensor, torch.Tensor):
             follow.ignore(tensor)
     as_on_a_card = AsOnACard("math" if workload.attention == "math" else "fused")
     sliced = _slices_noted(slices, events) if workload.attention in SLICES else nullcontext()
-    stages = watched(pipe, lambda stage: marks.append((len(events), stage)))
-    with torch.no_grad(), variant_applied(pipe, workload), as_on_a_card, stages, sliced, follow:
+    stages = watched(pipe, lambda stage: marks.append((len(events), stage)), streamed=True)
+    calls: list[tuple[int, int]] = []
+    noted = _calls_noted(movers(part), lambda number: calls.append((len(events), number)))
+    with torch.no_grad(), variant_applied(pipe, workload), as_on_a_card, stages, noted, sliced, follow:
         out = module(*arguments, **inputs)
         happened = list(events)
         results = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else (out,)
@@ -113,29 +120,64 @@ def record(tracer: Tracer, workload: Workload, kind: str, at: Lengths) -> Record
     there = {block for block, size in happened if size > 0} - {block for block, size in happened if size < 0}
     if there != set(made) - {0}:
         raise AssertionError(f"{kind} leaves more than its results")
-    return Recorded(happened, convolutions, marks[1:] or [(0, STAGES[0])], tuple(b for b in made if b), slices)
+    return Recorded(
+        happened,
+        convolutions,
+        marks[1:] or [(0, STAGES[0])],
+        tuple(b for b in made if b),
+        [position for position, _ in calls],
+        [number for _, number in calls],
+        slices,
+    )
 
 
-def _called(pipe: Any, kind: str, at: Lengths) -> tuple[Any, list[Any], dict[str, Any]]:
-    """A module, and what the pipeline calls it with."""
+@cache
+def movers(part: Any) -> dict[Any, int]:
+    """The modules of a component with which weights come and go under some offload, by their numbers from 1."""
+    found = {module for offload in STREAMED for module, _ in moved(part, offload)}
+    return {module: number for number, module in enumerate(part.modules(), 1) if module in found}
+
+
+@contextmanager
+def _calls_noted(numbers: dict[Any, int], note: Callable[[int], None]) -> Iterator[None]:
+    """Note when each of these modules is called, and when it is done, as the hooks of an offload are."""
+    handles = []
+    for module, number in numbers.items():
+        handles.append(module.register_forward_pre_hook(lambda *_, number=number: note(number)))
+        handles.append(module.register_forward_hook(lambda *_, number=number: note(-number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _called(pipe: Any, kind: str, at: Lengths) -> tuple[Any, Any, list[Any], dict[str, Any]]:
+    """A component, its module, and what the pipeline calls it with."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     dtype = pipe.unet.dtype
     if kind == TEXT:
-        return pipe.text_encoder, [empty(at.batch, CHUNK_TOKENS, dtype=torch.int64)], {"attention_mask": None}
+        return (
+            pipe.text_encoder,
+            pipe.text_encoder,
+            [empty(at.batch, CHUNK_TOKENS, dtype=torch.int64)],
+            {"attention_mask": None},
+        )
     if kind == CHECKER:
         picture = empty(at.batch, 3, at.height, at.width, dtype=dtype)
-        return pipe.safety_checker, [], {"images": np.zeros((at.batch, 1)), "clip_input": picture}
+        inputs = {"images": np.zeros((at.batch, 1)), "clip_input": picture}
+        return pipe.safety_checker, pipe.safety_checker, [], inputs
     latents = pipe.unet.config.in_channels
     if kind == UNET:
         text = empty(at.batch, at.tokens, pipe.unet.config.cross_attention_dim, dtype=dtype)
         sample = empty(at.batch, latents, at.height, at.width, dtype=dtype)
         step = torch.zeros((), dtype=torch.int64)
-        return pipe.unet, [sample, step], {"encoder_hidden_states": text, "return_dict": False}
+        return pipe.unet, pipe.unet, [sample, step], {"encoder_hidden_states": text, "return_dict": False}
     sample = empty(at.batch, 3 if kind == ENCODER else latents, at.height, at.width, dtype=dtype)
-    return {ENCODER: pipe.vae.encoder, DECODER: pipe.vae.decoder}[kind], [sample], {}
+    return pipe.vae, {ENCODER: pipe.vae.encoder, DECODER: pipe.vae.decoder}[kind], [sample], {}
 
 
 @contextmanager
@@ -185,7 +227,13 @@ def _of_three_slices(run: Recorded) -> tuple[Recorded, tuple[tuple[int, int, int
     keep(position, len(run.events))
     convolutions = {numbers[block]: shapes for block, shapes in run.convolutions.items()}
     made = tuple(numbers[block] for block in run.made)
-    return run._replace(events=events, convolutions=convolutions, made=made), tuple(loops)
+
+    def shortened(position: int) -> int:
+        return position - sum(begins[-1] - begins[2] for begins in run.slices if position >= begins[-1])
+
+    marks = [(shortened(first), stage) for first, stage in run.marks]
+    shorter = run._replace(events=events, convolutions=convolutions, made=made, marks=marks)
+    return shorter._replace(calls=[shortened(position) for position in run.calls]), tuple(loops)
 
 
 def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]], heads_at_once: int = 0) -> Program | None:
@@ -213,7 +261,8 @@ def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]], heads_at_once: int
     first = runs[0][1]
     orders = [[(block, size > 0) for block, size in run.events] for _, run in runs]
     if any(order != orders[0] for order in orders) or any(
-        (run.marks, run.made, sorted(run.convolutions)) != (first.marks, first.made, sorted(first.convolutions))
+        (run.marks, run.made, run.calls, run.modules, sorted(run.convolutions))
+        != (first.marks, first.made, first.calls, first.modules, sorted(first.convolutions))
         for _, run in runs
     ):
         return None
@@ -250,6 +299,8 @@ def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]], heads_at_once: int
         tuple(convolutions),
         tuple(first.marks),
         first.made,
+        np.array(first.calls),
+        np.array(first.modules),
         loops,
         heads_at_once if loops else 0,
     )

@@ -60,6 +60,26 @@ def streamed(pipe: Any, offload: str, follow: Any) -> Iterator[int]:
                 follow.meter.free(block, size)
 
 
+def moved(part: Any, offload: str) -> list[tuple[Any, list[torch.Tensor]]]:
+    """List the modules of a component that bring weights when they are called and send them back when they are done.
+
+    Each with these weights, in the order in which they come and go; none for a component that stays.
+
+    Raises
+    ------
+    AssertionError
+        If one module brings what another sends back.
+    """
+    if offload == "sequential":
+        own = ((module, [p for p in module._parameters.values() if p is not None]) for module in part.modules())
+        return [(module, weights) for module, weights in own if weights]
+    with _grouped(part, offload):
+        groups = [(module, hook.group) for module in part.modules() if (hook := _group_hook(module)) is not None]
+        if any(not (group.onload_leader is group.offload_leader is module) for module, group in groups):
+            raise AssertionError("a group comes with one module and goes with another")
+        return [(module, _tensors(group)) for module, group in groups]
+
+
 def _buffers(part: Any, offload: str) -> list[torch.Tensor]:
     return [] if offload == "sequential" else list(part.buffers())
 
@@ -140,12 +160,13 @@ def _grouped(part: Any, offload: str) -> Iterator[None]:
         else:
             apply_group_offloading(part, onload_device=META, offload_device=META, **GROUPS[offload])
     for module in part.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = registry.get_hook("group_offloading") if registry is not None else None
+        hook = _group_hook(module)
         if hook is not None:
             _counted(hook.group)
     try:
-        yield
+        # a timestep is in host memory here, on a card it is on the card: no hook copies it
+        with patch.object(group_offloading, "send_to_device", lambda given, *_, **__: given):
+            yield
     finally:
         for module, forward in forwards:
             vars(module).pop("_diffusers_hook", None)
@@ -154,10 +175,20 @@ def _grouped(part: Any, offload: str) -> Iterator[None]:
                 module.forward = forward
 
 
+def _group_hook(module: Any) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry.get_hook("group_offloading") if registry is not None else None
+
+
+def _tensors(group: Any) -> list[torch.Tensor]:
+    """Of a group, each once: what a group of unmatched modules lists twice is there already the second time."""
+    tensors = [t for module in group.modules for t in (*module.parameters(), *module.buffers())]
+    return list({id(t): t for t in (*tensors, *group.parameters, *group.buffers)}.values())
+
+
 def _counted(group: Any) -> None:
     """Replace how a group's tensors are copied; which, and when, stays diffusers' own."""
-    tensors = [t for module in group.modules for t in (*module.parameters(), *module.buffers())]
-    tensors += [*group.parameters, *group.buffers]
+    tensors = _tensors(group)
     stand_ins = [t.data for t in tensors]
 
     def come() -> None:

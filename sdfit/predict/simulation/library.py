@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.equation.stages import STAGES
+from sdfit.equation.stages import RESIDENT_WHEN_STREAMED, STAGES
 from sdfit.equation.weights import PARAMETERS
 from sdfit.errors import SdfitError
 from sdfit.files import read_bytes
@@ -32,7 +32,8 @@ from sdfit.predict.simulation.programs import (
     Shape,
     sides,
 )
-from sdfit.workload import CHOICES, SLICES, VAE_SCALE, Workload
+from sdfit.predict.simulation.streaming import Moves
+from sdfit.workload import CHOICES, SLICES, STREAMED, VAE_SCALE, Workload
 
 FILE = Path(__file__).with_name("programs.npz")
 LARGEST_BYTES = 1 << 20
@@ -46,9 +47,14 @@ _WORDS = {
     "vaes": VAES,
     "stages": STAGES,
     "weights": PARAMETERS,
+    "offloads": tuple(STREAMED),
 }
 """What numbers in the file stand for. The file holds these words too: a stage that is added later shifts no number."""
-_POOLS = ("steps", "products", "layers", "marks", "made", "loops")
+_POOLS = ("steps", "products", "layers", "marks", "made", "calls", "modules", "loops")
+
+
+Brought = dict[int, tuple[int, ...]]
+"""By module, numbered among its component's from 1, which of the component's weights it brings, in their order."""
 
 
 class NotSimulated(SdfitError):
@@ -78,8 +84,7 @@ class Key(NamedTuple):
             attention = "sdpa"
         vae = workload.vae if kind in (ENCODER, DECODER) else "kl"
         even = kind != UNET or lengths.height % VAE_SCALE == lengths.width % VAE_SCALE == 0
-        dtype = "float32" if workload.dtype == "float32" else "float16"
-        return cls(kind, dtype, attention if vae == "kl" else "sdpa", vae, lengths.batch == 1, even)
+        return cls(kind, _dtype(workload), attention if vae == "kl" else "sdpa", vae, lengths.batch == 1, even)
 
 
 class Library:
@@ -91,10 +96,18 @@ class Library:
     weights : dict of (str, str) to tuple of int
         Sizes of a component's weights and buffers, rounded as the allocator rounds [bytes], by dtype and by a name of
         `sdfit.equation.weights.PARAMETERS`.
+    brought : dict of (str, str) to dict
+        Of a component under an offload of `sdfit.workload.STREAMED`: which of its weights come and go with which module
+        (see `sdfit.predict.simulation.streaming.Moves`). None of a component that diffusers cannot offload like that.
     """
 
-    def __init__(self, programs: Mapping[Key, Program], weights: Mapping[tuple[str, str], tuple[int, ...]]) -> None:
-        self.programs, self.weights = dict(programs), dict(weights)
+    def __init__(
+        self,
+        programs: Mapping[Key, Program],
+        weights: Mapping[tuple[str, str], tuple[int, ...]],
+        brought: Mapping[tuple[str, str], Brought],
+    ) -> None:
+        self.programs, self.weights, self.brought = dict(programs), dict(weights), dict(brought)
 
     def program(self, kind: str, workload: Workload, lengths: Lengths) -> Program:
         """The program of a call.
@@ -114,20 +127,38 @@ class Library:
 
     def weights_of(self, workload: Workload) -> dict[str, tuple[int, ...]]:
         """The weights of a workload's pipeline, by component, in the order in which it holds them."""
-        names = {"vae": "vae" if workload.vae == "kl" else "vae_tiny", "text_encoder": "text_encoder", "unet": "unet"}
-        if workload.safety_checker:
-            names["safety_checker"] = "safety_checker"
-        dtype = "float32" if workload.dtype == "float32" else "float16"
-        return {component: self.weights[dtype, name] for component, name in names.items()}
+        return {component: self.weights[_dtype(workload), name] for component, name in _names(workload).items()}
+
+    def moves_of(self, workload: Workload) -> dict[str, Moves]:
+        """What moves in a workload's pipeline, by component: nothing where components stay, or go as a whole."""
+        offload, found = workload.offload, {}
+        for component, name in _names(workload).items():
+            if offload not in STREAMED or component in RESIDENT_WHEN_STREAMED[offload]:
+                continue
+            sizes = self.weights[_dtype(workload), name]
+            brought = {module: [sizes[w] for w in which] for module, which in self.brought[name, offload].items()}
+            found[component] = Moves(brought, empties=offload == "sequential")
+        return found
+
+    def left_behind(self, workload: Workload) -> list[int]:
+        """Sizes of what stays on the card of components whose weights come and go: buffers, under sequential offload [bytes]."""
+        found = []
+        for component, name in _names(workload).items():
+            if workload.offload in STREAMED and component not in RESIDENT_WHEN_STREAMED[workload.offload]:
+                moving = {w for which in self.brought[name, workload.offload].values() for w in which}
+                sizes = self.weights[_dtype(workload), name]
+                found += [size for number, size in enumerate(sizes) if number not in moving]
+        return found
 
     def to_bytes(self) -> bytes:
         """The file: what is equal is stored once."""
         pools: dict[str, dict[bytes, tuple[int, Any]]] = {name: {} for name in _POOLS}
         rows = []
         for key, program in self.programs.items():
-            numbers = []
-            for name, values in _arrays(program).items():
-                numbers.append(pools[name].setdefault(values.tobytes(), (len(pools[name]), values))[0])
+            numbers = [
+                pools[name].setdefault(values.tobytes(), (len(pools[name]), values))[0]
+                for name, values in _arrays(program).items()
+            ]
             choices = (
                 KINDS.index(key.kind),
                 DTYPES.index(key.dtype),
@@ -139,6 +170,10 @@ class Library:
         for name, pool in pools.items():
             _store(stored, name, [values for _, values in pool.values()])
         _store(stored, "weights", [np.array(self.weights[d, n], dtype=np.int32) for d in DTYPES for n in PARAMETERS])
+        rows = [[list(PARAMETERS).index(name), list(STREAMED).index(offload)] for name, offload in self.brought]
+        stored["brought"] = np.array(rows, dtype=np.int16)
+        each = [[(m, w) for m, which in brought.items() for w in which] for brought in self.brought.values()]
+        _store(stored, "moves", [np.array(pairs, dtype=np.int16).T.ravel() for pairs in each])
         stored["words"] = np.array(json.dumps({name: [str(word) for word in words] for name, words in _WORDS.items()}))
         file = io.BytesIO()
         np.savez_compressed(file, **stored)
@@ -150,11 +185,11 @@ class Library:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
         words: dict[str, list[str]] = json.loads(str(stored["words"]))
-        kinds, dtypes, attentions, vaes, stages, weights = (words[name] for name in _WORDS)
+        kinds, dtypes, attentions, vaes, stages, weights, offloads = (words[name] for name in _WORDS)
         pools = {name: _restored(stored, name) for name in _POOLS}
         programs = {}
         for kind, dtype, attention, vae, single, even, *numbers in stored["programs"].tolist():
-            steps, products, layers, marks, made, loops = (
+            steps, products, layers, marks, made, calls, modules, loops = (
                 pools[name][n] for name, n in zip(_POOLS, numbers, strict=True)
             )
             key = Key(kinds[kind], dtypes[dtype], attentions[attention], vaes[vae], bool(single), bool(even))
@@ -167,12 +202,19 @@ class Library:
                 ),
                 tuple((first, stages[stage]) for first, stage in marks.reshape(-1, 2).tolist()),
                 tuple(made.tolist()),
+                np.cumsum(calls, dtype=np.int64),
+                modules.astype(np.int64),
                 tuple((first, second, last) for first, second, last in loops.reshape(-1, 3).tolist()),
                 SLICES.get(key.attention, 0),
             )
         names = [(dtype, name) for dtype in dtypes for name in weights]
         sizes = (tuple(values.tolist()) for values in _restored(stored, "weights"))
-        return cls(programs, dict(zip(names, sizes, strict=True)))
+        brought: dict[tuple[str, str], Brought] = {}
+        for (name, offload), flat in zip(stored["brought"].tolist(), _restored(stored, "moves"), strict=True):
+            found = brought.setdefault((weights[name], offloads[offload]), {})
+            for module, weight in flat.reshape(2, -1).T.tolist():
+                found[module] = (*found.get(module, ()), weight)
+        return cls(programs, dict(zip(names, sizes, strict=True)), brought)
 
 
 @cache
@@ -181,12 +223,23 @@ def shipped_library() -> Library:
     return Library.from_bytes(read_bytes(FILE, LARGEST_BYTES))
 
 
+def _dtype(workload: Workload) -> str:
+    return "float32" if workload.dtype == "float32" else "float16"
+
+
+def _names(workload: Workload) -> dict[str, str]:
+    """Of a workload's components, in the order in which its pipeline holds them, the names of `PARAMETERS`."""
+    names = {"vae": "vae" if workload.vae == "kl" else "vae_tiny", "text_encoder": "text_encoder", "unet": "unet"}
+    return names | ({"safety_checker": "safety_checker"} if workload.safety_checker else {})
+
+
 def _arrays(program: Program) -> dict[str, Any]:
     """A program's fields as flat arrays."""
     layers = [[*layer.image, *layer.weight, *layer.out] for layer in program.layers]
     marks = [[first, STAGES.index(stage)] for first, stage in program.marks]
-    values = (program.steps, program.products, layers, marks, program.made, program.loops)
-    types = (np.int16, np.int32, np.int16, np.int16, np.int16, np.int16)
+    calls = np.diff(program.calls, prepend=0)
+    values = (program.steps, program.products, layers, marks, program.made, calls, program.modules, program.loops)
+    types = (np.int16, np.int32, *(np.int16,) * 6)
     return {
         name: np.array(value, dtype=dtype).ravel() for name, value, dtype in zip(_POOLS, values, types, strict=True)
     }

@@ -122,7 +122,7 @@ class Meter:
         self.enter(taken.last_stage)
         self._peak_bytes += taken.left_bytes
         self.live_bytes += taken.left_bytes
-        events = [(block + first, size) for block, size in taken.events]
+        events = [event if event == CACHE_GIVEN_BACK else (event[0] + first, event[1]) for event in taken.events]
         if self.events is not None:
             self.events.extend(events)
             self._blocks += max((block for block, _ in taken.events), default=0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+
+from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.card import Card
 from sdfit.predict.simulation.library import Library, NotSimulated
 from sdfit.predict.simulation.meter import Span
@@ -17,8 +20,10 @@ from sdfit.predict.simulation.programs import (
     Taken,
 )
 from sdfit.predict.simulation.tape import Tensor, empty, given
-from sdfit.workload import DTYPE_BYTES, VAE_SCALE, Workload
+from sdfit.workload import DTYPE_BYTES, STREAMED, VAE_SCALE, Workload
 
+COMPONENT = {TEXT: "text_encoder", UNET: "unet", ENCODER: "vae", DECODER: "vae", CHECKER: "safety_checker"}
+"""That a module belongs to."""
 LATENT_CHANNELS, IMAGE_CHANNELS, TEXT_CHANNELS = 4, 3, 768
 
 MOST_EVENTS = 400_000
@@ -40,7 +45,7 @@ class Modules:
     def __init__(self, workload: Workload, card: Card, library: Library, convolution: Convolution | None) -> None:
         self.workload, self.card, self.meter = workload, card, card.meter
         self.each_bytes = DTYPE_BYTES[workload.dtype]
-        self._library, self._convolution = library, convolution
+        self._library, self._convolution, self._moves = library, convolution, library.moves_of(workload)
         self._taken: dict[tuple[str, Lengths], Taken] = {}
         self._spans: dict[tuple[str, Lengths], Span] = {}
         self._events = 0
@@ -78,13 +83,24 @@ class Modules:
 
     def convolved(self, images: Tensor, channels: int) -> Tensor:
         """A convolution of 1x1 to as many channels as it gets."""
+        weight = (channels, channels, 1, 1)
+        moving = (weight, (channels,)) if self.workload.offload in STREAMED else ()
+        sizes = [rounded(prod(shape) * self.each_bytes) for shape in moving]
+        there = [self._comes(size) for size in sizes]
         out = images.like()
         if self._convolution is not None:
-            weight = (channels, channels, 1, 1)
             held = self._convolution(images.shape, weight, out.shape)
             if held:
                 self.meter.passing(held)
+        for block, size in zip(there, sizes, strict=True):
+            self.meter.free(block, size)
         return out
+
+    def _comes(self, size_bytes: int) -> int:
+        block = self.meter.allocate(size_bytes)
+        if self.workload.offload == "sequential":
+            self.meter.give_cache_back()
+        return block
 
     def _once_per_shape(self, kind: str, lengths: Lengths, shape: tuple[int, ...]) -> Tensor:
         """A call, or one more like an earlier one, of which a trace keeps nothing (`Meter.repeat`) but the result."""
@@ -110,7 +126,8 @@ class Modules:
         if key not in self._taken:
             program = self._library.program(kind, self.workload, lengths)
             keep_events = self.meter.events is not None
-            self._taken[key] = program.call(lengths, self._convolution, keep_events=keep_events)
+            moves = self._moves.get(COMPONENT[kind])
+            self._taken[key] = program.call(lengths, self._convolution, keep_events=keep_events, moves=moves)
         taken = self._taken[key]
         self.card.enter(next(iter(taken.peaks_bytes)))
         return self.meter.play(taken)

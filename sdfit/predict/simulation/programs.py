@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdfit.equation.weights import GRANULE_BYTES
+from sdfit.predict.simulation.streaming import Events, Moves
 
 Convolution = Callable[[tuple[int, ...], tuple[int, ...], tuple[int, ...]], int]
 """``convolution(image, weight, out) -> bytes`` that its kernel holds, by the shapes of its operands."""
@@ -25,7 +26,8 @@ LEVELS = 4
 """Resolutions of the UNet and of the VAE, each half of the one before."""
 UNET, ENCODER, DECODER, TEXT, CHECKER = KINDS = ("unet", "encoder", "decoder", "text", "checker")
 """The pipeline's modules."""
-
+WITHOUT_STREAMS = {"unet_deep": "unet"}
+"""Stages that are told apart only where weights come module by module."""
 
 HEADS = 8
 """Of each attention of the UNet."""
@@ -97,12 +99,14 @@ class Layer(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """Of each event the block, whether it is born, and which amount it is; and the blocks that are made."""
+    """Of each event the block, whether it is born, and which amount it is; the blocks that are made; where stages and calls lie."""
 
     blocks: Any
     born: Any
     amounts: Any
     made: tuple[int, ...]
+    firsts: Any
+    calls: Any
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,9 @@ class Program:
         Before which event which stage begins, the first one before the first event.
     made : tuple of int
         The blocks that are there afterwards, counted from 1, in the order of the results.
+    calls, modules : array
+        Of each submodule that has weights before which event it is called, and before which it is done; and which one it is, by
+        its number among the component's modules, counted from 1, below 0 where it is done.
     loops : tuple of (int, int, int)
         Where attention is computed in slices: the events at which the first, the second and the last of three slices begin. There
         may be more than three, all of them as the second, or only two.
@@ -137,6 +144,8 @@ class Program:
     layers: tuple[Layer, ...]
     marks: tuple[tuple[int, str], ...]
     made: tuple[int, ...]
+    calls: Any
+    modules: Any
     loops: tuple[tuple[int, int, int], ...] = ()
     heads_at_once: int = 0
 
@@ -146,7 +155,8 @@ class Program:
         born = self.steps >= 0
         count = np.cumsum(born)
         blocks = np.where(born, count, count + 1 + self.steps)
-        return _Order(blocks, born, self.steps[born][blocks - 1], self.made)
+        firsts = np.array([first for first, _ in self.marks])
+        return _Order(blocks, born, self.steps[born][blocks - 1], self.made, firsts, self.calls)
 
     @cached_property
     def _unrolled(self) -> dict[int, _Order]:
@@ -170,7 +180,8 @@ class Program:
 
     def _unroll(self, slices: int) -> _Order:
         """As many slices as there are: what one of them leaves, the next one takes for what the first one left."""
-        born, blocks = self._order.born.tolist(), self._order.blocks.tolist()
+        order = self._order
+        born, blocks = order.born.tolist(), order.blocks.tolist()
         numbers: dict[int, int] = {}
         events: list[int] = []
         unrolled: list[int] = []
@@ -201,11 +212,19 @@ class Program:
             position = last
         play(position, len(blocks))
         made = tuple(numbers[block] for block in self.made)
-        return _Order(np.array(unrolled), self._order.born[events], self._order.amounts[events], made)
 
-    def call(self, lengths: Lengths, convolution: Convolution | None, *, keep_events: bool) -> Taken:
-        """What a call of these lengths takes."""
-        blocks, born, amounts, left = self._ordered(lengths.batch)
+        def moved(positions: Any) -> Any:
+            more = [(positions >= last) * (slices - 3) * (last - second) for _, second, last in self.loops]
+            return positions + np.sum(more, axis=0)
+
+        parts = order.born[events], order.amounts[events], made, moved(order.firsts), moved(order.calls)
+        return _Order(np.array(unrolled), *parts)
+
+    def call(
+        self, lengths: Lengths, convolution: Convolution | None, *, keep_events: bool, moves: Moves | None = None
+    ) -> Taken:
+        """What a call of these lengths takes; with ``moves`` its weights come and go with its submodules."""
+        blocks, born, amounts, left, firsts, calls = self._ordered(lengths.batch)
         heights, widths = sides(lengths.height, self.kind), sides(lengths.width, self.kind)
         areas = np.array(heights) * np.array(widths)
         factor, of_batch, of_tokens, of_area, level = self.products.T
@@ -218,21 +237,15 @@ class Program:
             for image, weight, out in self.layers
         ]
         sizes = np.concatenate([tensors, np.array(held, dtype=np.int64)])[amounts]
-        changes = np.where(born, sizes, -sizes)
-        live = np.cumsum(changes)
+        events = Events(blocks, np.where(born, sizes, -sizes), amounts >= len(tensors))
+        if moves is not None:
+            firsts, events = moves.woven(events, calls, self.modules, firsts)
+        live = np.cumsum(events.changes)
         peaks: dict[str, int] = {}
-        ends = [*(first for first, _ in self.marks[1:]), len(live)]
-        for (first, stage), end in zip(self.marks, ends, strict=True):
+        begins = firsts.tolist()
+        for (_, stage), first, end in zip(self.marks, begins, [*begins[1:], len(live)], strict=True):
             before = int(live[first - 1]) if first else 0
-            peaks[stage] = max(peaks.get(stage, 0), before, int(live[first:end].max(initial=0)))
-        events: list[tuple[int, int]] = []
-        made: tuple[int, ...] = ()
-        workspaces: frozenset[int] = frozenset()
-        if keep_events:
-            there = sizes > 0
-            new = np.cumsum(there[born])  # a workspace of nothing is no block
-            numbers = new[blocks[there] - 1]
-            events = list(zip(numbers.tolist(), changes[there].tolist(), strict=True))
-            made = tuple(int(new[block - 1]) for block in left)
-            workspaces = frozenset(new[blocks[there & (amounts >= len(tensors))] - 1].tolist())
-        return Taken(peaks, self.marks[-1][1], int(live[-1]), events, made, workspaces)
+            name = stage if moves is not None else WITHOUT_STREAMS.get(stage, stage)
+            peaks[name] = max(peaks.get(name, 0), before, int(live[first:end].max(initial=0)))
+        written = events.numbered(left) if keep_events else ([], (), frozenset[int]())
+        return Taken(peaks, self.marks[-1][1], int(live[-1]), *written)

@@ -1,10 +1,9 @@
 """A run simulated without torch: its modules by their programs, the rest of it written out.
 
 **Covered**: every dtype and resolution, batches of any size, prompts of any length, guidance on and off, both VAEs, VAE
-slicing and tiling, the safety checker, model offload, every kind of attention. **Not covered** (`Simulator.run` raises
-`NotSimulated`): offload that brings weights module by module, the tiny VAE in tiles, other executions than the default, an image or a
-tile so small that a feature map has one pixel (64x64, and a corner of 8x8), workspaces of measured kernels, and runs
-of slices and tiles by the thousand. Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
+slicing and tiling, the safety checker, every kind of attention and of offload. **Not covered** (`Simulator.run` raises
+`NotSimulated`): what diffusers fails on, other executions than the default, an image or a tile so small that a feature map has
+one pixel (64x64, and a corner of 8x8), workspaces of measured kernels, and runs of slices and tiles by the thousand. Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from sdfit.predict.simulation.modules import Modules
 from sdfit.predict.simulation.pipeline import Img2Img
 from sdfit.predict.simulation.programs import Convolution
 from sdfit.predict.simulation.workspaces import Workspaces
-from sdfit.workload import STREAMED, Workload
+from sdfit.workload import Workload, why_it_fails
 
 
 @contextmanager
@@ -69,12 +68,11 @@ class Simulator:
         NotSimulated
             If it is not covered (see the module).
         """
-        if workload.offload in STREAMED or workload.execution != "default":
-            raise NotSimulated(
-                f"a run with offload={workload.offload}, execution={workload.execution} is not written out"
-            )
-        if workload.vae == "tiny" and workload.vae_tiling:
-            raise NotSimulated("the tiny VAE in tiles is not written out")
+        fails = why_it_fails(workload.variant)
+        if fails:
+            raise NotSimulated(fails)
+        if workload.execution != "default":
+            raise NotSimulated(f"a run with execution={workload.execution} is not written out")
         if self.workspace is not None and not self.workspace.convolutions_only:
             raise NotSimulated("workspaces of measured kernels go by operations, which programs do not have")
         library = self._library or shipped_library()
@@ -84,11 +82,15 @@ class Simulator:
         unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae), {})
         card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
         pipeline = Img2Img(Modules(workload, card, library, self._convolution(workload)), self.num_inference_steps)
+        buffers = library.left_behind(workload)
+        held = [meter.allocate(size) for size in buffers]
         card.enter("text_encoder")
         pipeline.run()
         meter.leave()
+        for block, size in zip(held, buffers, strict=True):
+            meter.free(block, size)
         # what outlives the run is no part of it
-        return card.taken(None if meter.events is None else list(meter.events), {})
+        return card.taken(None if meter.events is None else list(meter.events), {}, buffers=sum(buffers))
 
     def _convolution(self, workload: Workload) -> Convolution | None:
         workspace = self.workspace

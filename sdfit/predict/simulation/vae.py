@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sdfit.predict.simulation.modules import Modules
-from sdfit.predict.simulation.tape import Tensor, concatenated
+from sdfit.predict.simulation.modules import IMAGE_CHANNELS, LATENT_CHANNELS, Modules
+from sdfit.predict.simulation.tape import Tensor, concatenated, empty
 from sdfit.workload import VAE_SCALE
 
 TILE_PIXELS, OVERLAP = 512, 0.25
@@ -13,8 +13,12 @@ TILE_PIXELS, OVERLAP = 512, 0.25
 TILE_LATENTS = TILE_PIXELS // VAE_SCALE
 
 
+TINY_OVERLAP, MASK_BYTES = 0.125, 4
+"""Of `AutoencoderTiny`, whose tiles are as large; it blends them by masks in float32."""
+
+
 class Vae:
-    """`AutoencoderKL`; `AutoencoderTiny` too, unless it is tiled.
+    """`AutoencoderKL` or `AutoencoderTiny`.
 
     Parameters
     ----------
@@ -50,12 +54,18 @@ class Vae:
         return [run(x)]
 
     def _encode(self, x: Tensor) -> Tensor:
+        if self.workload.vae_tiling and not self._kl:
+            shape = (x.shape[0], LATENT_CHANNELS, *(side // VAE_SCALE for side in x.shape[2:]))
+            return self._tiny_tiled(x, self.modules.encoder, shape, (TILE_PIXELS, TILE_LATENTS))
         if self.workload.vae_tiling and max(x.shape[2:]) > TILE_PIXELS:
             return self._tiled_encode(x)
         enc = self.modules.encoder(x)
         return self._convolved(enc)
 
     def _decode(self, z: Tensor) -> Tensor:
+        if self.workload.vae_tiling and not self._kl:
+            shape = (z.shape[0], IMAGE_CHANNELS, *(side * VAE_SCALE for side in z.shape[2:]))
+            return self._tiny_tiled(z, self.modules.decoder, shape, (TILE_LATENTS, TILE_PIXELS))
         if self.workload.vae_tiling and max(z.shape[2:]) > TILE_LATENTS:
             return self._tiled_decode(z)
         z = self._convolved(z)
@@ -64,6 +74,24 @@ class Vae:
     def _convolved(self, x: Tensor) -> Tensor:
         """`quant_conv` and `post_quant_conv`, which the tiny VAE lacks."""
         return self.modules.convolved(x, x.shape[1]) if self._kl else x
+
+    def _tiny_tiled(
+        self, x: Tensor, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], tile_sides: tuple[int, int]
+    ) -> Tensor:
+        """`AutoencoderTiny._tiled_encode` and `_tiled_decode`: tiles of a side go in, of another come out."""
+        side, mask = tile_sides[0], (tile_sides[1], tile_sides[1])
+        blend_masks = empty(self.modules.meter, (2, *mask), MASK_BYTES)
+        out = empty(self.modules.meter, shape, MASK_BYTES)
+        for i, height in enumerate(_tiles(x.shape[2], side, TINY_OVERLAP)):
+            for j, width in enumerate(_tiles(x.shape[3], side, TINY_OVERLAP)):
+                tile = run(x.view(*x.shape[:2], height, width))
+                tile_out = out.view(*tile.shape)
+                blend_mask_i = blend_masks.new(mask) if i == 0 else blend_masks.view(*mask)
+                blend_mask_j = blend_masks.new(mask) if j == 0 else blend_masks.view(*mask)
+                blend_mask = blend_mask_i * blend_mask_j
+                blend_mask = blend_mask.view(*tile.shape[2:])
+                blend_mask * tile + (1 - blend_mask) * tile_out
+        return out
 
     def _tiled_encode(self, x: Tensor) -> Tensor:
         return _blended(self._encoded_tiles(x), TILE_LATENTS)
@@ -131,9 +159,9 @@ class _Gaussian:
         return x
 
 
-def _tiles(side: int, tile: int) -> list[int]:
+def _tiles(side: int, tile: int, overlap: float = OVERLAP) -> list[int]:
     """Sizes of the tiles along a side."""
-    return [min(tile, side - first) for first in range(0, side, int(tile * (1 - OVERLAP)))]
+    return [min(tile, side - first) for first in range(0, side, int(tile * (1 - overlap)))]
 
 
 def _blend(edge: Tensor) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdfit.backends.trace.finding import find, probes, record
+from sdfit.backends.trace.finding import find, movers, probes, record
+from sdfit.backends.trace.streaming import moved
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.weights import PARAMETERS, rounded
 from sdfit.errors import SdfitError
-from sdfit.predict.simulation.library import ATTENTIONS, DTYPES, VAES, Key, Library
+from sdfit.predict.simulation.library import ATTENTIONS, DTYPES, VAES, Brought, Key, Library
 from sdfit.predict.simulation.programs import CHECKER, DECODER, ENCODER, KINDS, TEXT, UNET, Program
-from sdfit.workload import SLICES, Workload
+from sdfit.workload import SLICES, STREAMED, Workload
 
 
 def keys() -> list[Key]:
@@ -56,7 +57,20 @@ def weights(tracer: Tracer) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]
             yield (dtype, name), tuple(rounded(tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
+def brought(tracer: Tracer) -> Iterator[tuple[tuple[str, str], Brought]]:
+    """Which weights come with which module, by name and offload."""
+    for name in PARAMETERS:
+        pipe = tracer.pipeline(Workload(512, 512, vae="tiny" if name == "vae_tiny" else "kl"))
+        part = getattr(pipe, "vae" if name == "vae_tiny" else name)
+        numbers = {id(tensor): number for number, tensor in enumerate([*part.parameters(), *part.buffers()])}
+        for offload in STREAMED:
+            if (name, offload) != ("vae_tiny", "group_block"):  # fails in diffusers itself
+                which = {module: [numbers[id(t)] for t in tensors] for module, tensors in moved(part, offload)}
+                of_modules = [(number, which[module]) for module, number in movers(part).items() if module in which]
+                yield (name, offload), {number: tuple(weights) for number, weights in of_modules}
+
+
 def library() -> Library:
     """Find all of it: half a minute."""
     tracer = Tracer()
-    return Library({key: found(tracer, key) for key in keys()}, dict(weights(tracer)))
+    return Library({key: found(tracer, key) for key in keys()}, dict(weights(tracer)), dict(brought(tracer)))

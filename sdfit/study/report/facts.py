@@ -22,9 +22,20 @@ from sdfit.predict.library import answering
 from sdfit.predict.memory import left, of_box
 from sdfit.predict.options import COSTS, SAVING
 from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
-from sdfit.predict.variant import MOST_BELOW, TINY_BLOCKS, TINY_TILES
+from sdfit.predict.variant import MOST_BELOW
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
-from sdfit.workload import CHOICES, CHUNK_TOKENS, DTYPE_BYTES, LIMITS, SLICES, STREAMED, VAE_SCALE, Workload
+from sdfit.workload import (
+    CHOICES,
+    CHUNK_TOKENS,
+    DTYPE_BYTES,
+    LIMITS,
+    SLICES,
+    STREAMED,
+    TINY_BLOCKS,
+    TINY_TILES,
+    VAE_SCALE,
+    Workload,
+)
 
 TITLES = {
     "text_encoder": "Text encoder",

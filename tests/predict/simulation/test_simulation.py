@@ -32,6 +32,13 @@ EDGES = [
     Workload(64, 328, batch_size=2, attention="math"),
     Workload(776, 256, vae_tiling=True, attention="eager"),
     Workload(128, 192, batch_size=1, attention="sliced_8"),
+    Workload(264, 328, 100, 3, dtype="float32", attention="sliced", offload="sequential"),
+    Workload(584, 712, batch_size=2, attention="eager", vae_tiling=True, vae_slicing=True, offload="sequential"),
+    Workload(256, 320, 77, 1, 1.0, "bfloat16", "sliced_max", offload="group_block", safety_checker=False),
+    Workload(392, 264, 231, 2, attention="math", vae_slicing=True, offload="group_block"),
+    Workload(576, 648, 154, 2, 1.0, vae="tiny", offload="sequential"),
+    Workload(776, 520, vae="tiny", dtype="float32", vae_tiling=True, offload="group_leaf"),
+    Workload(520, 1032, batch_size=2, vae="tiny", dtype="float32", vae_tiling=True, vae_slicing=True),
 ]
 
 
@@ -54,7 +61,9 @@ def held_against_a_trace(workloads, architecture):
         assert_equal(workload, architecture, tracer, simulator)
 
 
-@pytest.mark.parametrize("workload", EDGES, ids=lambda w: " ".join(map(str, (w.height, w.width, w.attention, w.vae))))
+@pytest.mark.parametrize(
+    "workload", EDGES, ids=lambda w: " ".join(map(str, (w.height, w.width, w.attention, w.vae, w.offload)))
+)
 def test_a_simulated_run_is_the_traced_one(workload):
     """Every allocation and free, in order; every stage's peak; which blocks are workspaces."""
     held_against_a_trace([workload], "sm75")
@@ -145,8 +154,7 @@ def test_all_of_the_shipped_records(path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"offload": "sequential"}, {"offload": "group_leaf"}, {"execution": "tf32"}, {"vae": "tiny", "vae_tiling": True},
-     {"height": 64, "width": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
+    [{"execution": "tf32"}, {"vae": "tiny", "offload": "group_block"}, {"vae": "tiny", "vae_tiling": True}, {"height": 64, "width": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
      {"height": 16384, "width": 16384, "batch_size": 4, "vae_slicing": True, "vae_tiling": True}],
     ids=str,
 )  # fmt: skip
@@ -166,7 +174,7 @@ def test_measured_kernels_are_left_to_the_trace():
 def test_what_is_not_simulated_is_not_needed_either():
     """The question is left to whoever asked, and a card that nobody knows is refused at once."""
     with pytest.raises(NotSimulated):
-        Needed("sm75")(Workload(512, 512, offload="sequential"), "required")
+        Needed("sm75")(Workload(512, 512, execution="tf32"), "required")
     with pytest.raises(SdfitError):
         Needed("no such card")
 

@@ -180,14 +180,12 @@ const sdfit = (() => {
       let labels = parts.map((part) => (part === "vae" ? `vae/${vae}` : part));
       if (offload === "none" && all in weights) labels = [all];
       if (vae === "tiny" && offload === "group_block") throw new Unknown(`offload='group_block' with vae='tiny' ${facts.tiny_blocks}`);
+      if (vae === "tiny" && this.values.vae_tiling && dtype !== "float32") throw new Unknown(`vae_tiling with vae='tiny' in ${dtype} ${facts.tiny_tiles}`);
       const found = artifact.stages[this.stageKey(stage)];
       if (!found || labels.some((label) => !(label in weights))) {
         throw new Unknown(`the model has no coefficients for this combination: its ${stage.name} was never swept`);
       }
       if (stage.name.startsWith("vae")) {
-        if (this.values.vae_tiling && vae === "tiny" && dtype !== "float32") {
-          throw new Unknown(`vae_tiling with vae='tiny' in ${dtype} ${facts.tiny_tiles}`);
-        }
         const wanted = this.values.vae_tiling ? ["D"] : this.values.vae_slicing ? ["D", "B·A"] : [];
         if (wanted.length && wanted.every((term) => found.unidentified.includes(term))) {
           throw new Unknown(`the model never saw slicing or tiling of the '${vae}' VAE in ${dtype}`);
