@@ -45,6 +45,10 @@ class UnknownVariant(SdfitError, LookupError):
     """The artifact never saw this combination of dtype, attention and options."""
 
 
+class NeverSwept(UnknownVariant):
+    """No row of this combination was recorded, so that it has no coefficients."""
+
+
 class ArtifactError(SdfitError, ValueError):
     """A file that is not an sdfit artifact, or no longer one."""
 

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 from sdfit.equation.sizes import Sizes
-from sdfit.predict.variant import Variant
-from sdfit.workload import Workload, effective
+from sdfit.predict.artifact import Artifact
+from sdfit.workload import VariantKey, Workload, effective
 
 BEYOND = "beyond allocated"
 """What a breakdown calls the part of a metric that is not allocated memory."""
+
+
+class Basis(Protocol):
+    """What a prediction rests on: a `sdfit.predict.variant.Variant`, or a run that was simulated."""
+
+    artifact: Artifact
+    key: VariantKey
+    slicing: bool
+    tiling: bool
+
+    def stage_peaks(self, sizes: Sizes) -> dict[str, float]:
+        """The peak of each stage [bytes], resident weights included."""
+
+    def breakdown(self, sizes: Sizes, stage: str) -> dict[str, float]:
+        """What a stage is made of [bytes]."""
+
+    def stretch(self, sizes: Sizes) -> Any:
+        """How far outside the known domain some sizes lie; 1 inside."""
+
+    def standing(self, peaks: Mapping[str, float], sizes: Sizes) -> tuple[int, float]:
+        """The place of its scores, and what they are in units of [bytes]."""
+
+    def quantile(self, metric: str, code: int, level: float, *, upper: bool) -> float:
+        """How far above a prediction its one-sided bound lies, or below it, in those units."""
+
+    def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
+        """The chance that a run needs no more than ``spare_bytes`` above its prediction."""
 
 
 class Interval(NamedTuple):
@@ -27,7 +55,7 @@ class Prediction(float):
     ----------
     value : float
         [bytes]
-    variant : Variant
+    variant : Basis
     workload : Workload, or tuple of its numbers
         The variant's key has the other fields.
     metric : str
@@ -36,11 +64,11 @@ class Prediction(float):
     """
 
     __slots__ = ("_facts", "_known")
-    _facts: tuple[Variant, Workload | tuple[Any, ...], str, float]
+    _facts: tuple[Basis, Workload | tuple[Any, ...], str, float]
     _known: dict[str, Any]
 
     def __new__(
-        cls, value: float, variant: Variant, workload: Workload | tuple[Any, ...], metric: str, level: float
+        cls, value: float, variant: Basis, workload: Workload | tuple[Any, ...], metric: str, level: float
     ) -> Prediction:
         """Make one; a tuple of numbers becomes a Workload when it is first asked for."""
         made = float.__new__(cls, value)

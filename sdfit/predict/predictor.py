@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Predictor:
         self.artifact, self.path, self.card = artifact, path, card
         self.name = name or artifact.name
         self._variants: dict[VariantKey, Variant] = {}
+        self._alone: Callable[..., Prediction] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Predictor, (self.artifact, self.path, self.name, self.card))
@@ -243,7 +245,7 @@ offload, safety_checker, execution
             Bytes.
         """
         check_metric(metric)
-        return predict_table(self.variant, table, metric)[0]
+        return predict_table(self.variant, table, metric, alone=self._alone)[0]
 
     def predict_interval(self, table: Any, *, metric: str = "allocated", level: float = DEFAULT_LEVEL) -> Any:
         """Predict intervals for many workloads; ``table`` as in `predict`.
@@ -255,7 +257,7 @@ offload, safety_checker, execution
         """
         conformal.check_level(level)
         check_metric(metric)
-        value, (below, above) = predict_table(self.variant, table, metric, level)
+        value, (below, above) = predict_table(self.variant, table, metric, level, alone=self._alone)
         return np.column_stack([np.maximum(value - below, 0.0), value + above])
 
     def supported_level(self, metric: str) -> float:

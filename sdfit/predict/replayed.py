@@ -1,37 +1,127 @@
-"""Required memory by replay: a model that simulates each run for what it requires.
+"""Required memory by replay: a model that simulates each run for what it requires, and for all else where its equation has no coefficients.
 
 How PyTorch's allocator packs blocks into segments jumps from one size to the next by up to a quarter of the activations,
 which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does. `replaying`
 simulates the run (`sdfit.predict.simulation.simulate` says which runs it covers), with numpy alone, in some hundredths of a
-second, where the equation takes microseconds.
+second, where the equation takes microseconds. A combination of options that was never swept is simulated for every metric.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from sdfit.equation.metrics import REPLAYED_FAMILY
-from sdfit.errors import SdfitError
+from sdfit.equation.sizes import Sizes
+from sdfit.errors import NeverSwept, SdfitError
+from sdfit.predict import conformal
+from sdfit.predict.artifact import Artifact
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import DEFAULT_LEVEL, Predictor
 from sdfit.predict.simulation.library import NotSimulated
-from sdfit.predict.simulation.needed import Needed
+from sdfit.predict.simulation.needed import Needed, Stages
 from sdfit.predict.simulation.workspaces import workspaces_for
-from sdfit.workload import Workload
+from sdfit.predict.variant import Variant
+from sdfit.workload import VariantKey, Workload
 
 REPLAYED = ("required", "minimum")
-"""The metrics that a replay gives."""
+"""The metrics that a replay gives of every run; the others are the equation's where it has coefficients."""
 FAR = 2.0
 """Times a limit by which the equation's number is never too high: inside a swept domain it is off by an eighth at most."""
-Replay = Callable[[Workload, str, float | None], int]
-"""``replay(workload, metric, limit) -> bytes`` for the metrics of `REPLAYED`; what is above a limit, if there is one, may be
-less than what is needed. Raises `NotSimulated` for a run that it does not know."""
+
+
+class Replay(Protocol):
+    """What simulates runs: a `sdfit.predict.simulation.needed.Needed`. Raises `NotSimulated` for a run that it does not know."""
+
+    def __call__(self, workload: Workload, metric: str, limit_bytes: float | None = None) -> int:
+        """A metric of a run [bytes]; what is above a limit, if there is one, may be less than what is needed."""
+
+    def stages(self, workload: Workload, limit_bytes: float | None = None) -> Stages:
+        """The peak of each stage, and the weights that are on the card in it."""
+
+
+class Run:
+    """A run that was simulated: what its prediction has in place of a `Variant`.
+
+    Its interval rests on what published whole runs lay beside their traces alone, the furthest of them where there are too
+    few for the level.
+
+    Parameters
+    ----------
+    artifact : Artifact
+    key : tuple
+        Of the variant.
+    peaks : mapping
+        Stage -> its peak [bytes].
+    weights : mapping
+        Stage -> the weights that are on the card in it [bytes].
+    parts : mapping, optional
+        What the highest stage is made of [bytes]; None: its weights and all else.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        key: VariantKey,
+        peaks: Mapping[str, float],
+        weights: Mapping[str, int],
+        parts: Mapping[str, float] | None = None,
+    ) -> None:
+        self.artifact, self.key, self._peaks, self._parts = artifact, key, dict(peaks), parts
+        _, _, _, self.slicing, self.tiling, *_ = key
+        self._weights = weights
+
+    @classmethod
+    def of(cls, variant: Variant, workload: Workload) -> Run:
+        """A run of which the equation knows the stages."""
+        sizes = Sizes.of_workload(workload)
+        peaks = variant.stage_peaks(sizes)
+        parts = variant.breakdown(sizes, max(peaks, key=peaks.__getitem__))
+        return cls(variant.artifact, variant.key, peaks, variant.weights, parts)
+
+    def stage_peaks(self, sizes: Sizes) -> dict[str, float]:
+        """The peak of each stage [bytes]."""
+        return dict(self._peaks)
+
+    def breakdown(self, sizes: Sizes, stage: str) -> dict[str, float]:
+        """What a stage is made of [bytes]."""
+        if self._parts is not None:
+            return dict(self._parts)
+        weights = float(self._weights[stage])
+        return {"weights": weights, ACTIVATIONS: self._peaks[stage] - weights}
+
+    def stretch(self, sizes: Sizes) -> float:
+        """A simulation knows no swept domain."""
+        return 1.0
+
+    def standing(self, peaks: Mapping[str, float], sizes: Sizes) -> tuple[int, float]:
+        """No place of its own; and what its scores are in units of [bytes]."""
+        return 0, float(conformal.scale(self._peaks, self._weights))
+
+    def quantile(self, metric: str, code: int, level: float, *, upper: bool) -> float:
+        """How far above the simulated number its one-sided bound lies, or below it, in the units of `standing`."""
+        scores = self._scores(metric)
+        level = min(level, conformal.supported_level(scores))
+        return max(scores.quantile(level) if upper else -scores.lower_quantile(level), 0.0)
+
+    def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
+        """The chance that the run needs no more than ``spare_bytes`` above the simulated number."""
+        return self._scores(metric).share_below(spare_bytes / self.standing(peaks, sizes)[1])
+
+    def _scores(self, metric: str) -> conformal.Scores:
+        """Of published runs: of allocated memory all of them, and of what is replayed those that no optional workspace is in."""
+        every = self.artifact.scores
+        found = every[metric][REPLAYED_FAMILY] if metric in REPLAYED else every["allocated"][""]
+        return conformal.Scores.read(found["count"], found["values"])
+
+
+ACTIVATIONS = "activations"
+"""What a breakdown calls all that is no resident weight, where no equation tells it apart."""
 
 
 class ReplayedPrediction(Prediction):
-    """A prediction whose value is a replay's. Its interval rests on the published whole runs beside their traces alone."""
+    """A prediction whose value is a simulated run's (see `Run`)."""
 
     __slots__ = ()
 
@@ -43,34 +133,19 @@ class ReplayedPrediction(Prediction):
         """Yes."""
         return True
 
-    @property
-    def extrapolated(self) -> bool:
-        """A replay knows no swept domain."""
-        return False
-
-    def chance_within(self, memory_bytes: float) -> float:
-        """The chance that the run needs no more than some memory, by what published runs lay beside their traces."""
-        variant, _, metric, _ = self._facts
-        told = self._told()
-        return variant.replayed_chance(told["peaks"], metric, memory_bytes - self)
-
-    def _margin(self, level: float, *, upper: bool) -> float:
-        variant, _, metric, _ = self._facts
-        return float(variant.replayed_margin(self._told()["peaks"], metric, level, upper=upper))
-
 
 class Replayed(Predictor):
-    """A model that replays runs for what they require; everything else is the model's. `sdfit.load` gives it.
+    """A model that simulates runs: for what they require, and for all else where it has no coefficients. `sdfit.load` gives it.
 
     Parameters
     ----------
     model : Predictor
         One whose records are traces with kernel workspaces (``provenance`` published).
-    replay : callable
-        See `Replay`; of the same kernels as the model. What it raises `NotSimulated` for stays the equation's.
+    replay : Replay
+        Of the same kernels as the model. What it raises `NotSimulated` for stays the equation's.
     limit_bytes : float, optional
-        Replay only runs of which the model's own bounds do not say whether they need more than this [bytes]; of those that
-        do, the number may be too low. None: replay all.
+        Simulate only runs of which the model's own bounds do not say whether they need more than this [bytes]; of those that
+        do, the number may be too low. None: simulate all.
 
     Raises
     ------
@@ -81,7 +156,8 @@ class Replayed(Predictor):
     -----
     A replay is a simulation: it takes the workspace table and the allocator's rules to be right. The bound adds what published
     whole runs lay above their traces, the largest of them where there are too few for the level. Tables
-    (`Predictor.predict`) are the equation's.
+    (`Predictor.predict`) are the equation's, but for the rows of combinations that it has no coefficients for: those are
+    simulated one by one.
     """
 
     def __init__(self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None) -> None:
@@ -90,6 +166,7 @@ class Replayed(Predictor):
             raise SdfitError(no, provenance=model.provenance)
         super().__init__(model.artifact, model.path, model.name, model.card)
         self._model, self._replay, self.limit_bytes = model, replay, limit_bytes
+        self._alone = self.predict_workload
         self._needs: dict[tuple[Workload, str], int] = {}
         self._at_least: dict[tuple[Workload, str], int] = {}
 
@@ -110,8 +187,17 @@ class Replayed(Predictor):
     def predict_workload(
         self, workload: Workload, *, metric: str = "allocated", level: float = DEFAULT_LEVEL
     ) -> Prediction:
-        """Predict for a `Workload`: by replay, if that is what is asked and the equation does not settle it."""
-        found = super().predict_workload(workload, metric=metric, level=level)
+        """Predict for a `Workload`: by replay, if that is what is asked and the equation does not settle it.
+
+        Raises
+        ------
+        NeverSwept
+            If the model has no coefficients for the variant, and the run is not simulated either; says why.
+        """
+        try:
+            found = super().predict_workload(workload, metric=metric, level=level)
+        except NeverSwept as never:
+            return self._simulated(workload, metric, level, never)
         known = (workload, metric) in self._needs
         if metric not in REPLAYED or (not known and self._settled(found)):
             return found
@@ -119,10 +205,22 @@ class Replayed(Predictor):
             needed = self._needed(workload, metric)
         except NotSimulated:
             return found
-        return ReplayedPrediction(needed, self.variant(workload.variant), workload, metric, level)
+        return ReplayedPrediction(needed, Run.of(self.variant(workload.variant), workload), workload, metric, level)
+
+    def _simulated(self, workload: Workload, metric: str, level: float, never: NeverSwept) -> Prediction:
+        """A run of a variant without coefficients."""
+        try:
+            peaks, weights = self._replay.stages(workload, self.limit_bytes)
+            value = self._needed(workload, "reserved" if metric == "device" else metric)
+        except NotSimulated as reason:
+            raise NeverSwept(f"{never}; nor is this run simulated: {reason}", variant=workload.variant) from None
+        if metric == "device":
+            value += self.context_bytes
+        run = Run(self.artifact, workload.variant, peaks, weights)
+        return ReplayedPrediction(value, run, workload, metric, level)
 
     def _needed(self, workload: Workload, metric: str) -> int:
-        """What a run needs; above the limit, perhaps less than that [bytes]. Each is replayed once."""
+        """A metric of a run; above the limit, perhaps less than that [bytes]. Each is simulated once."""
         key, limit = (workload, metric), self.limit_bytes
         if key in self._needs:
             return self._needs[key]
@@ -143,7 +241,7 @@ class Replayed(Predictor):
 
 
 def replaying(model: Predictor) -> Predictor:
-    """Let a model replay runs for what they require; one whose runs cannot be replayed stays as it is.
+    """Let a model simulate runs; one whose runs cannot be replayed stays as it is.
 
     Examples
     --------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdfit.equation.sizes import Sizes
-from sdfit.errors import InvalidWorkload
+from sdfit.errors import InvalidWorkload, NeverSwept
 from sdfit.workload import (
     LIMITS,
     VARIANT_FIELDS,
@@ -23,6 +23,7 @@ from sdfit.workload import (
 )
 
 if TYPE_CHECKING:
+    from sdfit.predict.prediction import Prediction
     from sdfit.predict.variant import Variant
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,11 +32,17 @@ _DEFAULTS = Workload(512, 512).to_dict()
 
 
 def predict_table(
-    find: Callable[[VariantKey], Variant], table: Any, metric: str, level: float | None = None
+    find: Callable[[VariantKey], Variant],
+    table: Any,
+    metric: str,
+    level: float | None = None,
+    *,
+    alone: Callable[..., Prediction] | None = None,
 ) -> tuple[Array, Array]:
     """Predict each row; with a level also how far below and above the ends of its interval lie.
 
-    ``find`` gives the `Variant` of a key (`sdfit.predict.predictor.Predictor.variant`).
+    ``find`` gives the `Variant` of a key (`sdfit.predict.predictor.Predictor.variant`); where it was never swept,
+    ``alone(workload, metric=, level=)`` predicts its rows one by one, if it is given.
 
     Returns
     -------
@@ -49,7 +56,12 @@ def predict_table(
     value, margins = np.empty(rows), np.zeros((2, rows))
     for key, where in _groups(columns, rows):
         part = {name: v if where is None else v[where] for name, v in numbers.items()}
-        got = _one_variant(find(key), part, metric, level)
+        try:
+            got = _one_variant(find(key), part, metric, level)
+        except NeverSwept:
+            if alone is None:
+                raise
+            got = _row_by_row(alone, key, part, metric, level)
         if where is None:
             value, margins = got
         else:
@@ -70,6 +82,27 @@ def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: flo
         if level is not None:
             for end in (0, 1):
                 margins[end, cut] = found.margin(peaks, sizes, metric, (1 + level) / 2, upper=bool(end))
+    return value, margins
+
+
+def _row_by_row(
+    alone: Callable[..., Prediction], key: VariantKey, part: dict[str, Array], metric: str, level: float | None
+) -> tuple[Array, Array]:
+    rows = len(part["height"])
+    value, margins = np.empty(rows), np.zeros((2, rows))
+    known: dict[Workload, Prediction] = {}
+    for row, numbers in enumerate(zip(*(column.tolist() for column in part.values()), strict=True)):
+        fields: tuple[Any, ...] = (*numbers, *key)
+        workload = Workload(*fields)
+        if workload not in known:
+            known[workload] = (
+                alone(workload, metric=metric) if level is None else alone(workload, metric=metric, level=level)
+            )
+        found = known[workload]
+        value[row] = found
+        if level is not None:
+            each = (1 + level) / 2
+            margins[:, row] = found._margin(each, upper=False), found._margin(each, upper=True)
     return value, margins
 
 

@@ -19,7 +19,6 @@ from sdfit.equation.metrics import (
     CONSTANT_BYTES,
     FEATURE_COLUMNS,
     NEVER_BELOW_LIVE,
-    REPLAYED_FAMILY,
     extent,
     families,
     highest,
@@ -34,7 +33,7 @@ from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.equation.stages import resident, stage_key, stages_of
 from sdfit.equation.terms import COLUMN, TERMS, products, terms_of
 from sdfit.equation.weights import baseline_label, with_both_baselines
-from sdfit.errors import UnknownVariant, listed
+from sdfit.errors import NeverSwept, UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
 from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name, why_it_fails
@@ -71,6 +70,8 @@ class Variant:
     Raises
     ------
     UnknownVariant
+        If diffusers fails on it, with its reason.
+    NeverSwept
         If a stage was never swept; names what was.
     """
 
@@ -121,9 +122,9 @@ class Variant:
                 raise self._never_swept(f"never saw slicing or tiling of the '{vae}' VAE in {values['dtype']}")
         return sum(weights[label] for label in labels)
 
-    def _never_swept(self, what: str) -> UnknownVariant:
+    def _never_swept(self, what: str) -> NeverSwept:
         name = self.artifact.name
-        return UnknownVariant(
+        return NeverSwept(
             f"'{name}' {what}; swept: {listed(self.artifact.swept)}; to add one: sdfit sweep --gpu {name} --grid FILE, "
             "then sdfit fit",
             variant=self.key,
@@ -265,21 +266,6 @@ class Variant:
         """The chance that a run needs no more than ``spare_bytes`` above its prediction."""
         scores = self.scores(metric, int(place_codes(peaks, sizes)), level)
         return scores.share_below(spare_bytes / float(self._unit(peaks, sizes)))
-
-    def replayed_margin(self, peaks: Mapping[str, float], metric: str, level: float, *, upper: bool) -> float:
-        """How far above a replay of a run its one-sided bound lies, or below it [bytes].
-
-        From what published whole runs lay beside their traces; the furthest of them where there are too few for the level.
-        """
-        scores = self._scores[metric][REPLAYED_FAMILY]
-        level = min(level, conformal.supported_level(scores))
-        found = scores.quantile(level) if upper else -scores.lower_quantile(level)
-        return max(found, 0.0) * float(conformal.scale(peaks, self.weights))
-
-    def replayed_chance(self, peaks: Mapping[str, float], metric: str, spare_bytes: float) -> float:
-        """The chance that a run needs no more than ``spare_bytes`` above its replay."""
-        unit = float(conformal.scale(peaks, self.weights))
-        return self._scores[metric][REPLAYED_FAMILY].share_below(spare_bytes / unit)
 
     def _unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
         """What a score is in units of [bytes]; outside the swept domain it grows with the distance."""

@@ -7,7 +7,8 @@ import warnings
 import pytest
 
 import sdfit
-from sdfit.errors import SdfitError
+from sdfit.errors import NeverSwept, SdfitError
+from sdfit.predict.options import options_that_fit
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed, ReplayedPrediction, replaying, why_not
 from sdfit.units import GIB
@@ -110,8 +111,8 @@ def test_a_limit_is_answered_rightly_though_a_number_above_it_is_too_low(f):
 
 
 def test_a_run_that_is_not_simulated_is_the_equations(f):
-    """Weights that come module by module: the number of the equation, and it says so."""
-    g, w = sdfit.load("t4"), Workload(512, 512, offload="sequential")
+    """A feature map of one pixel: the number of the equation, and it says so."""
+    g, w = sdfit.load("t4"), Workload(64, 64)
     got = g.predict_workload(w, metric="required")
     assert got == f.predict_workload(w, metric="required") and got.replayed is False
 
@@ -132,7 +133,12 @@ def test_a_model_of_other_kernels_is_not_replayed(f):
         assert type(other) is Predictor and "another table" in why_not(other)
 
 
-@pytest.mark.parametrize("options", [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}, {"offload": "group_block"},
+     {"offload": "sequential", "attention": "sliced", "dtype": "bfloat16"}],
+    ids=str,
+)  # fmt: skip
 def test_a_real_replay_equals_a_record(options):
     """Of kinds of run where packing jumps: the smallest cap of a trace of the same run."""
     pytest.importorskip("diffusers")
@@ -140,5 +146,64 @@ def test_a_real_replay_equals_a_record(options):
 
     w, g = Workload(584, 712, **options), sdfit.load("t4")
     record = TraceBackend("t4", workspaces=True).measure(w)
-    for metric in ("required", "minimum"):
+    never_swept = isinstance(g.predict_workload(w), ReplayedPrediction)
+    assert never_swept == ("dtype" in options)
+    for metric in ("required", "minimum", *(("allocated", "reserved") if never_swept else ())):
         assert g.predict_workload(w, metric=metric) == record[f"{metric}_bytes"]
+
+
+NEVER_SWEPT = {"offload": "sequential", "attention": "eager"}
+
+
+def test_what_was_never_swept_is_simulated_in_every_metric(f):
+    """The equation refuses it; the model answers, with the simulated run's stages, an interval, and its breakdown."""
+    g = sdfit.load("t4")
+    with pytest.raises(NeverSwept):
+        f(512, 512, **NEVER_SWEPT)
+    for metric in ("allocated", "reserved", "device", "required", "minimum"):
+        peak = g(512, 512, **NEVER_SWEPT, metric=metric)
+        assert peak.replayed and not peak.extrapolated and peak.provenance == "published"
+        assert 0 < peak.interval.low < peak < peak.upper <= peak.interval.high
+        assert sum(peak.breakdown.values()) == pytest.approx(peak)
+        assert peak.stage == max(peak.stage_peaks, key=peak.stage_peaks.get)
+        assert peak.chance_within(peak.interval.high) > 0.9 and peak.chance_within(0) == 0
+        again = pickle.loads(pickle.dumps(peak))
+        assert again == peak and again.upper == peak.upper and again.to_dict() == peak.to_dict()
+    assert g(512, 512, **NEVER_SWEPT) == max(peak.stage_peaks.values())
+    assert (
+        g(512, 512, **NEVER_SWEPT, metric="device") == g(512, 512, **NEVER_SWEPT, metric="reserved") + g.context_bytes
+    )
+
+
+def test_a_table_may_hold_rows_that_were_never_swept():
+    """Each row is what a call gives, with its interval."""
+    g = sdfit.load("t4")
+    table = {
+        "height": [512, 512, 640],
+        "width": 512,
+        "offload": ["sequential", "none", "sequential"],
+        "attention": "eager",
+    }
+    for metric in ("allocated", "reserved", "required"):
+        values, ends = g.predict(table, metric=metric), g.predict_interval(table, metric=metric, level=0.9)
+        for row, offload in enumerate(table["offload"]):
+            call = g if offload == "sequential" else g.equation
+            peak = call(table["height"][row], 512, offload=offload, attention="eager", metric=metric, level=0.9)
+            assert (values[row], *ends[row]) == pytest.approx((peak, *peak.interval), rel=1e-12)
+
+
+def test_questions_about_what_was_never_swept_agree():
+    """Verdict, fits, the largest size and batch, and advice: one answer; what is refused says why."""
+    g = sdfit.load("t4")
+    size = g.largest(memory="4 GiB", **NEVER_SWEPT)
+    assert g.fits(*size, memory="4 GiB", **NEVER_SWEPT)
+    assert g.verdict(*size, memory="4 GiB", **NEVER_SWEPT).answer == "fits"
+    assert g.verdict(2048, 2048, memory="4 GiB", **NEVER_SWEPT).answer == "does not fit"
+    batch = g.max_batch_size(512, 512, memory="4 GiB", **NEVER_SWEPT)
+    assert g.fits(512, 512, batch_size=batch, memory="4 GiB", **NEVER_SWEPT)
+    assert not g.fits(512, 512, batch_size=batch + 1, memory="4 GiB", **NEVER_SWEPT)
+    asked = Workload(1024, 1024, dtype="bfloat16", attention="sliced_max")
+    for option in options_that_fit(g, asked, memory="3.5 GiB"):
+        assert g.fits(**asked.to_dict() | option.change, memory="3.5 GiB")
+    with pytest.raises(NeverSwept, match="nor is this run simulated"):
+        g(64, 64, **NEVER_SWEPT)

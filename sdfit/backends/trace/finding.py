@@ -55,10 +55,10 @@ class Recorded(NamedTuple):
     convolutions: dict[int, tuple[tuple[int, ...], ...]]
     marks: list[tuple[int, str]]
     made: tuple[int, ...]
-    calls: list[int]
-    modules: list[int]
     slices: list[list[int]]
     """Of each attention in slices, the events at which they begin."""
+    calls: Sequence[int] = ()
+    modules: Sequence[int] = ()
 
 
 def probes(kind: str, *, single: bool, even: bool) -> list[Lengths]:
@@ -125,9 +125,9 @@ def record(tracer: Tracer, workload: Workload, kind: str, at: Lengths) -> Record
         convolutions,
         marks[1:] or [(0, STAGES[0])],
         tuple(b for b in made if b),
+        slices,
         [position for position, _ in calls],
         [number for _, number in calls],
-        slices,
     )
 
 
@@ -299,8 +299,8 @@ def find(kind: str, runs: Sequence[tuple[Lengths, Recorded]], heads_at_once: int
         tuple(convolutions),
         tuple(first.marks),
         first.made,
-        np.array(first.calls),
-        np.array(first.modules),
+        np.array(first.calls, dtype=np.int64),
+        np.array(first.modules, dtype=np.int64),
         loops,
         heads_at_once if loops else 0,
     )

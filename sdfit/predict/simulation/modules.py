@@ -9,6 +9,7 @@ from sdfit.predict.simulation.card import Card
 from sdfit.predict.simulation.library import Library, NotSimulated
 from sdfit.predict.simulation.meter import Span
 from sdfit.predict.simulation.programs import (
+    ALL_SLICES,
     CHECKER,
     DECODER,
     ENCODER,
@@ -28,6 +29,8 @@ LATENT_CHANNELS, IMAGE_CHANNELS, TEXT_CHANNELS = 4, 3, 768
 
 MOST_EVENTS = 400_000
 """Of a run; one has ten to forty thousand, but for slices and tiles by the thousand. Replaying as many takes seconds."""
+WITHOUT_EVENTS = 50
+"""As many events as a call counts for where none are kept."""
 
 
 class Modules:
@@ -40,12 +43,22 @@ class Modules:
     library : Library
     convolution : callable, optional
         See `sdfit.predict.simulation.programs.Convolution`; None: no kernel holds anything.
+    most_slices : int
+        See `sdfit.predict.simulation.programs.Program.call`.
     """
 
-    def __init__(self, workload: Workload, card: Card, library: Library, convolution: Convolution | None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        card: Card,
+        library: Library,
+        convolution: Convolution | None,
+        most_slices: int = ALL_SLICES,
+    ) -> None:
         self.workload, self.card, self.meter = workload, card, card.meter
         self.each_bytes = DTYPE_BYTES[workload.dtype]
         self._library, self._convolution, self._moves = library, convolution, library.moves_of(workload)
+        self._most_slices = most_slices
         self._taken: dict[tuple[str, Lengths], Taken] = {}
         self._spans: dict[tuple[str, Lengths], Span] = {}
         self._events = 0
@@ -117,7 +130,11 @@ class Modules:
 
     def _count(self, kind: str, lengths: Lengths) -> None:
         """Refuse a run that goes on for too long."""
-        self._events += self._library.program(kind, self.workload, lengths).count(lengths.batch)
+        program = self._library.program(kind, self.workload, lengths)
+        moves = 2 * len(program.calls) if COMPONENT[kind] in self._moves else 0
+        self._events += (
+            moves + program.count(lengths.batch, self._most_slices) if self.meter.events is not None else WITHOUT_EVENTS
+        )
         if self._events > MOST_EVENTS:
             raise NotSimulated(f"a run of more than {MOST_EVENTS} allocations and frees takes too long to simulate")
 
@@ -127,7 +144,9 @@ class Modules:
             program = self._library.program(kind, self.workload, lengths)
             keep_events = self.meter.events is not None
             moves = self._moves.get(COMPONENT[kind])
-            self._taken[key] = program.call(lengths, self._convolution, keep_events=keep_events, moves=moves)
+            self._taken[key] = program.call(
+                lengths, self._convolution, keep_events=keep_events, moves=moves, most_slices=self._most_slices
+            )
         taken = self._taken[key]
         self.card.enter(next(iter(taken.peaks_bytes)))
         return self.meter.play(taken)

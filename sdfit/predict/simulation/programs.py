@@ -29,6 +29,8 @@ UNET, ENCODER, DECODER, TEXT, CHECKER = KINDS = ("unet", "encoder", "decoder", "
 WITHOUT_STREAMS = {"unet_deep": "unet"}
 """Stages that are told apart only where weights come module by module."""
 
+FEWEST_SLICES, ALL_SLICES = 3, 1 << 20
+"""Of an attention: the first, the last, and one that stands for all between them; and as many as any call has."""
 HEADS = 8
 """Of each attention of the UNet."""
 PICTURE, PATCH = 224, 14
@@ -163,17 +165,18 @@ class Program:
         """By how many slices there are."""
         return {}
 
-    def count(self, batch: int) -> int:
-        """How many events a call of so many images or samples has."""
-        return len(self.steps) + sum(last - second for _, second, last in self.loops) * (self._slices(batch) - 3)
+    def count(self, batch: int, most_slices: int) -> int:
+        """How many events a call of so many images or samples has, if no more slices of an attention are played."""
+        slices = self._slices(batch, most_slices)
+        return len(self.steps) + sum(last - second for _, second, last in self.loops) * (slices - 3)
 
-    def _slices(self, batch: int) -> int:
-        return -(-batch * HEADS // self.heads_at_once) if self.loops else 3
+    def _slices(self, batch: int, most: int) -> int:
+        return min(-(-batch * HEADS // self.heads_at_once), most) if self.loops else 3
 
-    def _ordered(self, batch: int) -> _Order:
+    def _ordered(self, batch: int, most_slices: int) -> _Order:
         if not self.loops:
             return self._order
-        slices = self._slices(batch)
+        slices = self._slices(batch, most_slices)
         if slices not in self._unrolled:
             self._unrolled[slices] = self._unroll(slices)
         return self._unrolled[slices]
@@ -221,10 +224,21 @@ class Program:
         return _Order(np.array(unrolled), *parts)
 
     def call(
-        self, lengths: Lengths, convolution: Convolution | None, *, keep_events: bool, moves: Moves | None = None
+        self,
+        lengths: Lengths,
+        convolution: Convolution | None,
+        *,
+        keep_events: bool,
+        moves: Moves | None = None,
+        most_slices: int = ALL_SLICES,
     ) -> Taken:
-        """What a call of these lengths takes; with ``moves`` its weights come and go with its submodules."""
-        blocks, born, amounts, left, firsts, calls = self._ordered(lengths.batch)
+        """What a call of these lengths takes; with ``moves`` its weights come and go with its submodules.
+
+        Of attention in slices no more than ``most_slices`` are played: `FEWEST_SLICES` at least, which have the peak.
+        """
+        blocks, born, amounts, left, firsts, calls = self._ordered(
+            lengths.batch, most_slices if keep_events else FEWEST_SLICES
+        )
         heights, widths = sides(lengths.height, self.kind), sides(lengths.width, self.kind)
         areas = np.array(heights) * np.array(widths)
         factor, of_batch, of_tokens, of_area, level = self.products.T

@@ -18,7 +18,7 @@ from sdfit.predict.simulation.library import Library, NotSimulated, shipped_libr
 from sdfit.predict.simulation.meter import Meter
 from sdfit.predict.simulation.modules import Modules
 from sdfit.predict.simulation.pipeline import Img2Img
-from sdfit.predict.simulation.programs import Convolution
+from sdfit.predict.simulation.programs import ALL_SLICES, Convolution
 from sdfit.predict.simulation.workspaces import Workspaces
 from sdfit.workload import Workload, why_it_fails
 
@@ -46,12 +46,20 @@ class Simulator:
         See `sdfit.backends.trace.tracer.Tracer`.
     library : Library, optional
         None: the shipped one.
+    most_slices : int
+        Of an attention that is computed in slices, no more are played. Each takes and gives back what the one before did, so that
+        from the third on the allocator serves them alike: what it needs is the same, and the events are fewer.
     """
 
     def __init__(
-        self, workspace: Workspaces | None = None, *, num_inference_steps: int = 2, library: Library | None = None
+        self,
+        workspace: Workspaces | None = None,
+        *,
+        num_inference_steps: int = 2,
+        library: Library | None = None,
+        most_slices: int = ALL_SLICES,
     ) -> None:
-        self.workspace, self.num_inference_steps = workspace, num_inference_steps
+        self.workspace, self.num_inference_steps, self.most_slices = workspace, num_inference_steps, most_slices
         self._library = library
         self._unsplit: dict[Any, dict[tuple[str, ...], int]] = {}
 
@@ -81,7 +89,8 @@ class Simulator:
         standing = self.workspace.standing_bytes if self.workspace is not None else 0
         unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae), {})
         card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
-        pipeline = Img2Img(Modules(workload, card, library, self._convolution(workload)), self.num_inference_steps)
+        modules = Modules(workload, card, library, self._convolution(workload), self.most_slices)
+        pipeline = Img2Img(modules, self.num_inference_steps)
         buffers = library.left_behind(workload)
         held = [meter.allocate(size) for size in buffers]
         card.enter("text_encoder")

@@ -96,4 +96,3 @@ class Moves:
             np.insert(events.changes, where, changes),
             np.insert(events.workspace, where, False),
         )
-

@@ -10,7 +10,8 @@ from simulated import drawn
 from sdfit.errors import SdfitError
 from sdfit.files import shipped
 from sdfit.predict.simulation.library import FILE, LARGEST_BYTES, Library, NotSimulated, shipped_library
-from sdfit.predict.simulation.needed import Needed
+from sdfit.predict.simulation.needed import MOST_SLICES, Needed, least_bytes
+from sdfit.predict.simulation.programs import ALL_SLICES
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Workspaces, workspaces_for
@@ -154,14 +155,37 @@ def test_all_of_the_shipped_records(path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"execution": "tf32"}, {"vae": "tiny", "offload": "group_block"}, {"vae": "tiny", "vae_tiling": True}, {"height": 64, "width": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
+    [{"execution": "tf32"}, {"vae": "tiny", "offload": "group_block"}, {"vae": "tiny", "vae_tiling": True},
+     {"height": 64, "width": 64}, {"batch_size": 1024, "attention": "sliced_max"}, {"batch_size": 1024, "vae_slicing": True},
      {"height": 16384, "width": 16384, "batch_size": 4, "vae_slicing": True, "vae_tiling": True}],
     ids=str,
 )  # fmt: skip
 def test_what_is_not_written_out_is_said(options):
     """Nothing is guessed."""
     with pytest.raises(NotSimulated):
-        Simulator(workspaces_for("sm75")).run(Workload(**({"height": 512, "width": 512} | options)))
+        Simulator(workspaces_for("sm75")).run(Workload(**({"height": 512, "width": 512} | options)), keep_events=True)
+
+
+@pytest.mark.parametrize("attention", ["sliced_max", "sliced_2", "sliced"])
+@pytest.mark.parametrize("offload", ["none", "sequential", "group_block"])
+def test_slices_beyond_the_first_need_nothing_more(attention, offload):
+    """Played in full or not, the run takes the same of the card, with workspaces and without, whether there is room or not."""
+    w = Workload(392, 264, batch_size=9, attention=attention, offload=offload)
+    needs = []
+    for most in (MOST_SLICES, ALL_SLICES):
+        run = Simulator(workspaces_for("sm75"), most_slices=most).run(w, keep_events=True)
+        bare = without(run.events, run.workspaces)
+        needs.append((run.stage_peaks, replay(run.events).reserved_bytes, smallest_cap(run.events), smallest_cap(bare)))
+        needs[-1] += (len(run.events),)
+    assert needs[0][:-1] == needs[1][:-1] and needs[0][-1] < needs[1][-1]
+
+
+def test_no_run_takes_less_than_its_least():
+    """What is known of a run before it is simulated; over drawn ones, with a seed."""
+    simulator = Simulator(None)
+    runs = [(w, simulator.run(w)) for w in drawn(SEED, 300)]
+    assert all(least_bytes(w) <= run.peak_bytes - min(run.resident_bytes.values()) for w, run in runs)
+    assert any(least_bytes(w) > 0.9 * (run.peak_bytes - run.resident_bytes["unet"]) for w, run in runs)
 
 
 def test_measured_kernels_are_left_to_the_trace():
