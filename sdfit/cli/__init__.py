@@ -10,19 +10,22 @@ import os
 import signal
 import threading
 
-import click
+try:
+    import click
 
-from sdfit import __version__
-from sdfit.backends.environment import quiet_libraries
-from sdfit.cli.asking import advise, cards, fits, largest, models, predict
-from sdfit.cli.calibrating import calibrate
-from sdfit.cli.options import quiet_option
-from sdfit.cli.pictures import check, validate
-from sdfit.cli.running import demo, fit, sweep
-from sdfit.cli.sending import records
-from sdfit.cli.study import compare, derive, evaluate, explain, identify, report
-from sdfit.cli.weighing import curve, strategies
-from sdfit.errors import QUIET, run_command
+    from sdfit import __version__
+    from sdfit.backends.environment import quiet_libraries
+    from sdfit.cli.asking import advise, cards, fits, largest, models, predict
+    from sdfit.cli.calibrating import calibrate
+    from sdfit.cli.options import quiet_option
+    from sdfit.cli.pictures import check, validate
+    from sdfit.cli.running import demo, fit, sweep
+    from sdfit.cli.sending import records
+    from sdfit.cli.study import compare, derive, evaluate, explain, identify, report
+    from sdfit.cli.weighing import curve, strategies
+    from sdfit.errors import QUIET, run_command
+except KeyboardInterrupt:  # Ctrl-C while this is loaded: there is nothing to tell or to keep
+    raise SystemExit(130) from None
 
 ABOUT = """\b
 Examples:

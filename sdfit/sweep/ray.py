@@ -14,7 +14,7 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ class RayPool:
         for _, index, fields in self.run_for(lambda environment: next(queue, None)):
             yield index, fields
 
-    def run_for(self, take: Take) -> Iterator[Heard]:
+    def run_for(self, take: Take) -> Generator[Heard, None, None]:
         """As `run`, where what is to be done depends on the card that an actor has."""
         while True:
             self._give(take)

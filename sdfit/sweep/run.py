@@ -331,6 +331,8 @@ def sweep(
         mine = one.file_of(first)
         if isinstance(pool, LocalPool) and mine is not None:
             pool.at_most(len(plan.workloads) - mine.skipped)
-        for environment, index, fields in pool.run_for(one.take):
+        heard = pool.run_for(one.take)
+        held.callback(heard.close)  # while this is still heard, not whenever it is collected
+        for environment, index, fields in heard:
             report(one.put(environment, index, fields))
         return one.outcome()

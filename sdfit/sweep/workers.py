@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -36,6 +37,9 @@ LIMIT_S = 1800.0
 """So long a workload may take, or a worker to start: what takes longer has stopped. The slowest, bisected, takes minutes."""
 PAUSES_S = (0.0, 2.0, 20.0)
 """Before each try to start a worker in the place of another: a driver that lost its card may have it back by then."""
+PARENTS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+"""Ctrl-C and a terminal that closes: they reach every process, and are the sweep's own to handle."""
+MASKS = hasattr(signal, "pthread_sigmask")
 SAFE_PATH = "PYTHONSAFEPATH"
 """Keeps Python from importing modules of the current folder, where anybody's ``pickle.py`` may lie."""
 
@@ -126,7 +130,7 @@ class LocalPool:
         for _, index, fields in self.run_for(lambda environment: next(queue, None)):
             yield index, fields
 
-    def run_for(self, take: Take) -> Iterator[Heard]:
+    def run_for(self, take: Take) -> Generator[Heard, None, None]:
         """As `run`, where what is to be done depends on the card that a worker has."""
         if not self._live:
             self.environment()
@@ -241,12 +245,8 @@ class _Worker:
         pause_s = PAUSES_S[tries]
         arguments = (theirs, backend, options, device, pause_s)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        before = os.environ.get(SAFE_PATH)
-        os.environ[SAFE_PATH] = "1"
-        try:
+        with _shielded():
             self.process.start()
-        finally:
-            os.environ.pop(SAFE_PATH) if before is None else os.environ.update({SAFE_PATH: before})
         theirs.close()
         self.late: float | None = None
         self.since = time.monotonic() + pause_s  # it is waited for; late: how long, if that was too long
@@ -285,13 +285,31 @@ class _Worker:
             self.process.join()
 
 
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Start a process that imports nothing from the current folder and never hears a signal of `PARENTS`, not even while it imports."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    mask: set[int] | None = None
+    try:
+        if MASKS:
+            resource_tracker.ensure_running()  # which would unblock them in the midst of it
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS)
+        yield
+    finally:
+        os.environ.pop(SAFE_PATH) if before is None else os.environ.update({SAFE_PATH: before})
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _serve(connection: Connection, backend: str, options: dict[str, Any], device: str | None, pause_s: float) -> None:
     """A worker's life: say the environment, then answer workloads until the pipe closes."""
     if device is not None:
         os.environ[VISIBLE] = device  # CUDA reads it when it is first used
-    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a terminal that closes are the parent's to handle
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in PARENTS:
+        signal.signal(number, signal.SIG_IGN)
+    if MASKS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     quiet_libraries()
     time.sleep(pause_s)

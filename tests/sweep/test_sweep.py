@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ from sdfit.records import RECORDS, Record, read, read_rows
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.journal import Journal
 from sdfit.sweep.run import Progress, default_path, record_of, sweep, workloads_left
-from sdfit.sweep.workers import LocalPool, cards_named
+from sdfit.sweep.workers import PARENTS, LocalPool, cards_named
 from sdfit.workload import Workload
 
 
@@ -463,3 +464,16 @@ def test_other_signals_end_a_sweep_as_ctrl_c_does(tmp_path: Path, number: signal
     os.killpg(process.pid, number) if number == signal.SIGHUP else process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err and rows_of(tmp_path) == 4
+
+
+def test_a_worker_never_hears_what_is_its_parents_to_handle(capfd: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C reaches every process of a terminal, also one that is still importing: that was its traceback on the screen."""
+    pool = LocalPool("fake", {}, 1)
+    with contextlib.closing(pool):
+        worker = pool._start(None)
+        for number in PARENTS:  # at once: it takes a tenth of a second to start
+            os.kill(worker.process.pid or 0, number)
+        assert worker.receive()["backend"] == "fake"
+        for number in PARENTS:  # the test's own process still does
+            assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert capfd.readouterr().err == ""
