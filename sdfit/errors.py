@@ -6,6 +6,7 @@ exception, so that a caller need not parse the text.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -191,12 +192,14 @@ def run_command(command: Any, arguments: Sequence[str] | None, program: str) -> 
     """
     import click  # not here before: predicting needs no command line
 
+    before = sys.stdout
     try:
         _streams()
         return int(command.main(arguments, prog_name=program, standalone_mode=False) or 0)
-    except BrokenPipeError:  # the reader of our output went away, as head does
-        sys.stderr.close()
-        return 0
+    except SystemExit:
+        if sys.stdout is before:
+            raise
+        return 0  # click put another in its place: the reader of our output went away, as head does
     except (Exception, KeyboardInterrupt) as error:
         code, words = _ending(error)
         with suppress(OSError):
@@ -241,8 +244,32 @@ def _streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stderr is sys.__stderr__:  # None where it was closed
+        like = sys.stderr or sys.stdout or io.TextIOWrapper(io.BytesIO())
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Beside()), encoding=like.encoding, errors="backslashreplace", line_buffering=True
+        )
     if closed:
         raise SdfitError("standard output is closed; open it, for example with > answer.txt")
+
+
+class _Beside(io.RawIOBase):
+    """Standard error: what cannot be written there is lost, and the work goes on."""
+
+    def fileno(self) -> int:
+        return 2
+
+    def isatty(self) -> bool:
+        return os.isatty(2)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(2, data)
+        except OSError:
+            return len(data)
 
 
 def _discard(stream: Any) -> None:

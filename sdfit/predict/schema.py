@@ -150,11 +150,12 @@ def _table(must: Mapping[str, Check], may: Mapping[str, Check] | None = None) ->
     return check
 
 
-def _map(key: Check | Collection[str], each: Check) -> Check:
+def _map(key: Check | Collection[str], each: Check, least: int = 0) -> Check:
     """Any number of names, each with the same kind of value."""
+    what = f"a table with {least} name at least" if least else "a table"
 
     def check(value: Any) -> None:
-        _must(type(value) is dict, value, "a table")
+        _must(type(value) is dict and len(value) >= least, value, what)
         for name, part in value.items():
             if callable(key):
                 key(name)
@@ -364,7 +365,7 @@ _EVALUATION = _table(
 _BASELINE = _table({
     "terms": _list(_text, 4, 4),
     "units": _list(_text, 4, 4),
-    "variants": _map(_text, _table({"coef": _row(4, MOST_BYTES), "rows": _count, **_errors})),
+    "variants": _map(_text, _table({"coef": _row(4, MOST_BYTES), "rows": _count, **_errors}), 1),
 })  # fmt: skip
 _ARTIFACT = _table({
     "format": _any_of(FORMAT),

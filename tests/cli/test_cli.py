@@ -412,3 +412,28 @@ def test_a_reader_that_goes_away_is_no_failure(fake_model: Path) -> None:
     ran = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 1 and "Traceback" not in ran.stderr
     assert "BrokenPipe" not in ran.stderr
+
+
+@pytest.mark.parametrize("how", ["closed", "full", "nobody reads"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_streams_that_take_nothing(tmp_path: Path, number: int, how: str) -> None:
+    """What cannot be said on stderr is lost, and the answer and its exit code are what they are; one that nobody can get is
+    a failure, and one that nobody wants is none."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    words = ["sweep", "--backend", "fake", "--gpu", "x", "--grid", "quick", "--out", "r.jsonl"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    reader, writer = os.pipe() if how == "nobody reads" else (None, os.open("/dev/full", os.O_WRONLY))
+    if reader is not None:
+        os.close(reader)
+    if how == "closed":
+        streams["preexec_fn"] = lambda: os.close(number)
+    else:
+        streams[("stdout", "stderr")[number - 1]] = writer
+    ran = subprocess.run([sys.executable, "-m", "sdfit.cli", *words], cwd=tmp_path, text=True, check=False, **streams)
+    os.close(writer)
+    out, err = ran.stdout or "", ran.stderr or ""
+    expected = {"closed": 1, "full": 1, "nobody reads": 0}[how] if number == 1 else 0
+    assert ran.returncode == expected and "Traceback" not in err and len(err.splitlines()) <= 5
+    assert out == ("r.jsonl\n" if number == 2 else "")
+    assert (tmp_path / "r.jsonl").exists() == ((number, how) != (1, "closed"))

@@ -143,6 +143,7 @@ CHANGES: list[tuple[Change, str]] = [
     (put("swept", ["float16 sdpa x"]), "'float16 sdpa x'; it must be the name of a variant"),
     (put("baseline", {}), "lacks the field 'terms'"),
     (put("baseline", "variants", {"x": {}}), "lacks the field 'coef'"),
+    (put("baseline", "variants", {}), "a table with 1 name at least"),
     (put("evaluation", {}), "lacks the field 'rows'"),
     (put("evaluation", "rows", float("nan")), "'rows' is nan"),
     (put("evaluation", "fitted", "worst", float("inf")), "'worst' is inf"),
