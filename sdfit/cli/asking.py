@@ -143,18 +143,24 @@ MOST_OPTIONS = 6
 
 def in_words(answer: Verdict, there: Memory) -> list[str]:
     """A verdict in two or three lines."""
+    from sdfit.predict.verdict import MAY_FIT
+
     peak, spare = answer.prediction, answer.margin_bytes
     how = SIMULATED if peak.replayed else ""
-    chance = (
-        "" if answer.answer != "may fit" or answer.chance is None else f", with a chance of {100 * answer.chance:.0f} %"
-    )
+    chance = ""
+    if answer.slower:
+        chance = ", with slower kernels"
+    elif answer.answer == MAY_FIT and answer.chance is not None:
+        chance = f", with a chance of {100 * answer.chance:.0f} %"
     lines = [
         f"{answer.answer}{chance}: {peak.metric} {format_bytes(peak)}, at most {amount(peak.upper)} (level {peak.level:.3g}{how}); "
         f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}",
         f"memory: {there.words}",
     ]
     if answer.slower:
-        lines.append("it is likely to run, with slower kernels: convolutions would go without their workspaces")
+        lines.append(
+            "it is likely to run: convolutions would go without their workspaces, which no published number shows"
+        )
     if answer.chance is None:
         lines.append("this model is only traced, without kernel workspaces: it never says that a run fits")
     return lines

@@ -431,6 +431,10 @@ def test_the_form_shows_what_python_says(t4: Path, shipped: dict[str, Predictor]
         shown = page("document.getElementById('metrics').textContent")
         for metric in model.metrics:
             assert f"{round(model(2048, 2048, batch_size=2, metric=metric)):,} B" in shown
+        assert page("command.textContent") == (
+            "sdfit fits --gpu t4 --memory 14.5GiB --width 2048 --height 2048 --batch-size 2"
+        )
+        assert "is the better number" in page("document.getElementById('shell-words').textContent")
         options = options_that_fit(model, Workload(2048, 2048, batch_size=2), memory="14.5 GiB")
         assert page("[...document.querySelectorAll('.changes code')].map(c => c.textContent)") == [
             ", ".join(f"{name}={value}" for name, value in option.change.items()) for option in options
@@ -453,6 +457,20 @@ def test_the_form_shows_what_python_says(t4: Path, shipped: dict[str, Predictor]
             page("command.textContent") == ("sdfit fits --gpu rtx3060-12gb --width 640 --height 2048 --vae-tiling")
             and "gpu=rtx3060-12gb" in address
         )
+        assert not page.console
+    undecided = model.verdict(640, 640, batch_size=2, attention="eager", memory="8 GiB")
+    with Page(t4, "#height=640&width=640&batch_size=2&attention=eager&memory=8") as page:
+        assert undecided.answer == "may fit" and not undecided.slower
+        assert "The equation cannot decide this one" in page("document.getElementById('shell-words').textContent")
+        page("copy.focus()")
+        page.press("Enter")
+        page.wait("copy.textContent !== 'Copy'")  # on the clipboard, or where a page may not write there selected
+        assert page("copy.textContent === 'Copied' || getSelection().toString().startsWith('sdfit fits --gpu t4')")
+        page.type("height", 1152)
+        page.type("width", 1152)
+        page.type("attention", "sdpa")
+        assert "with slower kernels" in page("verdict.textContent") and page("copy.textContent") == "Copy"
+        assert "cannot decide" not in page("document.getElementById('shell-words').textContent")
         assert not page.console
     with Page(t4, address) as again:
         assert again("command.textContent").endswith("--vae-tiling") and again("form.width.value") == "640"

@@ -22,6 +22,7 @@ from sdfit.predict.library import answering
 from sdfit.predict.memory import left, of_box
 from sdfit.predict.options import COSTS, SAVING
 from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
+from sdfit.predict.replayed import why_not
 from sdfit.predict.variant import MOST_BELOW
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
 from sdfit.workload import (
@@ -103,6 +104,7 @@ def model_facts(artifact: Artifact) -> dict[str, Any]:
     return {
         "name": artifact.name,
         "provenance": artifact.provenance,
+        "simulates": not why_not(Predictor(artifact)),
         "components": artifact.components,
         "stages": {
             key: {name: stage[name] for name in ("terms", "regimes", "coef", "domain")}

@@ -34,7 +34,7 @@ const maps = ({ facts, boxes, model, asked, take }) => {
       const x = ((side - FROM) / STEP + 0.5) * CELL, low = small ? 30 : 18;
       return `<text class="tick" x="${x}" y="${SPAN + low}">${side}</text><text class="tick end" x="-7" y="${SPAN - x + low / 4}">${side}</text>`;
     }).join("");
-    const titles = small ? "" : `<text class="axis" x="${SPAN / 2}" y="${SPAN + 40}">width [px]</text><text class="axis" transform="translate(-57 ${SPAN / 2}) rotate(-90)">height [px]</text>`;
+    const titles = small ? "" : `<text class="axis" x="${SPAN / 2}" y="${SPAN + 40}">width [px]<tspan class="across">, height up</tspan></text><text class="axis up" transform="translate(-57 ${SPAN / 2}) rotate(-90)">height [px]</text>`;
     return `<svg viewBox="${-edge.left} ${-edge.top} ${SPAN + edge.left + edge.right} ${SPAN + edge.top + edge.bottom}" ${extra} role="img" aria-label="${title}">${HATCH}${inside}<rect class="frame" width="${SPAN}" height="${SPAN}"/>${marks}${titles}<g class="cross"></g></svg>`;
   }
 

@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const { facts, cards, boxes } = data;
   const $ = (id) => document.getElementById(id);
-  const form = $("form"), NUMBERS = ["width", "height", "batch_size", "guidance_scale", "prompt_length"];
+  const form = $("form"), shell = $("copy").parentElement, NUMBERS = ["width", "height", "batch_size", "guidance_scale", "prompt_length"];
   const OPTIONS = Object.keys(facts.choices), GIB = 2 ** 30;
   const bytes = sdfit.formatBytes;
   const models = new Map();
@@ -103,15 +103,15 @@
       showStages(live);
       showParts(model, live);
       showChanges(verdict.answer === facts.answers[0] ? [] : model.options(w, there.bytes), verdict);
-      showCommand(w, card);
-      $("told").hidden = false;
+      showCommand(w, card, verdict.answer === facts.answers[1] && !verdict.slower);
+      for (const one of [$("told"), shell]) one.hidden = false;
     } catch (error) {
       if (!(error instanceof sdfit.Unknown || error instanceof sdfit.Invalid)) throw error;
       $("verdict").textContent = error instanceof sdfit.Unknown ? "Not known" : "Not a run";
       $("verdict").dataset.answer = "";
       $("in-words").textContent = `${error.message}.`;
       for (const id of ["meter", "changes", "strip"]) $(id).replaceChildren();
-      $("told").hidden = true;
+      for (const one of [$("told"), shell]) one.hidden = true;
     }
   }
 
@@ -134,9 +134,9 @@
   function showVerdict({ answer: words, chance, slower, margin, memory: there, prediction: p }, w, card, batch) {
     $("verdict").dataset.answer = words;
     $("verdict").replaceChildren(element("span", { "aria-hidden": "true" }, SIGNS[words]), words[0].toUpperCase() + words.slice(1),
-      ...(words === "may fit" && chance !== null ? [element("small", {}, ` with a chance of ${Math.round(100 * chance)} %`)] : []));
-    const lines = [`${p.metric[0].toUpperCase() + p.metric.slice(1)}: ${bytes(p.value)}, at most ${bytes(p.upper)} at level ${Number(p.level.toPrecision(3))}; ${bytes(Math.abs(margin))} ${margin >= 0 ? "to spare" : "too much"}.`];
-    if (slower) lines.push("It is likely to run, with slower kernels: convolutions would go without their workspaces.");
+      ...(slower ? [element("small", {}, " with slower kernels")] : words === "may fit" && chance !== null ? [element("small", {}, ` with a chance of ${Math.round(100 * chance)} %`)] : []));
+    const lines = [`${p.metric[0].toUpperCase() + p.metric.slice(1)} by the equation: ${bytes(p.value)}, at most ${bytes(p.upper)} at level ${Number(p.level.toPrecision(3))}; ${bytes(Math.abs(margin))} ${margin >= 0 ? "to spare" : "too much"}.`];
+    if (slower) lines.push("It is likely to run: convolutions would go without their workspaces, which no published number shows.");
     if (chance === null) lines.push("This model is only traced, without kernel workspaces: it never says that a run fits.");
     if (p.extrapolated) lines.push("Outside the swept sizes: the intervals are widened by guess.");
     if (card.wrong_half && w.dtype === "float16") lines.push(`${facts.wrong_half}.`);
@@ -212,15 +212,32 @@
   }
   const pythonic = (value) => (value === true ? "True" : value === false ? "False" : value);
 
-  function showCommand(w, card) {
+  /** The command that asks the same, and what it knows beyond this page: it simulates the run where the model rests on simulations. */
+  function showCommand(w, card, undecided) {
+    const { simulates } = data.models[card.model];
+    shell.classList.toggle("undecided", simulates && undecided);
+    $("shell-words").textContent = !simulates ? "The same from a shell; on the machine it knows how much memory is free, too."
+      : undecided ? "The equation cannot decide this one. This command simulates the run itself, where it knows how, and then nearly always can:"
+        : "The same from a shell, which simulates the run itself where it knows how: what it says is required may differ from this, and is the better number.";
+    $("copy").textContent = "Copy";
     const flags = Object.entries(w).filter(([name, value]) => value !== facts.defaults[name] || name === "height" || name === "width").map(([name, value]) => {
       const flag = name.replaceAll("_", "-");
       return typeof value === "boolean" ? (value ? `--${flag}` : `--no-${flag}`) : `--${flag} ${value}`;
     });
     const amount = form.memory.value === shownMemory(card) ? [] : [`--memory ${form.memory.value}GiB`];
-    const words = ["sdfit fits", `--gpu ${/\s/.test(card.typed) ? `"${card.typed}"` : card.typed}`, ...amount, ...flags];
+    const parts = ["sdfit fits", `--gpu ${/\s/.test(card.typed) ? `"${card.typed}"` : card.typed}`, ...amount, ...flags];
     // a narrow page breaks the line between options, never inside one
-    $("command").replaceChildren(...words.flatMap((word, i) => [i ? " " : "", element("span", { class: "whole" }, word)]));
+    $("command").replaceChildren(...parts.flatMap((word, i) => [i ? " " : "", element("span", { class: "whole" }, word)]));
+  }
+
+  async function copyCommand() {
+    try {
+      await navigator.clipboard.writeText($("command").textContent);
+      $("copy").textContent = "Copied";
+    } catch {   // not allowed here: select it, so that the keyboard can
+      getSelection().selectAllChildren($("command"));
+      $("copy").textContent = "Selected";
+    }
   }
 
   // -- the picture --
@@ -269,6 +286,7 @@
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   $("map-batch").addEventListener("input", () => { $("map-batch-shown").textContent = $("map-batch").value; soon(); });
+  $("copy").addEventListener("click", copyCommand);
   $("picture").addEventListener("change", (event) => readPicture(event.target.files[0]));
   for (const name of ["dragover", "dragleave", "drop"]) {
     $("drop").addEventListener(name, (event) => {
