@@ -516,6 +516,10 @@ def test_the_maps_follow_and_can_be_walked(t4: Path, shipped: dict[str, Predicto
         assert page("document.querySelectorAll('#stage-maps svg').length") == sum(
             variant_known(model, Workload(512, 512, attention=kind)) for kind in CHOICES["attention"]
         )
+        page.type("batch_size", 1)
+        page.type("offload", "group_block")
+        page.wait("document.getElementById('stage-legend').textContent.includes('UNet, deep blocks')")
+        assert "undefined" not in page("document.getElementById('map').innerHTML")
         assert not page.console
 
 

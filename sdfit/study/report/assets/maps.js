@@ -10,7 +10,7 @@ const maps = ({ facts, boxes, model, asked, take }) => {
   const tint = (share) => `color-mix(in oklab, var(--accent) ${share}%, var(--panel))`;
   const BOX_FILL = [9, 24, 41, 58, 78, 100].map(tint);
   const BEYOND = "url(#beyond)";
-  const STAGE_FILL = { vae_decoder_blocks: tint(100), vae_decoder_mid: tint(62), unet: tint(32), vae_encoder_blocks: tint(14), vae_encoder_mid: tint(14), text_encoder: "color-mix(in oklab, var(--muted) 45%, var(--panel))", safety_checker: "color-mix(in oklab, var(--muted) 45%, var(--panel))" };
+  const STAGE_FILL = { vae_decoder_blocks: tint(100), vae_decoder_mid: tint(62), unet: tint(32), unet_deep: tint(48), vae_encoder_blocks: tint(14), vae_encoder_mid: tint(14), text_encoder: "color-mix(in oklab, var(--muted) 45%, var(--panel))", safety_checker: "color-mix(in oklab, var(--muted) 45%, var(--panel))" };
   const HATCH = `<defs><pattern id="beyond" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path d="M0 0V6" stroke="var(--muted)" stroke-width="1.1" opacity=".55"/></pattern></defs>`;
   let at = { column: 12, row: 12 };   // the cell that is pointed at
 
