@@ -91,8 +91,10 @@ def breakdown(peak: Prediction) -> list[str]:
     """What a prediction is made of, a line a part."""
     from sdfit.equation.terms import TERMS
     from sdfit.predict.prediction import BEYOND
+    from sdfit.predict.replayed import ACTIVATIONS
 
     words = {
+        ACTIVATIONS: "what that stage holds above them, simulated",
         "weights": "of what is on the card in that stage",
         BEYOND: "what the caching allocator needs beside them"
         + (", the CUDA context" if peak.metric == "device" else ""),

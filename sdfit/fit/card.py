@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.regimes import REGIMES
-from sdfit.equation.sizes import Sizes
+from sdfit.equation.regimes import REGIMES, regime
+from sdfit.equation.sizes import Array, Sizes
 from sdfit.equation.stages import STAGE
 from sdfit.equation.terms import TERMS, design_matrix
 from sdfit.fit import whose
@@ -22,6 +22,8 @@ Rows = list[tuple[str, ...]]
 """A table as text, its head first."""
 SHOWN_FROM = 0.001
 """Share of what a stage holds above the weights from which on a term is shown in the short table."""
+ALIKE = 0.005
+"""Share of it up to which two regimes are one line there."""
 
 
 def coefficients(artifact: Artifact) -> list[dict[str, Any]]:
@@ -50,14 +52,16 @@ def coefficients(artifact: Artifact) -> list[dict[str, Any]]:
 def short_rows(artifact: Artifact) -> Rows:
     """A line for each stage and regime that differs, with the terms that matter there.
 
-    Of the default dtype, where weights are on the card as a whole and kernels are chosen as usual. A term matters that is
-    `SHOWN_FROM` of the sum at the smallest or at the largest size that was swept.
+    Of the default dtype, where weights are on the card as a whole and kernels are chosen as usual. A regime differs from
+    another that gives `ALIKE` of the sum more or less at some size of the two; those that do not are one line, with the numbers of
+    the first. A term matters that is `SHOWN_FROM` of the sum at the smallest or at the largest size that was swept.
     """
     lines: Rows = [("stage", "regime", "peak above the weights [B]")]
     for key in usual_stages(artifact):
         stage = artifact.stages[key]
         columns = design_matrix(tuple(key.split("|")), _ends(stage["domain"]))
-        for row, values in enumerate(stage["coef"]):
+        for rows in _alike(key, stage):
+            values = stage["coef"][rows[0]]
             shares = columns * np.array(values)
             matter = (shares >= SHOWN_FROM * shares.sum(axis=1, keepdims=True)).any(axis=0)
             parts = [
@@ -65,7 +69,7 @@ def short_rows(artifact: Artifact) -> Rows:
                 for name, value, shown in zip(stage["terms"], values, matter, strict=True)
                 if value and shown
             ]
-            lines.append((" ".join(key.split("|")), _regime(stage, row), " + ".join(parts)))
+            lines.append((" ".join(key.split("|")), _regimes(key, stage, rows), " + ".join(parts)))
     return lines
 
 
@@ -75,6 +79,51 @@ def usual_stages(artifact: Artifact) -> list[str]:
     parts = {key: key.split("|") for key in artifact.stages}
     found = [key for key, (name, *rest) in parts.items() if usual in rest and len(rest) == len(STAGE[name].fields)]
     return found or list(artifact.stages)
+
+
+def _alike(key: str, stage: dict[str, Any]) -> list[list[int]]:
+    """The rows of a stage's coefficients, those together that give the same at all swept sizes of their regimes."""
+    name, sizes = key.partition("|")[0], _sizes(stage["domain"])
+    design = design_matrix(tuple(key.split("|")), sizes)
+    row_of = np.asarray(stage["regimes"])[regime(name, sizes)]
+    every = design @ np.array(stage["coef"]).T
+    groups: list[list[int]] = []
+    for row in range(len(stage["coef"])):
+        for group in groups:
+            mine = every[np.isin(row_of, [*group, row])]
+            if np.all(np.abs(mine[:, row] - mine[:, group[0]]) <= ALIKE * mine[:, group[0]]):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def _sizes(domain: dict[str, Any]) -> Sizes:
+    """Sizes all over a swept domain, guided and not, in one VAE pass."""
+    found = [
+        (B, B * guided, A, L)
+        for B in np.unique(_between(domain["B"]).round())
+        for A in _between(domain["A"])
+        if domain["B·A"][1] >= B * A
+        for guided in (1, 2)
+        for L in domain["L"]
+    ]
+    B, n, A, L = np.array(found, dtype=float).T
+    return Sizes(B, n, A, L, B, A, 0 * A)
+
+
+def _between(ends: list[int]) -> Array:
+    return np.geomspace(ends[0], ends[1], 9)
+
+
+def _regimes(key: str, stage: dict[str, Any], rows: list[int]) -> str:
+    """Where some sets of coefficients hold, in words; of a stage that no number of elements divides only by its images."""
+    if len(_alike(key, stage)) == 1:
+        return "all"
+    divided = STAGE[key.partition("|")[0]].widest_channels > 0
+    found = [one for one, row in zip(REGIMES, stage["regimes"], strict=True) if row in rows]
+    return "; ".join(one.words for one in found if divided or not one.elements[0])
 
 
 def _ends(domain: dict[str, Any]) -> Sizes:
@@ -158,6 +207,12 @@ def accuracy_rows(artifact: Artifact) -> Rows:
     if "cross_validated" in ev:
         found = ev["cross_validated"]
         add(f"allocated, by stages, {_unseen(artifact)}", found, found["rows"])
+        if "regime_known" in ev:
+            add(
+                "the same, where other resolutions of the regime were left in",
+                ev["regime_known"],
+                ev["regime_known"]["rows"],
+            )
     for metric, found in ev.get("metrics", {}).items():
         if metric != "allocated" or "cross_validated" not in ev:
             add(f"{metric}, unseen resolutions", found, found["rows"])
@@ -212,7 +267,7 @@ def model_card(artifact: Artifact) -> str:
     lines += ["", "## Variants swept", "", *_markdown(swept_rows(artifact))]
     lines += ["", "## Coefficients", ""]
     lines += [
-        f"Of {CHOICES['dtype'][0]}, and of each stage the terms that matter; they are explained in README.md beside this file. "
+        f"Of {CHOICES['dtype'][0]}, and of each stage the terms that matter, regimes that agree within {percent(ALIKE, 1)} in one line; terms are explained in README.md beside this file. "
         "All of them, with bounds: `sdfit report --json`.",
         "",
         *_markdown(short_rows(artifact)),

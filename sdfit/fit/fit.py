@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 import sdfit
-from sdfit.equation.sizes import Array, domain_columns, resolution, size_columns
+from sdfit.equation.regimes import regime
+from sdfit.equation.sizes import Array, Sizes, domain_columns, resolution, size_columns
 from sdfit.equation.stages import StageKey, stage_key, stages_of
 from sdfit.equation.weights import baseline_label
 from sdfit.errors import FitError
@@ -28,6 +29,8 @@ from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.cards import kernels_of
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import variant_name
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
@@ -76,29 +79,44 @@ def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Reco
 
 def cross_validate(
     records: Sequence[Record], seen: Mapping[StageKey, Observations]
-) -> tuple[list[dict[str, float]], int]:
-    """Predict each run that succeeded by models that never saw its resolution; returns stage peaks and the number of folds.
+) -> tuple[list[dict[str, float]], Mask, int]:
+    """Predict each run that succeeded by models that never saw its resolution.
 
     Runs out of memory help to fit, as in `fit`, and are not predicted. ``seen`` is what `observe` finds in the records.
+
+    Returns
+    -------
+    peaks : list of dict of str to float
+        Stage peaks [bytes] of each run.
+    borrowed : array of bool
+        Whether the stage that sets its peak has coefficients that no other row of its regime told: all of them were left out
+        with it, and a neighbouring regime's stood in.
+    folds : int
     """
     ok = [r for r in records if r.outcome == "ok"]
     out: list[dict[str, float]] = [{} for _ in ok]
+    borrowed = np.zeros(len(ok), dtype=bool)
     sizes, folds = [resolution(r.workload) for r in records], 0
     for _, left in left_out([s for s, r in zip(sizes, records, strict=True) if r.outcome == "ok"], FOLDS):
         folds += 1
         held = {resolution(ok[i].workload) for i in left}
         stays = np.array([size not in held for size in sizes])
-        models = {}
+        models, told = {}, {}
         for key, obs in seen.items():
             rows = obs.rows()
             use = np.flatnonzero(stays[rows.places])
             if not rows.at_least[use].all():
                 models[key] = fit_stage(key, obs, use)
+                told[key] = set(np.ravel(regime(key[0], Sizes.of(*rows.X[use].T))).tolist())
         for i, peaks in zip(left, predict_stages(models, [ok[i] for i in left]), strict=True):
             # a stage that no training fold saw makes the whole prediction unknown, not small
             complete = set(peaks) == set(stages_of(ok[i].workload.variant))
             out[i] = peaks if complete else {}
-    return out, folds
+            if complete:
+                w = ok[i].workload
+                top = max(peaks, key=peaks.__getitem__)
+                borrowed[i] = regime(top, Sizes.of_workload(w)) not in told[stage_key(top, w.variant)]
+    return out, borrowed, folds
 
 
 def fit(
@@ -141,12 +159,12 @@ def fit(
     seen = observe(data.records)
     _enough_sizes(seen, ok)
     models = {key: fit_stage(key, obs) for key, obs in seen.items()}
-    held_out, folds = cross_validate(data.records, seen)
+    held_out, borrowed, folds = cross_validate(data.records, seen)
     fitted = predict_stages(models, ok)
     metrics, scores, errors = fit_metrics(ok, fitted, held_out)
     environment = dict(data.environment)
     rests_on = provenance(environment)
-    evaluation = _evaluation(ok, fitted, held_out, folds, data.records)
+    evaluation = _evaluation(ok, fitted, held_out, borrowed, folds, data.records)
     evaluation["metrics"] = {
         metric: error_summary(found).to_dict() | {"rows": len(found)} for metric, found in errors.items() if len(found)
     }
@@ -289,6 +307,7 @@ def _evaluation(
     ok: Sequence[Record],
     fitted: Sequence[Mapping[str, float]],
     held_out: Sequence[Mapping[str, float]],
+    borrowed: Mask,
     folds: int,
     records: Sequence[Record],
 ) -> dict[str, Any]:
@@ -308,5 +327,8 @@ def _evaluation(
         found = error_summary(relative)
         result["cross_validated"] = found.to_dict() | {"rows": len(known)}
         at = found.worst_at
+        own = ~borrowed[known]
+        if own.any() and not own.all():
+            result["regime_known"] = error_summary(relative[own]).to_dict() | {"rows": int(own.sum())}
         result["worst_row"] = ok[known[at]].workload.to_dict() | {"error": float(relative[at])}
     return result

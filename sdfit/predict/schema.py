@@ -359,7 +359,7 @@ def _published(value: Any) -> None:
 
 _EVALUATION = _table(
     {"rows": _count, "oom_rows": _count, "crashed_rows": _count, "folds": _count, "fitted": _table(_errors)},
-    {"metrics": _map(METRICS, _table({**_errors, "rows": _count})), "cross_validated": _table({**_errors, "rows": _count}), "worst_row": _table({**_WORKLOAD, "error": _error}, _OPTIONS),
+    {"metrics": _map(METRICS, _table({**_errors, "rows": _count})), "cross_validated": _table({**_errors, "rows": _count}), "regime_known": _table({**_errors, "rows": _count}), "worst_row": _table({**_WORKLOAD, "error": _error}, _OPTIONS),
      "published": _published},
 )  # fmt: skip
 _BASELINE = _table({

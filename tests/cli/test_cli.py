@@ -114,6 +114,12 @@ def test_predict_takes_the_size_of_a_picture(run: Run, tmp_path: Path, f: Predic
         assert ran.code == 1 and f"cannot read a picture from '{name}'" in ran.err and not ran.out
 
 
+def test_what_was_never_swept_is_told_in_parts_too(run: Run) -> None:
+    """`sdfit predict` of a combination that the model has no coefficients for: weights, activations, the allocator's part."""
+    ran = run("predict", *SIZE, "--gpu", "t4", "--dtype", "float32", "--attention", "sliced_2")
+    assert ran.code == 0 and re.search(r"activations +what that stage holds above them, simulated", ran.out)
+
+
 def test_required_memory_is_simulated_where_it_can_be(run: Run) -> None:
     """Eager attention packs in jumps: alone the equation says "may fit", a replay says which; each says what it is."""
     size = ("--gpu", "t4", "--height", "880", "--width", "880", "--attention", "eager")

@@ -17,8 +17,9 @@ from sdfit.equation.stages import stage_key, stages_of
 from sdfit.equation.terms import design_of
 from sdfit.errors import FitError, RecordsError
 from sdfit.fit.baseline import FEWEST_ROWS
+from sdfit.fit.card import accuracy_rows
 from sdfit.fit.files import fit_files, swept_files
-from sdfit.fit.fit import fit, provenance
+from sdfit.fit.fit import cross_validate, fit, provenance
 from sdfit.fit.observations import observe
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.loading import load_artifact
@@ -309,3 +310,17 @@ def test_the_stages_beat_the_plain_regression(fake_model: Path) -> None:
         artifact.baseline["variants"]["float16 eager"]["worst"] > 1000 * artifact.evaluation["cross_validated"]["worst"]
     )
     assert artifact.evaluation["cross_validated"]["worst"] < 1e-4
+
+
+def test_a_run_that_alone_tells_its_regime_is_judged_apart() -> None:
+    """Left out it is predicted by another regime's numbers, which says nothing of the fit: errors are given with and without it."""
+    lone = Workload(1400, 1400, batch_size=3, guidance_scale=1.0)
+    data = measured([*(Workload(side, side, guidance_scale=1.0) for side in SIDES if side != 1400), lone])
+    _, borrowed, folds = cross_validate(data.records, observe(data.records))
+    assert folds > 2 and [r.workload for r, one in zip(data.records, borrowed, strict=True) if one] == [lone]
+    artifact = fit(data)
+    apart, whole = artifact.evaluation["regime_known"], artifact.evaluation["cross_validated"]
+    assert apart["rows"] == whole["rows"] - 1 and apart["worst"] <= whole["worst"]
+    titles = [row[0] for row in accuracy_rows(artifact)]
+    assert "the same, where other resolutions of the regime were left in" in titles
+    assert "regime_known" not in fit(measured([Workload(side, side) for side in SIDES])).evaluation

@@ -19,6 +19,8 @@ from browser import Page, unusable
 from worlds import grid, measured, with_regimes
 
 import sdfit
+from sdfit.equation.regimes import REGIMES
+from sdfit.equation.stages import STAGE
 from sdfit.equation.terms import TERMS
 from sdfit.errors import SdfitError, UnknownVariant
 from sdfit.fit.card import coefficients, model_card, short_rows, usual_stages
@@ -208,8 +210,11 @@ def test_the_markdown_card_is_short_and_json_holds_every_coefficient(shipped: di
         assert f.path is not None and f.path.with_suffix(".md").read_text(encoding="utf-8") == card
         assert len(card) < 12_000
         rows = short_rows(f.artifact)[1:]
-        assert len(rows) == sum(len(f.artifact.stages[key]["coef"]) for key in usual_stages(f.artifact)) < 32
-        assert all("float16" in row[0] for row in rows)
+        assert len(rows) < 30 and all("float16" in row[0] for row in rows)
+        for key in usual_stages(f.artifact):
+            told = [words for row in rows if row[0] == key.replace("|", " ") for words in row[1].split("; ")]
+            known = len(REGIMES) if STAGE[key.partition("|")[0]].widest_channels else 2
+            assert told == ["all"] or (len(set(told)) == len(told) == known)
         every = coefficients(f.artifact)
         assert len(every) == sum(len(s["coef"]) * len(s["terms"]) for s in f.artifact.stages.values())
         assert all((one["coefficient"] is None) == bool(one["unidentified"]) for one in every)
@@ -444,6 +449,8 @@ def test_the_form_shows_what_python_says(t4: Path, shipped: dict[str, Predictor]
         page.type("vae", "tiny")
         page.type("vae_tiling", True)
         assert page("verdict.textContent") == "Not known" and page("told.hidden")
+        assert "not fitted to this combination" in page("document.getElementById('shell-words').textContent")
+        assert page("command.textContent").endswith("--vae tiny --vae-tiling")
         page.type("vae", "kl")
         page.type("width", 8)
         assert page("verdict.textContent") == "Not a run" and "from 64 to 16384" in page(

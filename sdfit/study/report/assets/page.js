@@ -103,7 +103,8 @@
       showStages(live);
       showParts(model, live);
       showChanges(verdict.answer === facts.answers[0] ? [] : model.options(w, there.bytes), verdict);
-      showCommand(w, card, verdict.answer === facts.answers[1] && !verdict.slower);
+      showCommand(w, card, verdict.answer === facts.answers[1] && !verdict.slower
+        ? "The equation cannot decide this one. This command simulates the run itself, where it knows how, and then nearly always can:" : "");
       for (const one of [$("told"), shell]) one.hidden = false;
     } catch (error) {
       if (!(error instanceof sdfit.Unknown || error instanceof sdfit.Invalid)) throw error;
@@ -111,7 +112,9 @@
       $("verdict").dataset.answer = "";
       $("in-words").textContent = `${error.message}.`;
       for (const id of ["meter", "changes", "strip"]) $(id).replaceChildren();
-      for (const one of [$("told"), shell]) one.hidden = true;
+      $("told").hidden = true;
+      shell.hidden = !(error instanceof sdfit.Unknown && data.models[card.model].simulates);
+      if (!shell.hidden) showCommand(w, card, "The equation was not fitted to this combination. This command simulates the run itself, where it knows how:");
     }
   }
 
@@ -213,12 +216,11 @@
   const pythonic = (value) => (value === true ? "True" : value === false ? "False" : value);
 
   /** The command that asks the same, and what it knows beyond this page: it simulates the run where the model rests on simulations. */
-  function showCommand(w, card, undecided) {
+  function showCommand(w, card, why) {
     const { simulates } = data.models[card.model];
-    shell.classList.toggle("undecided", simulates && undecided);
+    shell.classList.toggle("undecided", simulates && why !== "");
     $("shell-words").textContent = !simulates ? "The same from a shell; on the machine it knows how much memory is free, too."
-      : undecided ? "The equation cannot decide this one. This command simulates the run itself, where it knows how, and then nearly always can:"
-        : "The same from a shell, which simulates the run itself where it knows how: what it says is required may differ from this, and is the better number.";
+      : why || "The same from a shell, which simulates the run itself where it knows how: what it says is required may differ from this, and is the better number.";
     $("copy").textContent = "Copy";
     const flags = Object.entries(w).filter(([name, value]) => value !== facts.defaults[name] || name === "height" || name === "width").map(([name, value]) => {
       const flag = name.replaceAll("_", "-");
