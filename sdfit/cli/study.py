@@ -261,7 +261,13 @@ def report(gpu: str, files: tuple[Path, ...], every: bool, out: Path | None, as_
         click.echo(write_report(f, out, files))
     elif as_json:
         a = f.artifact
-        facts = {"name": a.name, "provenance": a.provenance, "environment": a.environment, "sources": a.sources}
+        facts = {
+            "name": a.name,
+            "provenance": a.provenance,
+            "environment": a.environment,
+            "sources": a.sources,
+            "swept": a.swept,
+        }
         found = facts | {"evaluation": a.evaluation, "baseline": a.baseline, "coefficients": coefficients(a)}
         click.echo(json.dumps(found, indent=2))
     else:

@@ -229,12 +229,21 @@ def _baseline(artifact: Artifact) -> tuple[str, ...]:
 
 
 def swept_rows(artifact: Artifact) -> Rows:
-    """The variants that were swept, a line for each dtype and attention."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    """What was swept of each dtype and attention: how many combinations, and the options that occur in them."""
+    groups: dict[str, list[list[str]]] = defaultdict(list)
     for name in artifact.swept:
-        dtype, attention, *rest = name.split(" ")
-        groups[f"{dtype} {attention}"].append(" ".join(rest) or "as it is")
-    return [("variant", "swept with"), *((name, "; ".join(options)) for name, options in groups.items())]
+        dtype, attention, *options = name.split(" ")
+        groups[f"{dtype} {attention}"].append(options)
+    lines: Rows = [("variant", "combinations", "of")]
+    for name, combinations in groups.items():
+        values: dict[str, list[str]] = defaultdict(list)
+        for field, value in (option.split("=") for options in combinations for option in options):
+            if value not in values[field]:
+                values[field].append(value)
+        ordered = sorted(values, key=list(CHOICES).index)
+        words = "; ".join(f"{field}={', '.join(values[field])}" for field in ordered)
+        lines.append((name, str(len(combinations)), words or "as it is"))
+    return lines
 
 
 def model_card(artifact: Artifact) -> str:
@@ -264,7 +273,7 @@ def model_card(artifact: Artifact) -> str:
         lines += ["", "## Whose the coefficients are", "", f"{head}.", "", *(f"- {line}" for line in stages)]
         lines += ["", *_markdown(whose.moved_rows(artifact))]
     lines += ["", "## What the intervals rest on", "", *(f"- {line}" for line in evidence_lines(artifact))]
-    lines += ["", "## Variants swept", "", *_markdown(swept_rows(artifact))]
+    lines += ["", "## Variants swept", "", "Each by name: `sdfit report --json`.", "", *_markdown(swept_rows(artifact))]
     lines += ["", "## Coefficients", ""]
     lines += [
         f"Of {CHOICES['dtype'][0]}, and of each stage the terms that matter, regimes that agree within {percent(ALIKE, 1)} in one line; terms are explained in README.md beside this file. "
