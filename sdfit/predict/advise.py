@@ -6,11 +6,14 @@ bound at the chosen level allows, *likely* what the bound at level `LIKELY` does
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sdfit.errors import InvalidWorkload, SdfitError, shown
-from sdfit.predict.verdict import Model, bound
+from sdfit.predict.verdict import Model, best_metric, bound, safe_level
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
 
@@ -107,17 +110,17 @@ def largest(
     def size(k: int) -> tuple[int, int]:
         return size_of_aspect(k, (across, down), step)
 
-    model = predictor.within(limit)
-
-    def upper(k: int, at: float | None) -> float:
-        return bound(model, Workload(*size(k), **options), metric, at).upper
+    def run(k: int) -> Workload:
+        return Workload(*size(k), **options)
 
     first = -(-MIN_SIDE // step)
     last = max(MAX_SIDE * short // (long * step), first)
     while last > first and max(size(last)) > MAX_SIDE:  # the long side is rounded, perhaps up
         last -= 1
-    words = lambda k: "x".join(map(str, size(k)))  # noqa: E731
-    sure, likely = _sure_and_likely(limit, upper, level, (first, last), f"no size of {across}:{down}", words)
+    sides = np.array([size(k) for k in range(first, last + 1)])
+    table = run(first).to_dict() | {"height": sides[:, 0], "width": sides[:, 1]}
+    search = _Search(predictor.within(limit), limit, metric, level, run, first, table)
+    sure, likely = search.sure_and_likely(f"no size of {across}:{down}", lambda k: "x".join(map(str, size(k))))
     return LargestSize(size(sure), size(likely))
 
 
@@ -161,42 +164,71 @@ def max_batch_size(
     check_keywords(options)
 
     limit = parse_bytes(memory)
-    model = predictor.within(limit)
 
-    def upper(batch: int, at: float | None) -> float:
-        return bound(model, Workload(height, width, prompt_length, batch, **options), metric, at).upper
+    def run(batch: int) -> Workload:
+        return Workload(height, width, prompt_length, batch, **options)
 
-    what = f"not even one image of {height}x{width}"
-    return LargestBatch(*_sure_and_likely(limit, upper, level, (1, MAX_BATCH_SIZE), what, str))
-
-
-_Upper = Callable[[int, float | None], float]
-"""The bound [bytes] of what is asked for, by number and level."""
+    table = run(1).to_dict() | {"batch_size": np.arange(1, MAX_BATCH_SIZE + 1)}
+    search = _Search(predictor.within(limit), limit, metric, level, run, 1, table)
+    return LargestBatch(*search.sure_and_likely(f"not even one image of {height}x{width}", str))
 
 
-def _sure_and_likely(
-    limit: float,
-    upper: _Upper,
-    level: float | None,
-    ends: tuple[int, int],
-    what: str,
-    words: Callable[[int], str],
-) -> tuple[int, int]:
-    """The largest k whose bound at the level is within the limit, and the largest whose bound at `LIKELY` is.
+@dataclass(frozen=True)
+class _Search:
+    """The largest k whose run fits, at some levels.
 
-    What is needed rises with k but for drops: past 2^31 elements convolutions are split, and how blocks are packed jumps
-    from one size to the next. So the search goes down from the last.
+    What is needed rises with k but for drops: past 2^31 elements convolutions are split, and how blocks are packed jumps from
+    one size to the next. So the search goes down from the last; but for those that are beyond the limit by far, which a table
+    of all tells at once.
+
+    Parameters
+    ----------
+    model : Model
+    limit_bytes : float
+    metric, level
+        As in `sdfit.predict.verdict.bound`.
+    run : callable
+        The workload of a k.
+    first : int
+        The first k.
+    table : mapping
+        The workloads of all k, in columns.
     """
 
-    def largest(at: float | None) -> int | None:
-        return next((k for k in range(ends[1], ends[0] - 1, -1) if upper(k, at) <= limit), None)
+    model: Model
+    limit_bytes: float
+    metric: str | None
+    level: float | None
+    run: Callable[[int], Workload]
+    first: int
+    table: Mapping[str, Any]
 
-    # asked for less than that, what is sure is at least as likely
-    sure, likely = largest(level), largest(LIKELY if level is None else min(level, LIKELY))
-    if sure is None:
-        may = "" if likely is None else f"; likely to fit: {words(likely)}"
-        raise NothingFits(f"{what} is sure to fit {format_bytes(limit)}{may}", likely=likely)
-    return sure, max(sure, likely or sure)
+    def sure_and_likely(self, what: str, words: Callable[[int], str]) -> tuple[int, int]:
+        """The largest k whose bound at the level is within the limit, and the largest whose bound at `LIKELY` is.
+
+        Raises
+        ------
+        NothingFits
+            If there is none that is sure; ``what`` says of what, ``words`` names a k.
+        """
+        # asked for less than that, what is sure is at least as likely
+        sure, likely = (
+            self._largest(self.level),
+            self._largest(LIKELY if self.level is None else min(self.level, LIKELY)),
+        )
+        if sure is None:
+            may = "" if likely is None else f"; likely to fit: {words(likely)}"
+            raise NothingFits(f"{what} is sure to fit {format_bytes(self.limit_bytes)}{may}", likely=likely)
+        return sure, max(sure, likely or sure)
+
+    def _largest(self, level: float | None) -> int | None:
+        metric = self.metric or best_metric(self.model)
+        at = safe_level(self.model, metric) if level is None else level
+        beyond = self.model.beyond(self.table, self.limit_bytes, metric=metric, level=at)
+        for index in reversed(np.flatnonzero(~beyond).tolist()):
+            if bound(self.model, self.run(self.first + index), metric, at).upper <= self.limit_bytes:
+                return self.first + index
+        return None
 
 
 def _pair(aspect: Any) -> tuple[Any, Any]:

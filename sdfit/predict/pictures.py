@@ -187,7 +187,7 @@ def check(
         The workload's fields but height and width.
     """
     known: dict[Any, tuple[int, int] | None] = {}
-    quick = model.within(memory)
+    quick = model.within(memory, exact=True)
     for picture in pictures:
         if picture.problem:
             yield Answer(picture)
@@ -195,8 +195,6 @@ def check(
         try:
             workload = Workload(picture.height, picture.width, **options)
             found = verdict(quick, workload, memory=memory, level=level)
-            if found.answer != FITS and found.prediction.replayed:  # quick may stop below what the run needs
-                found = verdict(model, workload, memory=memory, level=level)
         except InvalidWorkload as error:
             yield Answer(Picture(picture.path, picture.height, picture.width, str(error)))
             continue

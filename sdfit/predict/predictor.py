@@ -32,6 +32,8 @@ from sdfit.workload import (
 )
 
 DEFAULT_LEVEL = 0.95
+ROUNDING = 1e-9
+"""Relative; more than what a table and single calls of the same numbers differ by."""
 WRONG_HALF = "This card computes float16 wrongly (black images): run it in float32, and ask with dtype='float32'"
 """Said of a card of which `sdfit.predict.cards` says so."""
 
@@ -80,7 +82,7 @@ class Predictor:
         """The regression alone, without any simulation (see `sdfit.predict.replayed`): here itself."""
         return self
 
-    def within(self, limit_bytes: float) -> Predictor:
+    def within(self, limit_bytes: float, *, exact: bool = False) -> Predictor:
         """The model for many questions whether runs need more than a limit [bytes]: here itself."""
         return self
 
@@ -259,6 +261,24 @@ offload, safety_checker, execution
         check_metric(metric)
         value, (below, above) = predict_table(self.variant, table, metric, level, alone=self._alone)
         return np.column_stack([np.maximum(value - below, 0.0), value + above])
+
+    def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
+        """Which of many runs surely have an upper bound above a limit: those that a search need not ask for one by one.
+
+        Parameters
+        ----------
+        table
+            As in `predict`.
+        level : float
+            Of the one-sided bound.
+
+        Returns
+        -------
+        array of bool, shape (rows,)
+        """
+        value, (_, above) = predict_table(self.variant, table, metric, 2 * level - 1)
+        upper = value + above
+        return np.isfinite(upper) & (upper > limit_bytes * (1 + ROUNDING))
 
     def supported_level(self, metric: str) -> float:
         """The highest level that a metric's conformal scores support; 0 without any."""

@@ -12,16 +12,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from sdfit.equation.metrics import REPLAYED_FAMILY
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import NeverSwept, SdfitError
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.prediction import Prediction
-from sdfit.predict.predictor import DEFAULT_LEVEL, Predictor
+from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed, Stages
 from sdfit.predict.simulation.workspaces import workspaces_for
+from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
 from sdfit.workload import VariantKey, Workload
 
@@ -146,6 +149,8 @@ class Replayed(Predictor):
     limit_bytes : float, optional
         Simulate only runs of which the model's own bounds do not say whether they need more than this [bytes]; of those that
         do, the number may be too low. None: simulate all.
+    exact : bool
+        Whether the number is not to be too low where a run is simulated.
 
     Raises
     ------
@@ -160,28 +165,31 @@ class Replayed(Predictor):
     simulated one by one.
     """
 
-    def __init__(self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None) -> None:
+    def __init__(
+        self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None, exact: bool = False
+    ) -> None:
         no = why_not(model)
         if no:
             raise SdfitError(no, provenance=model.provenance)
         super().__init__(model.artifact, model.path, model.name, model.card)
-        self._model, self._replay, self.limit_bytes = model, replay, limit_bytes
+        self._model, self._replay, self.limit_bytes, self.exact = model, replay, limit_bytes, exact
         self._alone = self.predict_workload
         self._needs: dict[tuple[Workload, str], int] = {}
         self._at_least: dict[tuple[Workload, str], int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_again, (self._model, self._replay, self.limit_bytes))
+        return (_again, (self._model, self._replay, self.limit_bytes, self.exact))
 
     @property
     def equation(self) -> Predictor:
         """The regression alone: microseconds, and tables of any length."""
         return self._model
 
-    def within(self, limit_bytes: float) -> Replayed:
+    def within(self, limit_bytes: float, *, exact: bool = False) -> Replayed:
         """The same model, for questions whether runs need more than this [bytes]; what was replayed is shared."""
-        twin = Replayed(self._model, self._replay, limit_bytes=limit_bytes)
-        twin._needs, twin._at_least = self._needs, self._at_least
+        twin = object.__new__(Replayed)
+        twin.__dict__ |= self.__dict__ | {"limit_bytes": limit_bytes, "exact": exact}
+        twin._alone = twin.predict_workload
         return twin
 
     def predict_workload(
@@ -198,7 +206,8 @@ class Replayed(Predictor):
             found = super().predict_workload(workload, metric=metric, level=level)
         except NeverSwept as never:
             return self._simulated(workload, metric, level, never)
-        known = (workload, metric) in self._needs
+        # of a run whose required memory was replayed the equation settles nothing
+        known = (workload, metric) in self._needs or (workload, "required") in self._needs
         if metric not in REPLAYED or (not known and self._settled(found)):
             return found
         try:
@@ -210,7 +219,7 @@ class Replayed(Predictor):
     def _simulated(self, workload: Workload, metric: str, level: float, never: NeverSwept) -> Prediction:
         """A run of a variant without coefficients."""
         try:
-            peaks, weights = self._replay.stages(workload, self.limit_bytes)
+            peaks, weights = self._replay.stages(workload, self._limit)
             value = self._needed(workload, "reserved" if metric == "device" else metric)
         except NotSimulated as reason:
             raise NeverSwept(f"{never}; nor is this run simulated: {reason}", variant=workload.variant) from None
@@ -219,9 +228,25 @@ class Replayed(Predictor):
         run = Run(self.artifact, workload.variant, peaks, weights)
         return ReplayedPrediction(value, run, workload, metric, level)
 
+    def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
+        """As the model's, but for runs of which a simulation may say something else."""
+        try:
+            if metric not in REPLAYED:
+                return super().beyond(table, limit_bytes, metric=metric, level=level)
+            value, (below, above) = predict_table(self.variant, table, metric, 2 * max(SURE, level) - 1)
+        except NeverSwept:
+            return np.zeros(max(map(np.size, table.values())), dtype=bool)
+        most = limit_bytes * (1 + ROUNDING)
+        return np.isfinite(above) & ((value > FAR * most) | (value - below > most))
+
+    @property
+    def _limit(self) -> float | None:
+        """Above it a simulation may end too soon [bytes]."""
+        return None if self.exact else self.limit_bytes
+
     def _needed(self, workload: Workload, metric: str) -> int:
         """A metric of a run; above the limit, perhaps less than that [bytes]. Each is simulated once."""
-        key, limit = (workload, metric), self.limit_bytes
+        key, limit = (workload, metric), self._limit
         if key in self._needs:
             return self._needs[key]
         if limit is not None and self._at_least.get(key, 0) > limit:
@@ -276,5 +301,5 @@ SURE = 0.99
 """Level of the equation's bounds beyond which a run is not replayed."""
 
 
-def _again(model: Predictor, replay: Replay, limit_bytes: float | None) -> Replayed:
-    return Replayed(model, replay, limit_bytes=limit_bytes)
+def _again(model: Predictor, replay: Replay, limit_bytes: float | None, exact: bool) -> Replayed:
+    return Replayed(model, replay, limit_bytes=limit_bytes, exact=exact)

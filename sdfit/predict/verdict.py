@@ -31,8 +31,14 @@ class Model(Protocol):
     def name(self) -> str:
         """The card."""
 
-    def within(self, limit_bytes: float) -> Model:
-        """The same, for many questions whether runs need more than a limit [bytes]; of those that do, numbers may be too low."""
+    def within(self, limit_bytes: float, *, exact: bool = False) -> Model:
+        """The same, for many questions whether runs need more than a limit [bytes]; of those that do, numbers may be too low.
+
+        They are not if ``exact``, but may be the equation's where that tells.
+        """
+
+    def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
+        """Which of many runs surely have an upper bound above a limit."""
 
     def supported_level(self, metric: str) -> float:
         """The highest level that its scores support."""
@@ -176,16 +182,17 @@ def verdict(
     chance = prediction.chance_within(memory_bytes)
     if prediction.upper <= memory_bytes:
         return Verdict(FITS, max(chance, prediction.level), memory_bytes, prediction)
-    slower = prediction.lower > memory_bytes and _without_workspaces(predictor, prediction) <= memory_bytes
+    slower = prediction.lower > memory_bytes and _fits_without_workspaces(predictor, prediction, memory_bytes)
     answer = DOES_NOT_FIT if prediction.lower > memory_bytes and not slower else MAY_FIT
     return Verdict(answer, chance, memory_bytes, prediction, slower)
 
 
-def _without_workspaces(predictor: Model, needed: Prediction) -> float:
-    """The upper bound of what the run would need if no kernel took a workspace [bytes]; infinite if that is not known."""
+def _fits_without_workspaces(predictor: Model, needed: Prediction, memory_bytes: int) -> bool:
+    """Whether the run would be sure to fit if no kernel took a workspace; no where that is not known."""
     if needed.metric != "required" or "minimum" not in predictor.artifact.metrics:
-        return math.inf
+        return False
     try:
-        return predictor.predict_workload(needed.workload, metric="minimum", level=needed.level).upper
+        model = predictor.within(memory_bytes, exact=needed.replayed)
+        return model.predict_workload(needed.workload, metric="minimum", level=needed.level).upper <= memory_bytes
     except UnknownVariant:
-        return math.inf
+        return False

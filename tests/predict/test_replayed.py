@@ -195,6 +195,7 @@ def test_a_table_may_hold_rows_that_were_never_swept():
 def test_questions_about_what_was_never_swept_agree():
     """Verdict, fits, the largest size and batch, and advice: one answer; what is refused says why."""
     g = sdfit.load("t4")
+    assert not g.beyond({"height": 4096, "width": [512, 4096]} | NEVER_SWEPT, 2**32, metric="required", level=0.9).any()
     size = g.largest(memory="4 GiB", **NEVER_SWEPT)
     assert g.fits(*size, memory="4 GiB", **NEVER_SWEPT)
     assert g.verdict(*size, memory="4 GiB", **NEVER_SWEPT).answer == "fits"
@@ -207,3 +208,27 @@ def test_questions_about_what_was_never_swept_agree():
         assert g.fits(**asked.to_dict() | option.change, memory="3.5 GiB")
     with pytest.raises(NeverSwept, match="nor is this run simulated"):
         g(64, 64, **NEVER_SWEPT)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"dtype": "float32", "batch_size": 2}])
+def test_what_a_table_leaves_out_of_a_search_does_not_fit(f, options):
+    """The sizes that are beyond a limit by the table are beyond it one by one, by the equation and by replays."""
+    sides = list(range(64, 3072, 64))
+    table = {"height": sides, "width": sides} | options
+    for model in (f, Replayed(f, Counted(f, factor=1.0))):
+        beyond = model.beyond(table, 9 * GIB, metric="required", level=0.99)
+        near = model.within(9 * GIB)
+        runs = [Workload(side, side, **options) for side in sides]
+        uppers = [near.predict_workload(run, metric="required", level=0.99).upper for run in runs]
+        assert beyond.any() and not any(out and upper <= 9 * GIB for out, upper in zip(beyond, uppers, strict=True))
+        assert sum(upper > 9 * GIB for upper in uppers) - beyond.sum() <= (0 if model is f else 12)
+
+
+def test_numbers_within_a_limit_are_exact_where_asked():
+    """A run beyond the limit that the equation leaves open has its whole number; one that it settles is the equation's."""
+    g = sdfit.load("t4")
+    open_, settled = Workload(880, 880, attention="eager"), Workload(2048, 2048, attention="eager")
+    whole = g.predict_workload(open_, metric="required")
+    near = sdfit.load("t4").within(whole - 2**21, exact=True)
+    assert near.predict_workload(open_, metric="required") == whole
+    assert near.predict_workload(settled, metric="required").replayed is False

@@ -67,11 +67,11 @@ class Needed:
         run = self._run(workload)
         return Stages(dict(run.stage_peaks), run.resident_bytes)
 
-    def _run(self, workload: Workload) -> Traced:
-        """Without events; the last one is kept."""
+    def _run(self, workload: Workload, *, keep_events: bool = False) -> Traced:
+        """The last one is kept: a run is mostly asked for several metrics in a row."""
         last = self._last
-        if last is None or last[0] != workload:
-            last = self._last = workload, self._simulator.run(workload)
+        if last is None or last[0] != workload or (keep_events and last[1].events is None):
+            last = self._last = workload, self._simulator.run(workload, keep_events=keep_events)
         return last[1]
 
     def _needed(self, workload: Workload, metric: str, limit_bytes: float | None) -> int:
@@ -83,7 +83,7 @@ class Needed:
             live = self._run(workload).peak_bytes
             if live > limit_bytes:
                 return live
-        simulated = self._simulator.run(workload, keep_events=True)
+        simulated = self._run(workload, keep_events=True)
         assert simulated.events is not None
         if metric == "reserved":
             return replay(simulated.events).reserved_bytes
