@@ -15,15 +15,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdfit.errors import GridError, SdfitError, listed, nearest
-from sdfit.files import fingerprint, shipped
-from sdfit.workload import VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
+from sdfit.errors import GridError, SdfitError, listed, nearest, shown
+from sdfit.files import fingerprint, read_bytes, shipped
+from sdfit.workload import MAX_SIDE, VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
 
 TOP_KEYS = ("description", "seed", "num_inference_steps", "block")
 AXES = WORKLOAD_FIELDS[2:]
 BLOCK_KEYS = ("name", "why", "shapes", "workloads", "random", "keep", "max_batch_pixels", *AXES)
 RANDOM_KEYS = ("count", "min_side", "max_side", "multiple_of")
 MOST_DRAWN = 100_000
+"""Combinations, workloads or draws, of all blocks together."""
+MOST_BYTES = 1 << 20
+MOST_SEED = 2**63 - 1
+MOST_STEPS = 1000
+"""As many as the scheduler was trained with."""
+MOST_MISSES = 10_000
+"""Draws in a row that are too large, after which none is taken to be small enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +92,13 @@ def load(grid: str) -> Plan:
     Raises
     ------
     GridError
-        For an unknown key, an empty axis, a workload that cannot be, or a file that is not TOML.
+        For an unknown key, an empty axis, a workload that cannot be, too many of them, or a file that is not TOML.
     """
     path = find(grid)
-    text = path.read_bytes()
+    try:
+        text = read_bytes(path, MOST_BYTES)
+    except OSError as error:
+        raise GridError(f"cannot read the grid '{path}': {error.strerror}", path=str(path)) from error
     try:
         content = tomllib.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
@@ -103,21 +113,23 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     _known(content, TOP_KEYS, "the grid")
     seed = content.get("seed", 0)
     steps = content.get("num_inference_steps", 2)
-    for key, value, low in (("seed", seed, 0), ("num_inference_steps", steps, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise GridError(f"{key} is {value!r}; it must be a whole number >= {low}")
+    for key, value, low, high in (("seed", seed, 0, MOST_SEED), ("num_inference_steps", steps, 1, MOST_STEPS)):
+        if not _whole(value, low, high):
+            raise GridError(f"{key} is {shown(value)}; it must be a whole number from {low} to {high}")
     blocks = content.get("block", [])
     if not isinstance(blocks, list) or not blocks:
         raise GridError("the grid has no [[block]]; it must have one at least")
     rng = random.Random(seed)
     seen: dict[Workload, None] = {}
     counts = []
+    left = MOST_DRAWN
     for number, block in enumerate(blocks, start=1):
-        label = str(block.get("name", f"block {number}")) if isinstance(block, dict) else f"block {number}"
+        label = str(block.get("name", f"block {number}"))[:100] if isinstance(block, dict) else f"block {number}"
         try:
-            found = _block(block, rng)
+            count, found = _block(block, rng, left)
         except SdfitError as error:
             raise GridError(f"[[block]] '{label}': {error}") from error
+        left -= count
         before = len(seen)
         seen.update(dict.fromkeys(found))
         counts.append((label, len(seen) - before))
@@ -129,7 +141,8 @@ def _plan(name: str, content: dict[str, Any]) -> Plan:
     return Plan(name, str(content.get("description", "")), seed, steps, tuple(workloads), digest, tuple(counts))
 
 
-def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
+def _block(block: dict[str, Any], rng: random.Random, most: int) -> tuple[int, list[Workload]]:
+    """How many combinations, workloads or draws a block asks for, and what is kept of them."""
     _known(block, BLOCK_KEYS, "the block")
     kinds = [k for k in ("shapes", "workloads", "random") if k in block]
     if len(kinds) != 1:
@@ -137,20 +150,21 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
     axes = {name: _axis(name, block[name]) for name in AXES if name in block}
     cap = block.get("max_batch_pixels", math.inf)
     if isinstance(cap, bool) or not isinstance(cap, int | float) or not cap > 0:
-        raise GridError(f"max_batch_pixels is {cap!r}; it must be a number of pixels")
+        raise GridError(f"max_batch_pixels is {shown(cap)}; it must be a number of pixels")
     if kinds == ["workloads"]:
         if axes:
             raise GridError(f"{next(iter(axes))} does not go with workloads; write it into each of them")
-        found = [Workload.from_dict(item) for item in _axis("workloads", block["workloads"])]
+        listed_ones = _axis("workloads", block["workloads"])
+        count = _at_most(most, len(listed_ones), "workloads")
+        found = [Workload.from_dict(item) for item in listed_ones]
     elif kinds == ["random"]:
         if "keep" in block:
             raise GridError("keep does not go with random; its count says how many")
-        return _drawn(block["random"], axes, cap, rng)
+        found = _drawn(block["random"], axes, cap, rng, most)
+        return len(found), found
     else:
         shapes = [_shape(item) for item in _axis("shapes", block["shapes"])]
-        count = math.prod([len(shapes), *map(len, axes.values())])
-        if count > MOST_DRAWN:
-            raise GridError(f"it has {count} combinations; a block may have {MOST_DRAWN}, so give fewer values")
+        count = _at_most(most, math.prod([len(shapes), *map(len, axes.values())]), "combinations")
         found = [
             Workload(*shape, **dict(zip(axes, values, strict=True)))
             for shape in shapes
@@ -161,8 +175,19 @@ def _block(block: dict[str, Any], rng: random.Random) -> list[Workload]:
         raise GridError(f"max_batch_pixels {cap} leaves none of its workloads")
     keep = block.get("keep", len(found))
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise GridError(f"keep is {keep!r}; it must be a whole number >= 1")
-    return _thinned(found, keep, rng)
+        raise GridError(f"keep is {shown(keep)}; it must be a whole number >= 1")
+    return count, _thinned(found, keep, rng)
+
+
+def _at_most(most: int, count: int, what: str) -> int:
+    if count > most:
+        left = f", and the blocks before it leave {most}" if most < MOST_DRAWN else ""
+        raise GridError(f"it has {count} {what}; a grid may have {MOST_DRAWN}{left}, so give fewer values")
+    return count
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
 
 
 def _thinned(found: list[Workload], keep: int, rng: random.Random) -> list[Workload]:
@@ -178,26 +203,32 @@ def _thinned(found: list[Workload], keep: int, rng: random.Random) -> list[Workl
     return list(itertools.islice((w for w in turns if w is not None), keep))
 
 
-def _drawn(wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: random.Random) -> list[Workload]:
+def _drawn(
+    wanted: dict[str, Any], axes: dict[str, list[Any]], cap: float, rng: random.Random, most: int
+) -> list[Workload]:
     _known(wanted, RANDOM_KEYS, "random")
-    count, low, high, step = (wanted.get(k, 1 if k == "multiple_of" else None) for k in RANDOM_KEYS)
-    if not all(isinstance(v, int) and v > 0 for v in (count, low, high, step)) or low > high or count > MOST_DRAWN:  # type: ignore[operator]
+    numbers: list[Any] = [wanted.get(k, 1 if k == "multiple_of" else None) for k in RANDOM_KEYS]
+    count, low, high, step = numbers
+    if not all(_whole(v, 1, MAX_SIDE) for v in (low, high, step)) or not _whole(count, 1, MOST_DRAWN) or low > high:
         raise GridError(
-            f"random needs count (up to {MOST_DRAWN}), min_side <= max_side as whole numbers and may have multiple_of, "
-            f"not {wanted}"
+            f"random needs count (up to {MOST_DRAWN}), min_side <= max_side as whole numbers up to {MAX_SIDE} and may have "
+            f"multiple_of, not {shown(wanted)}"
         )
+    _at_most(most, count, "draws")
     found: list[Workload] = []
-    tries = 0
-    while len(found) < count:  # type: ignore[operator]
-        tries += 1
-        if tries > 1000 * count:  # type: ignore[operator]
-            raise GridError(f"max_batch_pixels {cap} leaves no room for sides from {low} to {high}")
+    misses = 0
+    while len(found) < count:
         # log-uniform: a small side is as likely as a large one
-        drawn = [math.exp(rng.uniform(math.log(low), math.log(high))) for _ in range(2)]  # type: ignore[arg-type]
-        sides = [round(side / step) * step for side in drawn]  # type: ignore[operator]
+        drawn = [math.exp(rng.uniform(math.log(low), math.log(high))) for _ in range(2)]
+        sides = [round(side / step) * step for side in drawn]
         w = Workload(sides[0], sides[1], **{name: rng.choice(values) for name, values in axes.items()})
         if w.batch_size * w.pixels <= cap:
             found.append(w)
+            misses = 0
+            continue
+        misses += 1
+        if misses > MOST_MISSES:
+            raise GridError(f"max_batch_pixels {cap} leaves no room for sides from {low} to {high}")
     return found
 
 
@@ -206,7 +237,7 @@ def _shape(item: Any) -> tuple[int, int]:
         return item, item
     if isinstance(item, list) and len(item) == 2:
         return item[0], item[1]
-    raise GridError(f"a shape is a side or [height, width], not {item!r}")
+    raise GridError(f"a shape is a side or [height, width], not {shown(item)}")
 
 
 def _axis(name: str, values: Any) -> list[Any]:
@@ -219,7 +250,7 @@ def _axis(name: str, values: Any) -> list[Any]:
 
 def _known(given: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(given, dict):
-        raise GridError(f"{where} must be a table, not {given!r}")
+        raise GridError(f"{where} must be a table, not {shown(given)}")
     for key in given:
         if key not in known:
             raise GridError(f"{where} has an unknown key '{key}'{nearest(key, known)}")

@@ -153,8 +153,26 @@ BLOCK = "[[block]]\nshapes = [512]\n"
         ),
         (
             f"[[block]]\nshapes = {[512] * 1000}\nbatch_size = {[1] * 100}\nprompt_length = {[77] * 100}\nvae = {['kl'] * 10}",
-            "it has 100000000 combinations; a block may have 100000",
+            "it has 100000000 combinations; a grid may have 100000, so give fewer values",
         ),
+        (
+            f"[[block]]\nshapes = {[512] * 600}\nbatch_size = {[1] * 100}\n" * 2,
+            "'block 2': it has 60000 combinations; a grid may have 100000, and the blocks before it leave 40000",
+        ),
+        ("[[block]]\nrandom = {count = 60000, min_side = 512, max_side = 512}\n" * 2, "'block 2': it has 60000 draws"),
+        (
+            "[[block]]\nrandom = {count = 100000, min_side = 512, max_side = 512}\nmax_batch_pixels = 9",
+            "leaves no room",
+        ),
+        (f"[[block]]\nrandom = {{count = 1, min_side = 512, max_side = {'9' * 400}}}", "random needs count"),
+        ("[[block]]\nrandom = {count = true, min_side = 512, max_side = 512}", "random needs count"),
+        (f"seed = {2**63}\n" + BLOCK, "seed is 9223372036854775808; it must be a whole number from 0 to"),
+        (
+            "num_inference_steps = 1001\n" + BLOCK,
+            "num_inference_steps is 1001; it must be a whole number from 1 to 1000",
+        ),
+        (f"description = '{'x' * (1 << 20)}'\n" + BLOCK, "it has 10486.. bytes, and may have 1048576 at most"),
+        (f"[[block]]\nname = '{'x' * 5000}'\nshapes = [0]", "'x{100}': height is 0"),
         ("[[block]]\nworkloads = [{height = 512}]", "it has no width"),
         ("[[block]]\nworkloads = [{height = 512, width = 512, batch = 2}]", "did you mean 'batch_size'"),
         ("[[block]]\nrandom = {count = 1, min_side = 900, max_side = 100}", "random needs count"),
