@@ -141,7 +141,7 @@ def real_number(name: str, value: object) -> float:
 def one_of(name: str, value: object) -> Any:
     """Check one discrete field against `CHOICES`; NumPy's booleans and strings pass, 0 and 1 do not."""
     allowed = CHOICES[name]
-    plain = value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
+    plain = value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value  # type: ignore[attr-defined]
     for choice in allowed:
         if type(choice) is type(plain) and choice == plain:
             return choice

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdfit.cli.options import (
+    FILE,
     amount,
     example,
     gpu_option,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 )
 @gpu_option
 @workload_options
-@click.option("--image", type=click.Path(path_type=Path), default=None, help="Take height and width from a picture.")
+@click.option("--image", type=FILE, default=None, help="Take height and width from a picture.")
 @click.option("--metric", default=None, help="One of required, allocated, reserved, device; left out: all.")
 @level_option
 @replay_option

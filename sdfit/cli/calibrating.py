@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from sdfit.cli.options import example, json_option, note, out_option, workload_from, workload_options
+from sdfit.cli.options import FILE, example, json_option, note, out_option, workload_from, workload_options
 from sdfit.errors import SdfitError
 
 
 @click.command(epilog=example("sdfit calibrate run.pickle --gpu t4 --height 512 --width 512 --num-inference-steps 2"))
-@click.argument("snapshots", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SNAPSHOT...")
+@click.argument("snapshots", nargs=-1, required=True, type=FILE, metavar="SNAPSHOT...")
 @workload_options
 @click.option(
     "--num-inference-steps",
@@ -26,9 +26,7 @@ from sdfit.errors import SdfitError
 @click.option("--kernels", default=None, help="The prior, if not the card's own: another card, or a table (.json).")
 @click.option("--device", type=click.IntRange(0), default=None, help="Which card of the file; the busiest.")
 @out_option
-@click.option(
-    "--figure", type=click.Path(path_type=Path), default=None, help="Draw card and trace over the run (.png)."
-)
+@click.option("--figure", type=FILE, default=None, help="Draw card and trace over the run (.png).")
 @json_option
 def calibrate(
     snapshots: tuple[Path, ...],

@@ -103,8 +103,10 @@ replay_option = click.option(
     show_default=True,
     help="Required memory by simulating the run, where that can be; else by the equation alone.",
 )
-out_option = click.option("--out", type=click.Path(path_type=Path), default=None, help="The file to write.")
-records_argument = click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="RECORDS...")
+FILE = click.Path(path_type=Path, readable=False)
+"""A path that is an option or an argument: who reads or writes it says what is wrong with it."""
+out_option = click.option("--out", type=FILE, default=None, help="The file to write.")
+records_argument = click.argument("files", nargs=-1, type=FILE, metavar="RECORDS...")
 
 
 def quiet_option() -> click.Option:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from sdfit.cli.options import (
+    FILE,
     example,
     gpu_option,
     json_option,
@@ -23,9 +24,7 @@ from sdfit.cli.options import (
 )
 from sdfit.units import aligned, format_bytes, percent
 
-pictures_argument = click.argument(
-    "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGES..."
-)
+pictures_argument = click.argument("paths", nargs=-1, required=True, type=FILE, metavar="IMAGES...")
 csv_option = click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values, amounts in bytes.")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sdfit.cli.options import example, json_option, quiet_option
+from sdfit.cli.options import FILE, example, json_option, quiet_option
 
 EXAMPLE = example("sdfit records check data/sm75/2026-11-28-default-trace.jsonl.gz")
 
@@ -18,7 +18,7 @@ def records() -> None:
 
 
 @records.command(epilog=EXAMPLE)
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE...")
 @json_option
 def check(files: tuple[Path, ...], as_json: bool) -> None:
     """Say whether records can be sent as a pull request: environment, order, duplicates, physics. Exit code 3: no.

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from sdfit.cli.options import (
+    FILE,
     example,
     gpu_option,
     json_option,
@@ -51,10 +52,8 @@ def _tracer(kernels: str | None) -> Any:
 )
 @workload_options
 @kernels_option
-@click.option("--timeline", type=click.Path(path_type=Path), default=None, help="Draw live memory over the run (.png).")
-@click.option(
-    "--diagram", type=click.Path(path_type=Path), default=None, help="Draw the pipeline and where the peak is (.svg)."
-)
+@click.option("--timeline", type=FILE, default=None, help="Draw live memory over the run (.png).")
+@click.option("--diagram", type=FILE, default=None, help="Draw the pipeline and where the peak is (.svg).")
 @click.option(
     "--gpu",
     default=None,
@@ -123,7 +122,7 @@ def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) ->
 @click.command(epilog=example("sdfit compare", "sdfit compare --gpu t4 data/sm75/2026-11-28-holdout-trace.jsonl.gz"))
 @records_argument
 @click.option("--gpu", default=None, help="The model beside them; without it each published row gets its card's.")
-@click.option("--figure", type=click.Path(path_type=Path), default=None, help="Draw predicted / actual (.png).")
+@click.option("--figure", type=FILE, default=None, help="Draw predicted / actual (.png).")
 @click.option("--cases", is_flag=True, help="Also list every case.")
 @json_option
 def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases: bool, as_json: bool) -> None:
@@ -169,7 +168,7 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 @gpu_option
 @records_argument
 @level_option
-@click.option("--figures", type=click.Path(path_type=Path), default=None, help="A folder for the figures.")
+@click.option("--figures", type=FILE, default=None, help="A folder for the figures.")
 @click.option("--decisions", is_flag=True, help="Judge the largest sizes that it says fit, on ladders of sizes.")
 @click.option(
     "--replay/--no-replay",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sdfit.cli.options import (
+    FILE,
     example,
     gpu_option,
     json_option,
@@ -29,11 +30,11 @@ from sdfit.cli.options import (
 @workload_options
 @click.option(
     "--records",
-    type=click.Path(path_type=Path),
+    type=FILE,
     multiple=True,
     help="A sweep that was measured on this card: its seconds.",
 )
-@click.option("--figure", type=click.Path(path_type=Path), default=None, help="Memory across, time up (.png, .svg).")
+@click.option("--figure", type=FILE, default=None, help="Memory across, time up (.png, .svg).")
 @json_option
 def strategies(
     gpu: str, memory: str | None, records: tuple[Path, ...], figure: Path | None, as_json: bool, **fields: Any
@@ -85,8 +86,8 @@ def strategies(
 @click.option("--metric", default=None, help="One of required, allocated, reserved, device; left out: what decides.")
 @workload_options
 @click.option("--level", type=float, default=None, help="Of the bands, between 0 and 1.")
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), default=None, help="Write every point to a file.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Draw the curves (.png, .svg).")
+@click.option("--csv", "csv_file", type=FILE, default=None, help="Write every point to a file.")
+@click.option("--out", type=FILE, default=None, help="Draw the curves (.png, .svg).")
 @json_option
 def curve(
     gpu: tuple[str, ...],

@@ -212,7 +212,9 @@ offload, safety_checker, execution
             and vae_slicing is found.slicing  # 0 and 1 would find it too
             and vae_tiling is found.tiling
             and safety_checker is found.checked
+            and type(metric) is str  # an array could not be compared
             and metric == "allocated"
+            and type(level) is float
             and level == DEFAULT_LEVEL
         ):
             runs_as = plain_run(height, width, prompt_length, batch_size, guidance_scale)
@@ -282,6 +284,7 @@ offload, safety_checker, execution
 
     def supported_level(self, metric: str) -> float:
         """The highest level that a metric's conformal scores support; 0 without any."""
+        check_metric(metric)
         every = self.artifact.scores.get(metric)
         return every[""]["count"] / (every[""]["count"] + 1) if every else 0.0
 
@@ -349,5 +352,5 @@ def _workload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
 
 def check_metric(metric: str) -> None:
     """Refuse a metric that sdfit does not know."""
-    if metric not in METRICS:
+    if not (isinstance(metric, str) and metric in METRICS):
         raise InvalidWorkload(f"metric is {shown(metric)}; it must be one of {listed(METRICS)}", given=metric)

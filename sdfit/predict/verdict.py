@@ -122,7 +122,7 @@ def bound(predictor: Model, workload: Workload, metric: str | None = None, level
     InvalidWorkload
         If the model has too few scores for the level; an unknown bound is not the same as "does not fit".
     """
-    metric = metric or best_metric(predictor)
+    metric = best_metric(predictor) if metric is None else metric
     level = safe_level(predictor, metric) if level is None else level
     prediction = predictor.predict_workload(workload, metric=metric, level=level)
     if math.isinf(prediction.upper):
