@@ -114,7 +114,7 @@ def ask_table(f: Predictor, fields: dict[str, Any], memory: Any, how: dict[str, 
     table = {name: [value] * 2 for name, value in fields.items()}
     metric = {name: how[name] for name in how if name == "metric"}
     value, ends = f.predict(table, **metric), f.predict_interval(table, **how)
-    assert value.shape == (2,) and np.isfinite(value).all() and (0 <= ends[:, 0]).all()
+    assert value.shape == (2,) and np.isfinite(value).all() and (ends[:, 0] >= 0).all()
     assert (ends[:, 0] <= value).all() and (value <= ends[:, 1]).all()
     try:
         alone = f.equation(**fields, **how)
