@@ -1,4 +1,4 @@
-"""Required memory by replay: a model that simulates each run for what it requires, and for all else where its equation has no coefficients.
+"""Packing by replay: a model that simulates each run for what it requires and reserves, and for all else that its equation does not know.
 
 How PyTorch's allocator packs blocks into segments jumps from one size to the next by up to a quarter of the activations,
 which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does. `replaying`
@@ -28,8 +28,11 @@ from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
 from sdfit.workload import VariantKey, Workload
 
-REPLAYED = ("required", "minimum")
-"""The metrics that a replay gives of every run; the others are the equation's where it has coefficients."""
+REPLAYED = ("reserved", "device", "required", "minimum")
+"""The metrics that a replay gives of every run: all that hang on packing. What is allocated is the equation's where it has
+coefficients."""
+CAPS = ("required", "minimum")
+"""Those under which PyTorch does without an optional workspace."""
 FAR = 2.0
 """Times a limit by which the equation's number is never too high: inside a swept domain it is off by an eighth at most."""
 
@@ -113,9 +116,9 @@ class Run:
         return self._scores(metric).share_below(spare_bytes / self.standing(peaks, sizes)[1])
 
     def _scores(self, metric: str) -> conformal.Scores:
-        """Of published runs: of allocated memory all of them, and of what is replayed those that no optional workspace is in."""
+        """Of published runs: all of them, and of caps those that no optional workspace is in."""
         every = self.artifact.scores
-        found = every[metric][REPLAYED_FAMILY] if metric in REPLAYED else every["allocated"][""]
+        found = every[metric][REPLAYED_FAMILY] if metric in CAPS else every["allocated"][""]
         return conformal.Scores.read(found["count"], found["values"])
 
 
@@ -138,7 +141,9 @@ class ReplayedPrediction(Prediction):
 
 
 class Replayed(Predictor):
-    """A model that simulates runs: for what they require, and for all else where it has no coefficients. `sdfit.load` gives it.
+    """A model that simulates runs: for what they require and reserve, and for all else where it has no coefficients.
+
+    `sdfit.load` gives it.
 
     Parameters
     ----------
@@ -207,7 +212,8 @@ class Replayed(Predictor):
         except NeverSwept as never:
             return self._simulated(workload, metric, level, never)
         # of a run whose required memory was replayed the equation settles nothing
-        known = (workload, metric) in self._needs or (workload, "required") in self._needs
+        same = "reserved" if metric == "device" else metric
+        known = (workload, same) in self._needs or (workload, "required") in self._needs
         if metric not in REPLAYED or (not known and self._settled(found)):
             return found
         try:
@@ -220,11 +226,9 @@ class Replayed(Predictor):
         """A run of a variant without coefficients."""
         try:
             peaks, weights = self._replay.stages(workload, self._limit)
-            value = self._needed(workload, "reserved" if metric == "device" else metric)
+            value = self._needed(workload, metric)
         except NotSimulated as reason:
             raise NeverSwept(f"{never}; nor is this run simulated: {reason}", variant=workload.variant) from None
-        if metric == "device":
-            value += self.context_bytes
         run = Run(self.artifact, workload.variant, peaks, weights)
         return ReplayedPrediction(value, run, workload, metric, level)
 
@@ -246,6 +250,8 @@ class Replayed(Predictor):
 
     def _needed(self, workload: Workload, metric: str) -> int:
         """A metric of a run; above the limit, perhaps less than that [bytes]. Each is simulated once."""
+        if metric == "device":
+            return self._needed(workload, "reserved") + self.context_bytes
         key, limit = (workload, metric), self._limit
         if key in self._needs:
             return self._needs[key]
