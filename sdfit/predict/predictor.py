@@ -67,7 +67,6 @@ class Predictor:
         self.artifact, self.path, self.card = artifact, path, card
         self.name = name or artifact.name
         self._variants: dict[VariantKey, Variant] = {}
-        self._alone: Callable[..., Prediction] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Predictor, (self.artifact, self.path, self.name, self.card))
@@ -145,6 +144,11 @@ class Predictor:
 
     def __repr__(self) -> str:
         return f"<sdfit model '{self.name}', {self.provenance}, {len(self.artifact.swept)} variants>"
+
+    @property
+    def _alone(self) -> Callable[..., Prediction] | None:
+        """Predicts the rows of a table that no sweep had, one by one, if it can."""
+        return None
 
     def variant(self, key: VariantKey) -> Variant:
         """The compiled variant.

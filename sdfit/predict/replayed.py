@@ -9,7 +9,7 @@ second, where the equation takes microseconds. A combination of options that was
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -178,12 +178,15 @@ class Replayed(Predictor):
             raise SdfitError(no, provenance=model.provenance)
         super().__init__(model.artifact, model.path, model.name, model.card)
         self._model, self._replay, self.limit_bytes, self.exact = model, replay, limit_bytes, exact
-        self._alone = self.predict_workload
         self._needs: dict[tuple[Workload, str], int] = {}
         self._at_least: dict[tuple[Workload, str], int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_again, (self._model, self._replay, self.limit_bytes, self.exact))
+
+    @property
+    def _alone(self) -> Callable[..., Prediction]:
+        return self.predict_workload
 
     @property
     def equation(self) -> Predictor:
@@ -194,7 +197,6 @@ class Replayed(Predictor):
         """The same model, for questions whether runs need more than this [bytes]; what was replayed is shared."""
         twin = object.__new__(Replayed)
         twin.__dict__ |= self.__dict__ | {"limit_bytes": limit_bytes, "exact": exact}
-        twin._alone = twin.predict_workload
         return twin
 
     def predict_workload(
