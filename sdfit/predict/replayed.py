@@ -236,6 +236,7 @@ class Replayed(Predictor):
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
         """As the model's, but for runs of which a simulation may say something else."""
+        conformal.check_level(level)
         try:
             if metric not in REPLAYED:
                 return super().beyond(table, limit_bytes, metric=metric, level=level)
