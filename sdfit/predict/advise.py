@@ -222,7 +222,7 @@ class _Search:
         return sure, max(sure, likely or sure)
 
     def _largest(self, level: float | None) -> int | None:
-        metric = self.metric or best_metric(self.model)
+        metric = best_metric(self.model) if self.metric is None else self.metric
         at = safe_level(self.model, metric) if level is None else level
         beyond = self.model.beyond(self.table, self.limit_bytes, metric=metric, level=at)
         for index in reversed(np.flatnonzero(~beyond).tolist()):

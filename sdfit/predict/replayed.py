@@ -20,7 +20,7 @@ from sdfit.errors import NeverSwept, SdfitError
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.prediction import Prediction
-from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor
+from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor, check_metric
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed, Stages
 from sdfit.predict.simulation.workspaces import workspaces_for
@@ -236,6 +236,7 @@ class Replayed(Predictor):
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
         """As the model's, but for runs of which a simulation may say something else."""
+        check_metric(metric)
         conformal.check_level(level)
         try:
             if metric not in REPLAYED:

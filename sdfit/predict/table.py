@@ -125,14 +125,20 @@ def _dimensions(name: str, column: Any) -> int:
     """0 of one value for all rows, 1 of a column; nothing else is one."""
     try:
         found = np.ndim(column)
+    except np.ma.MaskError:  # of a list of masked values
+        raise _masked(name) from None
     except ValueError:  # rows of several lengths
         found = 2
     if found > 1:
         kind = "options" if name in VARIANT_FIELDS else "numbers"
         raise InvalidWorkload(f"column '{name}' must hold {kind}, one value or one for each row, and not lists")
     if np.ma.is_masked(column):
-        raise InvalidWorkload(f"column '{name}' has masked values; fill them in or leave these rows out", field=name)
+        raise _masked(name)
     return found
+
+
+def _masked(name: str) -> InvalidWorkload:
+    return InvalidWorkload(f"column '{name}' has masked values; fill them in or leave these rows out", field=name)
 
 
 def _mapping(table: Any) -> Mapping[str, Any]:
