@@ -108,6 +108,18 @@ def test_the_command_draws_several_variants(
     assert main(["curve", "--gpu", str(fake_model), "--over", "batch", "--from", "1", "--to", "4"]) == 2
 
 
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
+def test_a_curve_of_what_was_never_swept_says_that_it_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the equation's curves; in the notes and, for each curve, in JSON."""
+    line = ["curve", "--gpu", "t4", "--over", "batch", "--from", "1", "--to", "2", "--height", "256", "--width", "256"]
+    line += ["--variant", "dtype=float32,attention=sliced_2"]
+    assert main(line) == 0
+    assert "by the equation, but t4 dtype=float32,attention=sliced_2 simulated run by run" in capsys.readouterr().out
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["curves"]
+    assert [one["simulated"] for one in found] == [False, True]
+
+
 # -- the diagram --
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.errors import InvalidWorkload, UnknownVariant, listed
+from sdfit.errors import InvalidWorkload, NeverSwept, UnknownVariant, listed
 from sdfit.files import Kind
 from sdfit.predict.predictor import Predictor
 from sdfit.units import aligned, format_bytes
@@ -58,6 +58,8 @@ class Curve:
     memory_bytes : int or None
         What PyTorch may take on that card.
     provenance : str
+    simulated : bool
+        Whether every point is a simulated run, because the equation has no coefficients for the options; else it is the equation's.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Curve:
     high_bytes: tuple[float, ...]
     memory_bytes: int | None
     provenance: str
+    simulated: bool = False
 
     @property
     def crosses_at(self) -> int | None:
@@ -82,6 +85,7 @@ class Curve:
         return {
             "name": self.name,
             "provenance": self.provenance,
+            "simulated": self.simulated,
             "memory_bytes": self.memory_bytes,
             "points": [
                 {"at": at, "peak_bytes": round(p), "low_bytes": round(low), "high_bytes": round(high)}
@@ -136,7 +140,11 @@ class Curves:
         lines = [(self.over, *(curve.name for curve in self.curves))]
         for i in shown:
             lines.append((str(places[i]), *(format_bytes(curve.peak_bytes[i]) for curve in self.curves)))
-        notes = [f"{self.metric} memory by the equation; bands of the figure and the CSV: {100 * self.level:g} %"]
+        alone = [curve.name for curve in self.curves if curve.simulated]
+        by = "by the equation" if len(alone) < len(self.curves) else "simulated run by run"
+        if 0 < len(alone) < len(self.curves):
+            by += f", but {listed(alone)} simulated run by run"
+        notes = [f"{self.metric} memory {by}; bands of the figure and the CSV: {100 * self.level:g} %"]
         for curve in self.curves:
             if curve.memory_bytes is not None:
                 end = curve.crosses_at
@@ -225,7 +233,12 @@ def curve(
     peak = f.predict(columns, metric=metric)
     band = f.predict_interval(columns, metric=metric, level=level)
     low, high = (tuple(float(v) for v in side) for side in band.T)
-    return Curve(name, tuple(at), tuple(float(p) for p in peak), low, high, memory_bytes, f.provenance)
+    try:
+        f.equation.variant(workload.variant)
+        simulated = False
+    except NeverSwept:
+        simulated = True
+    return Curve(name, tuple(at), tuple(float(p) for p in peak), low, high, memory_bytes, f.provenance, simulated)
 
 
 def changed(workload: Workload, text: str) -> Workload:
