@@ -20,6 +20,7 @@ from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Numbers, Sizes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.terms import COLUMN, products
+from sdfit.errors import InvalidWorkload, listed, shown
 from sdfit.workload import DTYPE_BYTES, SLICES, STREAMED, VARIANT_FIELDS, VariantKey
 
 METRICS = ("allocated", "reserved", "device", "required", "minimum")
@@ -272,3 +273,15 @@ def metric_value(
             found = sum(c * x for c, x in zip(group["coef"][which], columns, strict=True) if c)
             value = np.where((codes == code) & (ranges == which), base + found, value)
     return value
+
+
+def check_metric(metric: Any) -> str:
+    """Refuse a metric that sdfit does not know.
+
+    Raises
+    ------
+    InvalidWorkload
+    """
+    if isinstance(metric, str) and metric in METRICS:
+        return metric
+    raise InvalidWorkload(f"metric is {shown(metric)}; it must be one of {listed(METRICS)}", given=metric)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdfit.errors import InvalidWorkload, SdfitError, shown
-from sdfit.predict.verdict import Model, best_metric, bound, safe_level
+from sdfit.predict.verdict import Model, bound, metric_and_level
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
 
@@ -222,8 +222,7 @@ class _Search:
         return sure, max(sure, likely or sure)
 
     def _largest(self, level: float | None) -> int | None:
-        metric = best_metric(self.model) if self.metric is None else self.metric
-        at = safe_level(self.model, metric) if level is None else level
+        metric, at = metric_and_level(self.model, self.metric, level)
         beyond = self.model.beyond(self.table, self.limit_bytes, metric=metric, level=at)
         for index in reversed(np.flatnonzero(~beyond).tolist()):
             if bound(self.model, self.run(self.first + index), metric, at).upper <= self.limit_bytes:

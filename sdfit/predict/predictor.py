@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.metrics import METRICS
+from sdfit.equation.metrics import METRICS, check_metric
 from sdfit.equation.sizes import Sizes
-from sdfit.errors import InvalidWorkload, listed, shown
+from sdfit.errors import InvalidWorkload, listed
 from sdfit.predict import advise, conformal, verdict
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.cards import CONTEXT_BYTES, Card, architecture_of, find_card
@@ -352,9 +352,3 @@ def _workload(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
     if twice:
         raise InvalidWorkload(f"{twice[0]} was given twice, by place and by name")
     return Workload.from_dict(given | kwargs)
-
-
-def check_metric(metric: str) -> None:
-    """Refuse a metric that sdfit does not know."""
-    if not (isinstance(metric, str) and metric in METRICS):
-        raise InvalidWorkload(f"metric is {shown(metric)}; it must be one of {listed(METRICS)}", given=metric)

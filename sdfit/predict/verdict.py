@@ -10,8 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sdfit.equation.metrics import check_metric
 from sdfit.errors import InvalidWorkload, UnknownVariant
 from sdfit.predict.artifact import Artifact
+from sdfit.predict.conformal import check_level
 from sdfit.predict.prediction import Prediction
 from sdfit.units import parse_bytes
 from sdfit.workload import Workload
@@ -107,6 +109,18 @@ def safe_level(predictor: Model, metric: str) -> float:
     return min(SAFE_LEVEL, predictor.supported_level(metric) or SAFE_LEVEL)
 
 
+def metric_and_level(predictor: Model, metric: str | None, level: float | None) -> tuple[str, float]:
+    """What a question is asked of: `best_metric` and `safe_level` where nothing else is.
+
+    Raises
+    ------
+    InvalidWorkload
+        For a metric or a level that is none.
+    """
+    metric = best_metric(predictor) if metric is None else check_metric(metric)
+    return metric, safe_level(predictor, metric) if level is None else check_level(level)
+
+
 def bound(predictor: Model, workload: Workload, metric: str | None = None, level: float | None = None) -> Prediction:
     """Predict with the metric that decides about fitting.
 
@@ -122,8 +136,7 @@ def bound(predictor: Model, workload: Workload, metric: str | None = None, level
     InvalidWorkload
         If the model has too few scores for the level; an unknown bound is not the same as "does not fit".
     """
-    metric = best_metric(predictor) if metric is None else metric
-    level = safe_level(predictor, metric) if level is None else level
+    metric, level = metric_and_level(predictor, metric, level)
     prediction = predictor.predict_workload(workload, metric=metric, level=level)
     if math.isinf(prediction.upper):
         highest = predictor.supported_level(metric)
