@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdfit.equation.metrics import REPLAYED_FAMILY
+from sdfit.equation.metrics import REPLAYED_FAMILY, check_metric
 from sdfit.equation.sizes import Sizes
 from sdfit.errors import NeverSwept, SdfitError
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.prediction import Prediction
-from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor, check_metric
+from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed, Stages
 from sdfit.predict.simulation.workspaces import workspaces_for
