@@ -57,7 +57,8 @@ def draw(found: Curves, path: Path | str) -> Path:
         )  # fmt: skip
     axes.set_ylim(0, edge / GIB if cut else None)
     axes.set_xlim(found.curves[0].at[0], found.curves[0].at[-1])
-    axes.set_xlabel(f"{found.over} [{UNITS[found.over]}]", color=INK)
+    unit = UNITS[found.over]
+    axes.set_xlabel(unit if unit == found.over else f"{found.over} [{unit}]", color=INK)
     axes.set_ylabel(f"{found.metric} memory [GiB], bands {100 * found.level:g} %", color=INK)
     axes.grid(color=GRID, lw=0.6)
     axes.set_axisbelow(True)
