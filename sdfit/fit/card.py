@@ -100,12 +100,13 @@ def _alike(key: str, stage: dict[str, Any]) -> list[list[int]]:
 
 
 def _sizes(domain: dict[str, Any]) -> Sizes:
-    """Sizes all over a swept domain, guided and not, in one VAE pass."""
+    """Sizes all over a swept domain, guided and not, in one VAE pass; the smallest always."""
+    most = max(domain["B·A"][1], domain["B"][0] * domain["A"][0])
     found = [
         (B, B * guided, A, L)
         for B in np.unique(_between(domain["B"]).round())
         for A in _between(domain["A"])
-        if domain["B·A"][1] >= B * A
+        if B * A <= most
         for guided in (1, 2)
         for L in domain["L"]
     ]
