@@ -26,7 +26,7 @@ from sdfit.predict.simulation.needed import Needed, Stages
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
-from sdfit.workload import VariantKey, Workload
+from sdfit.workload import VariantKey, Workload, variant_name
 
 REPLAYED = ("reserved", "device", "required", "minimum")
 """The metrics that a replay gives of every run: all that hang on packing. What is allocated is the equation's where it has
@@ -230,7 +230,11 @@ class Replayed(Predictor):
             peaks, weights = self._replay.stages(workload, self._limit)
             value = self._needed(workload, metric)
         except NotSimulated as reason:
-            raise NeverSwept(f"{never}; nor is this run simulated: {reason}", variant=workload.variant) from None
+            raise NeverSwept(
+                f"'{self.artifact.name}' has no coefficients for {variant_name(workload.variant)}, and this run is not "
+                f"simulated: {reason}",
+                variant=workload.variant,
+            ) from never
         run = Run(self.artifact, workload.variant, peaks, weights)
         return ReplayedPrediction(value, run, workload, metric, level)
 

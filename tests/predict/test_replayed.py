@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 import sdfit
+from sdfit.cli import main
 from sdfit.errors import NeverSwept, SdfitError
 from sdfit.predict.options import options_that_fit
 from sdfit.predict.predictor import Predictor
@@ -208,7 +209,7 @@ def test_questions_about_what_was_never_swept_agree():
     asked = Workload(1024, 1024, dtype="bfloat16", attention="sliced_max")
     for option in options_that_fit(g, asked, memory="3.5 GiB"):
         assert g.fits(**asked.to_dict() | option.change, memory="3.5 GiB")
-    with pytest.raises(NeverSwept, match="nor is this run simulated"):
+    with pytest.raises(NeverSwept, match=r"no coefficients for float16 eager .* not simulated: .* 8 pixels more"):
         g(64, 64, **NEVER_SWEPT)
 
 
@@ -234,3 +235,11 @@ def test_numbers_within_a_limit_are_exact_where_asked():
     near = sdfit.load("t4").within(whole - 2**21, exact=True)
     assert near.predict_workload(open_, metric="required") == whole
     assert near.predict_workload(settled, metric="required").replayed is False
+
+
+def test_the_commands_answer_for_what_was_never_swept(capsys):
+    """Each of those that ask about one run."""
+    asked = ["--gpu", "t4", "--height", "512", "--width", "512", "--offload", "sequential", "--attention", "eager"]
+    for command in ("predict", "fits", "advise", "strategies"):
+        assert main([command, *asked, *([] if command == "predict" else ["--memory", "4GiB"])]) == 0
+        assert "simulated" in capsys.readouterr().out or command in ("advise", "strategies")

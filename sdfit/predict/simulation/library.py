@@ -119,7 +119,10 @@ class Library:
         """
         pairs = zip(sides(lengths.height, kind)[1:], sides(lengths.width, kind)[1:], strict=True)
         if kind not in (TEXT, CHECKER) and any(height == width == 1 for height, width in pairs):
-            raise NotSimulated("what has one pixel is laid out in any order")
+            raise NotSimulated(
+                "a feature map of one pixel, as of an image of 64x64 or of 8x8 left over by tiles, is laid out in any order; "
+                "ask for 8 pixels more"
+            )
         found = self.programs.get(Key.of(kind, workload, lengths))
         if found is None:
             raise NotSimulated(f"no program of the {kind} is known for {workload}")
