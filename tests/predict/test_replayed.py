@@ -16,7 +16,7 @@ from sdfit.units import GIB
 from sdfit.workload import Workload
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # a model says what it rests on once
 def f():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
