@@ -106,7 +106,7 @@ def _sizes(domain: dict[str, Any]) -> Sizes:
         (B, B * guided, A, L)
         for B in np.unique(_between(domain["B"]).round())
         for A in _between(domain["A"])
-        if B * A <= most
+        if most >= B * A
         for guided in (1, 2)
         for L in domain["L"]
     ]
