@@ -175,7 +175,12 @@ def in_words(answer: Verdict, there: Memory) -> list[str]:
 @gpu_option
 @memory_option
 @click.option("--aspect", default="1:1", show_default=True, help="Width to height, for example 3:2.")
-@click.option("--step", type=int, default=64, show_default=True, help="Both sides are multiples of it.")
+@click.option(
+    "--step",
+    type=int,
+    default=None,
+    help="Both sides are multiples of it. Left out: of 64, or less where that is more than a 16th of the shorter side.",
+)
 @workload_options
 @level_option
 @replay_option
@@ -184,7 +189,7 @@ def largest(
     gpu: str,
     memory: str | None,
     aspect: str,
-    step: int,
+    step: int | None,
     level: float | None,
     replay: bool,
     as_json: bool,

@@ -3,7 +3,8 @@
 A person asks which size fits a card. So for many capacities, shapes, batches and kinds of run the largest size that the
 model's bound allows is set beside the largest that really fits, on the sizes that records hold: how much of the attainable
 area is kept, how often the answer would have failed, and how many runs are refused though they fit. What is true is what
-the records say, measured or simulated.
+the records say, measured or simulated. The answer is what `sdfit.predict.advise.largest` finds on the same sizes; those of the
+grid ``decisions`` are the ones that it searches when it is told no step, from 128 pixels on.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdfit.errors import RecordsError
+from sdfit.predict.advise import Search
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
 from sdfit.records import Record
 from sdfit.units import GIB, aligned, percent
-from sdfit.workload import variant_name
+from sdfit.workload import Workload, variant_name
 
 CAPACITIES = tuple(gib * GIB for gib in (4, 6, 8, 12, 16, 24, 48, 80))
 """What PyTorch may take [bytes]: those of common cards."""
@@ -120,6 +122,14 @@ class Decisions:
         return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes"
 
 
+class _Rung(NamedTuple):
+    """A size of a ladder: its run, what that needs by the records, and at most by the model [bytes]."""
+
+    workload: Workload
+    needed: float
+    upper: float
+
+
 @dataclass(slots=True)
 class _Tally:
     """Counts of one kind of run."""
@@ -156,8 +166,8 @@ def decide(
     RecordsError
         If no ladder has two sizes, or the records hold no required memory.
     """
-    ladders: dict[tuple[Any, ...], list[tuple[float, float, float]]] = defaultdict(list)
     metric = best_metric(predictor)
+    ladders: dict[tuple[Any, ...], list[_Rung]] = defaultdict(list)
     for record in records:
         needed = _needed(record)
         if needed is None:
@@ -165,32 +175,40 @@ def decide(
         w = record.workload
         upper = predictor.predict_workload(w, metric=metric, level=level).upper
         shape = round(4 * math.log2(w.effective_width / w.effective_height))
-        ladders[variant_name(w.variant), shape, w.batch_size, w.guided, w.tokens].append((w.pixels, needed, upper))
-    ladders = {key: sorted(sizes) for key, sizes in ladders.items() if len(sizes) > 1}
+        ladders[variant_name(w.variant), shape, w.batch_size, w.guided, w.tokens].append(_Rung(w, needed, upper))
+    ladders = {key: sorted(sizes, key=lambda r: r.workload.pixels) for key, sizes in ladders.items() if len(sizes) > 1}
     if not ladders:
         raise RecordsError("these records hold no ladders of sizes with required memory; sweep the grid 'decisions'")
     tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([], above=[]))
     skipped = 0
-    for (variant, *_), sizes in ladders.items():
+    for (variant, *_), rungs in ladders.items():
         mine = (tallies[variant], tallies[ALL])
         for tally in mine:
             assert tally.above is not None
-            tally.above += [(upper - needed) / needed for _, needed, upper in sizes if math.isfinite(needed)]
+            tally.above += [(rung.upper - rung.needed) / rung.needed for rung in rungs if math.isfinite(rung.needed)]
         for capacity in capacities:
-            fitting = [pixels for pixels, needed, _ in sizes if needed <= capacity]
-            if not fitting or len(fitting) == len(sizes):
+            fitting = [rung for rung in rungs if rung.needed <= capacity]
+            if not fitting or len(fitting) == len(rungs):
                 skipped += 1
                 continue
-            sure = [(pixels, needed) for pixels, needed, upper in sizes if upper <= capacity]
-            answer, needs = max(sure, default=(0.0, 0.0))
+            answer = _answer(predictor, rungs, capacity, metric, level)
             for tally in mine:
-                tally.kept.append(min(answer / max(fitting), 1.0))
-                tally.failed += needs > capacity
+                tally.kept.append(min(answer.workload.pixels / fitting[-1].workload.pixels, 1.0) if answer else 0.0)
+                tally.failed += answer is not None and answer.needed > capacity
                 tally.fitting += len(fitting)
-                tally.refused += len(fitting) - sum(needed <= capacity for _, needed in sure)
+                tally.refused += sum(rung.upper > capacity for rung in fitting)
     names = [*sorted(name for name in tallies if name != ALL), ALL]
     lines = tuple(_line(n, tallies[n]) for n in names if tallies[n].kept)
     return Decisions(predictor.name, level, source, lines, skipped, isinstance(predictor, Replayed))
+
+
+def _answer(predictor: Predictor, rungs: Sequence[_Rung], capacity: int, metric: str, level: float) -> _Rung | None:
+    """The size that `sdfit.predict.advise.largest` gives, were these all there are."""
+    sides = np.array([(rung.workload.height, rung.workload.width) for rung in rungs])
+    table = rungs[0].workload.to_dict() | {"height": sides[:, 0], "width": sides[:, 1]}
+    search = Search(predictor.within(capacity), capacity, metric, level, lambda k: rungs[k].workload, table)
+    found = search.largest(level)
+    return None if found is None else rungs[found]
 
 
 def _needed(record: Record) -> float | None:

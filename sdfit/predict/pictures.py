@@ -21,8 +21,6 @@ from sdfit.predict.torn import torn
 from sdfit.predict.verdict import FITS, Model, Verdict, verdict
 from sdfit.workload import Workload
 
-STEP = 64
-"""Pixels that the largest sizes are multiples of."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 """What counts as a picture in a folder; a file that is named counts whatever it is called."""
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
@@ -205,7 +203,7 @@ def check(
         shape = _shape(picture)
         if shape not in known:
             try:
-                sure = largest(model, memory=memory, aspect=shape, step=STEP, level=level, **options)
+                sure = largest(model, memory=memory, aspect=shape, level=level, **options)
                 known[shape] = (sure[0], sure[1])
             except (NothingFits, InvalidWorkload):
                 known[shape] = None

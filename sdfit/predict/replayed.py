@@ -213,10 +213,9 @@ class Replayed(Predictor):
             found = super().predict_workload(workload, metric=metric, level=level)
         except NeverSwept as never:
             return self._simulated(workload, metric, level, never)
-        # of a run whose required memory was replayed the equation settles nothing
-        same = "reserved" if metric == "device" else metric
-        known = (workload, same) in self._needs or (workload, "required") in self._needs
-        if metric not in REPLAYED or (not known and self._settled(found)):
+        # what is known of a run changes no answer, but that nothing of it is the equation's where what it requires is not
+        by_replay = metric != "required" and (workload, "required") in self._needs
+        if metric not in REPLAYED or (not by_replay and self._settled(found)):
             return found
         try:
             needed = self._needed(workload, metric)
@@ -289,7 +288,7 @@ def replaying(model: Predictor) -> Predictor:
     ...     warnings.simplefilter("ignore")
     ...     f = sdfit.load("t4")
     >>> f.largest(aspect=(3, 2), memory="8 GiB", attention="eager")
-    (576, 896)
+    (608, 896)
     """
     return model if why_not(model) else Replayed(model, Needed(model.artifact.name))
 

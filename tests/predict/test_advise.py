@@ -5,16 +5,24 @@ from __future__ import annotations
 import pickle
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from sdfit.errors import InvalidWorkload
-from sdfit.predict.advise import LargestBatch, LargestSize, NothingFits, largest, max_batch_size
+from sdfit.predict.advise import (
+    LargestBatch,
+    LargestSize,
+    NothingFits,
+    largest,
+    max_batch_size,
+    sizes_of_aspect,
+)
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import best_metric, bound, fits
 from sdfit.units import GIB
-from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, Workload
+from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, Workload
 
 
 @pytest.mark.parametrize("aspect", [(1, 1), (3, 2), (2, 3), (16, 9), (1, 4), (6, 4)])
@@ -34,6 +42,31 @@ def test_the_largest_size_is_the_largest(noisy: Predictor, aspect: tuple[int, in
     bigger_long = round(bigger_short / step * max(aspect) / min(aspect)) * step
     larger = (bigger_short, bigger_long) if across >= down else (bigger_long, bigger_short)
     assert not noisy.fits(*larger, memory=memory, level=0.9)
+
+
+@pytest.mark.parametrize("aspect", [(1, 1), (3, 2), (2, 3), (16, 9), (1, 4), (7, 5), (21, 9)])
+def test_one_size_less_costs_little_of_the_area(aspect: tuple[int, int]) -> None:
+    """Without a step given: multiples of 64 from 1024 pixels on, and from 128 on no size is 15 % larger than the one before it."""
+    sizes = sizes_of_aspect(aspect)
+    assert sizes == sorted(sizes, key=min) and all(MIN_SIDE <= side <= MAX_SIDE for size in sizes for side in size)
+    for less, more in pairwise(sizes):
+        assert 0.85 < less[0] * less[1] / (more[0] * more[1]) < 1 or min(less) < 128
+    for size in sizes:
+        assert all(side % (64 if min(size) >= 1024 else 8) == 0 for side in size)
+    assert [size for size in sizes if min(size) >= 1024] == [s for s in sizes_of_aspect(aspect, 64) if min(s) >= 1024]
+
+
+@pytest.mark.parametrize("memory_gib", [4, 6, 12, 40])
+@pytest.mark.parametrize("aspect", [(1, 1), (3, 2), (9, 16)])
+def test_the_largest_without_a_step_is_the_last_that_fits(
+    noisy: Predictor, aspect: tuple[int, int], memory_gib: int
+) -> None:
+    """Of all its sizes, one by one; what is likely is the last that fits at the lower level."""
+    memory = memory_gib * GIB
+    found = noisy.largest(memory=memory, aspect=aspect, batch_size=2, level=0.9)
+    for size, level in ((found, 0.9), (found.likely, 0.5)):
+        fitting = [s for s in sizes_of_aspect(aspect) if noisy.fits(*s, batch_size=2, memory=memory, level=level)]
+        assert size == fitting[-1]
 
 
 @pytest.mark.parametrize(("aspect", "step"), [((1, 1), 64), ((3, 2), 24), ((7, 5), 24), ((100, 1), 64)])

@@ -93,7 +93,7 @@ def test_it_pickles_and_copies(f):
     replay = Counted(f)
     g = Replayed(f, replay)
     assert g.predict_workload(Workload(512, 512), metric="required") == got
-    near = g.within(float(got))
+    near = g.within(float(f(512, 512, metric="required")))  # which the equation does not settle
     assert near.predict_workload(Workload(512, 512), metric="required") == got and len(replay.asked) == 1
 
 
@@ -225,6 +225,14 @@ def test_what_a_table_leaves_out_of_a_search_does_not_fit(f, options):
         uppers = [near.predict_workload(run, metric="required", level=0.99).upper for run in runs]
         assert beyond.any() and not any(out and upper <= 9 * GIB for out, upper in zip(beyond, uppers, strict=True))
         assert sum(upper > 9 * GIB for upper in uppers) - beyond.sum() <= (0 if model is f else 12)
+
+
+def test_what_is_known_of_a_run_changes_no_answer(f):
+    """Where the equation settles whether a run needs more than a limit, its answer is the same before and after a replay."""
+    g, w, limit = Replayed(f, Counted(f)), Workload(512, 512), 8 * GIB
+    before = g.within(limit).predict_workload(w, metric="required")
+    assert g.predict_workload(w, metric="required") > before  # an eighth above the equation
+    assert g.within(limit).predict_workload(w, metric="required") == before
 
 
 def test_numbers_within_a_limit_are_exact_where_asked():

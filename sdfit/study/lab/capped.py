@@ -15,7 +15,7 @@ from typing import Any
 
 from sdfit.errors import SdfitError
 from sdfit.files import fingerprint
-from sdfit.predict.advise import NothingFits, largest, size_of_aspect
+from sdfit.predict.advise import NothingFits, largest, sizes_of_aspect
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
 from sdfit.records import RECORDS, Record, read
@@ -70,10 +70,11 @@ def tries(
             continue
         runs = Workload(height, width, batch_size=batch)
         fails = runs
-        for k in itertools.count(min(height, width) // STEP + 1):
-            fails = Workload(*size_of_aspect(k, aspect, STEP), batch_size=batch)
-            if predictor.predict_workload(fails, metric=metric) > cap:
-                break
+        for size in sizes_of_aspect(aspect, STEP):
+            if min(size) > min(height, width):
+                fails = Workload(*size, batch_size=batch)
+                if predictor.predict_workload(fails, metric=metric) > cap:
+                    break
         found.append(Try(cap, runs, fails))
     return found
 
