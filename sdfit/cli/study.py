@@ -162,7 +162,7 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
 @click.command(
     epilog=example(
         "sdfit evaluate --gpu t4 data/sm75/2026-11-28-holdout-trace.jsonl.gz",
-        "sdfit evaluate --gpu t4 --decisions data/sm75/2026-11-28-decisions-trace.jsonl.gz",
+        "sdfit evaluate --gpu t4 --decisions --no-replay data/sm75/2026-11-28-decisions-trace.jsonl.gz",
     )
 )
 @gpu_option
@@ -186,17 +186,27 @@ def evaluate(
     replay: bool | None,
     as_json: bool,
 ) -> None:
-    """Judge a model on records: errors, coverage, width, by stage, variant and size; or the decisions it leads to."""
+    """Judge a model on records: errors, coverage, width, by stage, variant and size; or the decisions it leads to.
+
+    Decisions without records are judged beside simulated runs of the sizes that `sdfit largest` searches, in a few minutes.
+    """
     from sdfit.fit.files import fitted_on, read_pooled
     from sdfit.judging.evaluate import evaluate as judged
     from sdfit.predict.library import load
     from sdfit.predict.predictor import DEFAULT_LEVEL
 
-    data, f = read_pooled(files), load(gpu)
+    loaded = load(gpu)
+    f = loaded if (decisions if replay is None else replay) else loaded.equation
+    if decisions and not files:
+        from sdfit.judging.decisions import decide_by_simulation
+        from sdfit.predict.verdict import SAFE_LEVEL
+
+        found = decide_by_simulation(f, loaded, level=SAFE_LEVEL if level is None else level)
+        click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+        return
+    data = read_pooled(files)
     for words in fitted_on(f.artifact, files, data):
         note(words)
-    if not (decisions if replay is None else replay):
-        f = f.equation
     if decisions:
         from sdfit.judging.decisions import decide
         from sdfit.predict.verdict import SAFE_LEVEL

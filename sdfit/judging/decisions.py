@@ -3,22 +3,23 @@
 A person asks which size fits a card. So for many capacities, shapes, batches and kinds of run the largest size that the
 model's bound allows is set beside the largest that really fits, on the sizes that records hold: how much of the attainable
 area is kept, how often the answer would have failed, and how many runs are refused though they fit. What is true is what
-the records say, measured or simulated. The answer is what `sdfit.predict.advise.largest` finds on the same sizes; those of the
-grid ``decisions`` are the ones that it searches when it is told no step, from 128 pixels on.
+the records say, measured or simulated. The answer is what `sdfit.predict.advise.largest` finds among the same sizes;
+by simulation those are the ones that it searches when it is told no step.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdfit.errors import RecordsError
-from sdfit.predict.advise import Search
+from sdfit.predict.advise import Search, sizes_of_aspect
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
@@ -28,6 +29,18 @@ from sdfit.workload import Workload, variant_name
 
 CAPACITIES = tuple(gib * GIB for gib in (4, 6, 8, 12, 16, 24, 48, 80))
 """What PyTorch may take [bytes]: those of common cards."""
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"attention": "eager"},
+    {"attention": "sliced"},
+    {"vae_tiling": True},
+    {"offload": "model"},
+    {"dtype": "float32"},
+)
+SHAPES, BATCHES = ((1, 1), (3, 2), (2, 3), (16, 9)), (1, 2, 4, 8)
+"""Width to height; images per call."""
+SMALLEST = 128
+"""Of the shorter sides [pixels]."""
 ALL = "all"
 
 
@@ -116,9 +129,7 @@ class Decisions:
             for line in self.lines
         ]
         how = ", every run replayed," if self.replayed else ""
-        title = (
-            f"largest sizes by '{self.artifact}'{how} at level {self.level:g}, beside those by {self.source} records"
-        )
+        title = f"largest sizes by '{self.artifact}'{how} at level {self.level:g}, beside those by {self.source} runs"
         return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes"
 
 
@@ -166,13 +177,68 @@ def decide(
     RecordsError
         If no ladder has two sizes, or the records hold no required memory.
     """
+    known = [(record.workload, needed) for record in records if (needed := _needed(record)) is not None]
+    return _judged(predictor, known, level, capacities, source)
+
+
+def decide_by_simulation(
+    predictor: Predictor,
+    truth: Predictor,
+    *,
+    level: float = SAFE_LEVEL,
+    capacities: Sequence[int] = CAPACITIES,
+    variants: Sequence[Mapping[str, Any]] = VARIANTS,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    batches: Sequence[int] = BATCHES,
+) -> Decisions:
+    """Set the largest sizes by a model beside the largest by simulation, on the sizes that `largest` searches.
+
+    Parameters
+    ----------
+    predictor : Predictor
+    truth : Predictor
+        A model that simulates runs (`sdfit.predict.replayed.Replayed`): each size of each ladder, from `SMALLEST` pixels on to the
+        first three that need more than any capacity.
+    level, capacities
+        As in `decide`.
+    variants : sequence of mapping
+        Options of the runs.
+    shapes : sequence of (int, int)
+        Width to height.
+    batches : sequence of int
+
+    Raises
+    ------
+    RecordsError
+        If the model that is to tell the truth simulates nothing.
+
+    Notes
+    -----
+    Where the bounds are those of replayed runs too, this shows what the bound costs, not how right a simulation is.
+    """
+    if not isinstance(truth, Replayed):
+        raise RecordsError(f"the model '{truth.name}' simulates no runs; give records: sdfit sweep --grid decisions")
+    known = []
+    for options, shape, batch in product(variants, shapes, batches):
+        beyond = 0
+        for height, width in sizes_of_aspect(shape):
+            if min(height, width) >= SMALLEST and beyond < 3:
+                w = Workload(height, width, batch_size=batch, **options)
+                known.append((w, float(truth.predict_workload(w, metric="required"))))
+                beyond += known[-1][1] > max(capacities)
+    return _judged(predictor, known, level, capacities, "simulated")
+
+
+def _judged(
+    predictor: Predictor,
+    known: Sequence[tuple[Workload, float]],
+    level: float,
+    capacities: Iterable[int],
+    source: str,
+) -> Decisions:
     metric = best_metric(predictor)
     ladders: dict[tuple[Any, ...], list[_Rung]] = defaultdict(list)
-    for record in records:
-        needed = _needed(record)
-        if needed is None:
-            continue
-        w = record.workload
+    for w, needed in known:
         upper = predictor.predict_workload(w, metric=metric, level=level).upper
         shape = round(4 * math.log2(w.effective_width / w.effective_height))
         ladders[variant_name(w.variant), shape, w.batch_size, w.guided, w.tokens].append(_Rung(w, needed, upper))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from worlds import measured
 
+import sdfit
 from sdfit.errors import RecordsError
-from sdfit.judging.decisions import decide
+from sdfit.judging.decisions import decide, decide_by_simulation
+from sdfit.predict.advise import sizes_of_aspect
 from sdfit.predict.predictor import Predictor
 from sdfit.records import Record
 from sdfit.units import GIB
@@ -66,3 +71,30 @@ def test_records_without_ladders_are_refused(f: Predictor) -> None:
     for records in (single, none):
         with pytest.raises(RecordsError, match="sweep the grid 'decisions'"):
             decide(f, records)
+
+
+def test_decisions_by_simulation_are_those_that_a_person_gets() -> None:
+    """Largest sizes of `f.largest` itself beside the largest that a replay says fit, at one shape and batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        f = sdfit.load("t4")
+    capacity, options = 4 * GIB, {"attention": "eager"}
+    asked: dict[str, Any] = {"variants": [options], "shapes": [(3, 2)], "batches": [4], "capacities": [capacity]}
+    line = decide_by_simulation(f, f, **asked).lines[-1]
+    fitting = [
+        size
+        for size in sizes_of_aspect((3, 2))
+        if min(size) < 512 and f(*size, batch_size=4, metric="required", **options) <= capacity
+    ]
+    answer = sdfit.load("t4").largest(memory=capacity, aspect=(3, 2), batch_size=4, **options)
+    assert line.decisions == 1 and line.failed == 0 and max(map(min, fitting)) < 480
+    assert line.kept_worst == math.prod(answer) / math.prod(fitting[-1])
+    assert 0 < line.above_truth < 0.02
+    by_equation = decide_by_simulation(f.equation, f, **asked).lines[-1]
+    assert by_equation.kept_worst <= line.kept_worst and by_equation.above_truth > line.above_truth
+
+
+def test_a_model_that_simulates_nothing_tells_no_truth(f: Predictor) -> None:
+    """It is asked for records."""
+    with pytest.raises(RecordsError, match="simulates no runs; give records"):
+        decide_by_simulation(f, f)
