@@ -92,6 +92,13 @@ gpu_option = click.option(
     shell_complete=names_of_cards,
     help="A card (sdfit cards), a model (sdfit models) or a path; auto: the card here.",
 )
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["cuda", "trace", "fake"]),
+    default="cuda",
+    show_default=True,
+    help="cuda measures; trace simulates a card; fake is a made-up one.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Plain values, amounts in bytes.")
 level_option = click.option("--level", type=float, default=None, help="Of intervals and bounds, between 0 and 1.")
 memory_option = click.option(

@@ -12,6 +12,7 @@ import click
 
 from sdfit.cli.options import (
     FILE,
+    backend_option,
     example,
     gpu_option,
     json_option,
@@ -110,13 +111,7 @@ def check(
 @pictures_argument
 @gpu_option
 @memory_option
-@click.option(
-    "--backend",
-    type=click.Choice(["cuda", "trace", "fake"]),
-    default="cuda",
-    show_default=True,
-    help="cuda measures; trace simulates a card; fake is a made-up one.",
-)
+@backend_option
 @out_option
 @workload_options
 @level_option

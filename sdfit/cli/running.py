@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdfit.cli.options import example, json_option, names_of_cards, names_of_grids, note, out_option, records_argument
+from sdfit.cli.options import (
+    backend_option,
+    example,
+    json_option,
+    names_of_cards,
+    names_of_grids,
+    note,
+    out_option,
+    records_argument,
+)
 from sdfit.errors import FitError, SdfitError
 from sdfit.units import aligned, parse_duration, parse_share
 from sdfit.workload import CARD_ALONE, Workload, variant_name
@@ -44,13 +53,7 @@ MOST_FINDINGS = 12
     shell_complete=names_of_grids,
     help="Name of a grid, as in quick, or a .toml file.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["cuda", "trace", "fake"]),
-    default="cuda",
-    show_default=True,
-    help="cuda measures; trace simulates a card; fake is a made-up one.",
-)
+@backend_option
 @out_option
 @click.option(
     "--engine",

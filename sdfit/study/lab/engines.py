@@ -12,7 +12,8 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ def scaling(take: int, engines: Sequence[str] = ("local", "ray"), workers: Seque
     take : int
         Runs of each sweep.
     """
-    lines = [("made-up cards", "workers", "first row [s]", "rows/s", "beside the run [ms]", "processors busy")]
+    lines = [("made-up cards", "workers", "first row [s]", "rows/s", "beside the run [ms]", "processors wanted")]
     for engine in engines:
         for count in workers:
-            first, pace, load = _timed(_made_up(take), "fake", {"delay_s": DELAY_S}, engine, count)
-            beside = f"{1000 * (count / pace - DELAY_S):.1f}"
-            lines.append((engine, str(count), f"{first:.1f}", f"{pace:.2f}", beside, load))
+            found = _timed(_made_up(take), "fake", {"delay_s": DELAY_S}, engine, count)
+            beside = f"{1000 * (count / found.pace - DELAY_S):.1f}"
+            lines.append((engine, str(count), f"{found.before_s:.1f}", f"{found.pace:.2f}", beside, found.load))
     return aligned(lines, left=1)
 
 
@@ -62,13 +63,20 @@ def tracing(take: int, engines: Sequence[str] = ("local", "ray"), workers: Seque
     plan = replace(plan, workloads=tuple(w for w in plan.workloads if w.variant == usual)[:take])
     half = len(plan.workloads) // 2
     options = {"gpu": "t4", "workspaces": True}
-    lines = [("trace", "workers", f"{half} rows [s]", "rows/s from there", "times one worker", "processors busy")]
+    lines = [
+        ("trace", "workers", f"{half} rows [s]", "rows/s from there", "times one worker", "processor time a row",
+         "processors they had", "processors wanted")
+    ]  # fmt: skip
     for engine in engines:
         alone = 0.0
         for count in workers:
-            before, pace, load = _timed(plan, "trace", options, engine, count, half)
-            alone = alone or pace
-            lines.append((engine, str(count), f"{before:.1f}", f"{pace:.2f}", f"{pace / alone:.2f}", load))
+            found = _timed(plan, "trace", options, engine, count, half)
+            alone = alone or found.pace
+            busy = f"{found.processor_s * found.pace:.2f}"
+            lines.append(
+                (engine, str(count), f"{found.before_s:.1f}", f"{found.pace:.2f}", f"{found.pace / alone:.2f}",
+                 f"{1000 * found.processor_s:.0f} ms", busy, found.load)
+            )  # fmt: skip
     return aligned(lines, left=1)
 
 
@@ -165,26 +173,68 @@ def _made_up(count: int) -> Plan:
     return Plan("engines", "", 0, 2, workloads, fingerprint([w.to_dict() for w in workloads]), ())
 
 
-def _timed(
-    plan: Plan, backend: str, options: dict[str, Any], engine: str, workers: int, since: int = 1
-) -> tuple[float, float, str]:
-    """Seconds until so many rows are there, rows a second from then on; and how busy the machine was."""
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a sweep took.
+
+    Parameters
+    ----------
+    before_s : float
+        Until so many rows were there [s].
+    pace : float
+        Rows a second from then on.
+    processor_s : float
+        What the workers took of the processors for each of those rows [s]; not a number where there is no /proc.
+    load : str
+        How many processors this machine's programs wanted in the last minute, of how many.
+    """
+
+    before_s: float
+    pace: float
+    processor_s: float
+    load: str
+
+
+def _timed(plan: Plan, backend: str, options: dict[str, Any], engine: str, workers: int, since: int = 1) -> Timed:
+    """Sweep, and count from so many rows on."""
     times: list[float] = []
+    taken: list[float] = []
     started = time.monotonic()
+
+    def report(_: Progress) -> None:
+        times.append(time.monotonic())
+        if len(times) in (since, len(plan.workloads)):
+            taken.append(_processor_s())
+
     with tempfile.TemporaryDirectory() as folder:
         outcome: Outcome = sweep(
-            plan,
-            backend,
-            options,
-            Path(folder, "r.jsonl"),
-            engine=engine,
-            workers=workers,
-            report=lambda _: times.append(time.monotonic()),
+            plan, backend, options, Path(folder, "r.jsonl"), engine=engine, workers=workers, report=report
         )
     assert len(times) == outcome.done == len(plan.workloads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    pace = (len(times) - since) / (times[-1] - times[since - 1])
-    return times[since - 1] - started, pace, f"{load:.1f} of {os.cpu_count()}"
+    rows = len(times) - since
+    return Timed(
+        times[since - 1] - started,
+        rows / (times[-1] - times[since - 1]),
+        (taken[-1] - taken[0]) / rows,
+        f"{load:.1f} of {os.cpu_count()}",
+    )
+
+
+def _processor_s() -> float:
+    """What the processes that this one started, and those that they started, have taken of the processors so far [s]."""
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            parents[int(path.parent.name)], ticks[int(path.parent.name)] = int(fields[1]), sum(map(int, fields[11:13]))
+    if not parents:
+        return float("nan")
+    mine = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+        mine |= more
+    return sum(ticks[pid] for pid in mine - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
 
 
 def _nothing() -> int:
