@@ -57,8 +57,12 @@ image is where filters outweigh feature maps, and there the equation bends."""
 SIZE_EDGES = (640_000, 2_560_000)
 """Where sizes are told apart, in pixels of a pass: 800² and 1600²."""
 MISFIT, MISFIT_BYTES, UNET_MISFIT_BYTES = 0.002, 4 << 20, 16 << 20
-"""How far a stage lies from a corrected equation: this share of the run's activations, and so many bytes. The UNet's more: in
-small images its peak is at other operations than in large ones."""
+"""How far a stage lies from a corrected equation: this share of the run's activations, and so many bytes in 16 bits, twice as many in
+32. The UNet's more: in small images its peak is where filters are copied, in large ones where feature maps are widest."""
+ONE_BY_ONE = tuple(i for i, r in enumerate(REGIMES) if r.images[0] > 2 and r.elements[0])
+APART = 0.03
+"""Where three images or more run one by one (`ONE_BY_ONE`), what the kernels of one hold does not grow with their number, and no term
+of the equation is of one image: this share of a stage's activations may be so."""
 MOST_DISCOUNT = 100.0
 """A stage far below the run's peak may be off by so many times more than the stage that sets it, at most."""
 LEAST_SLOPE = 64.0
@@ -82,6 +86,8 @@ class Rows(NamedTuple):
         The stage's peak by the prior, and the weights in it [bytes].
     misfit_bytes : array, shape (rows,)
         Standard deviation of what the equation misses [bytes].
+    apart_bytes : array, shape (rows,)
+        What of it is of images that run one by one [bytes].
     """
 
     X: Array
@@ -89,6 +95,7 @@ class Rows(NamedTuple):
     prior_bytes: Array
     weights_bytes: Array
     misfit_bytes: Array
+    apart_bytes: Array
 
     def highest(self, values: Array) -> Array:
         """The highest of some values of each workload's stages."""
@@ -158,7 +165,7 @@ class Prior:
     def rows(self, workloads: Sequence[Workload]) -> Rows:
         """The stages of some workloads, in the order in which they run."""
         designs: list[Array] = []
-        place, peaks, weights, misfits = [], [], [], []
+        place, peaks, weights, misfits, apart = [], [], [], [], []
         for i, w in enumerate(workloads):
             variant, sizes = self.variant(w), Sizes.of_workload(w)
             every, found = products(*sizes), variant.stage_peaks(sizes)
@@ -173,8 +180,11 @@ class Prior:
                 place.append(i)
                 peaks.append(found[stage])
                 weights.append(variant.weights[stage])
-                misfits.append(misfit_bytes(stage, found[stage] - variant.weights[stage], top))
-        return Rows(np.array(designs), np.array(place), np.array(peaks), np.array(weights), np.array(misfits))
+                misfits.append(misfit_bytes(key, found[stage] - variant.weights[stage], top))
+                one_by_one = which in ONE_BY_ONE and "tiny" not in key
+                apart.append(APART * (found[stage] - variant.weights[stage]) if one_by_one else 0.0)
+        noise = np.hypot(misfits, apart)
+        return Rows(np.array(designs), np.array(place), np.array(peaks), np.array(weights), noise, np.array(apart))
 
 
 def regimes_of(key: StageKey) -> range:
@@ -182,13 +192,14 @@ def regimes_of(key: StageKey) -> range:
     return range(len(REGIMES) if STAGE[key[0]].widest_channels else 2)
 
 
-def misfit_bytes(stage: str, activation_bytes: float, top_bytes: float) -> float:
+def misfit_bytes(key: StageKey, activation_bytes: float, top_bytes: float) -> float:
     """How far a stage may lie from the equation [bytes]: the further it is below the run's highest, the more.
 
     An error there spoils no answer, and what lies below the peak was fitted with less weight.
     """
     below = min(top_bytes / max(activation_bytes, 1.0), MOST_DISCOUNT)
-    return (MISFIT * top_bytes + (UNET_MISFIT_BYTES if stage in UNET_STAGES else MISFIT_BYTES)) * below
+    own = (UNET_MISFIT_BYTES if key[0] in UNET_STAGES else MISFIT_BYTES) * DTYPE_BYTES[key[1]] / 2
+    return (MISFIT * top_bytes + own) * below
 
 
 @dataclass(frozen=True, slots=True)

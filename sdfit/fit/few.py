@@ -205,7 +205,8 @@ def drawn_scores(posterior: Posterior, corrected: Artifact) -> tuple[dict[str, A
     for row in drawn:
         tail = posterior.scale / np.sqrt(rng.chisquare(posterior.degrees) / posterior.degrees)
         effects = posterior.mean + root @ rng.standard_normal(root.shape[1]) * tail
-        real = rows.highest(rows.prior_bytes + rows.X @ effects)
+        apart = rows.apart_bytes * rng.standard_normal(rows.apart_bytes.size)
+        real = rows.highest(rows.prior_bytes + rows.X @ effects + apart)
         row[:] = (real - peaks + peaks * _equation_errors(known, len(workloads), rng)) / units
     repacked = drawn + changed * rng.uniform(-1, 1, drawn.shape)
     return by_family(zip(places, drawn.T, strict=True)), by_family(zip(places, repacked.T, strict=True))

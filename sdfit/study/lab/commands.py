@@ -184,9 +184,11 @@ def engines(take: int, part: tuple[str, ...]) -> None:
     from sdfit.study.lab import engines as module
 
     if not part or "scaling" in part:
-        click.echo(module.scaling(take))
+        for engine in ("local", "ray"):
+            click.echo(module.scaling(take, (engine,)))
     if not part or "trace" in part:
-        click.echo(module.tracing(3 * take))
+        for engine in ("local", "ray"):
+            click.echo(module.tracing(3 * take, (engine,)))
     if not part or "driver" in part:
         click.echo(module.driver())
     if not part or "lost" in part:
