@@ -119,15 +119,17 @@ class Record:
             table = getattr(self, name)
             if not isinstance(table, dict) or not known.issuperset(table):
                 raise RecordsError(f"{name} must be a table of {listed(STAGES if 'stage' in name else COMPONENTS)}")
+            of_bytes = name.endswith("_bytes")
             for part, value in table.items():
-                if name.endswith("_bytes"):
-                    _whole(f"{name} of {part}", value)
+                if of_bytes:
+                    if type(value) is not int or value < 0:
+                        raise _no_amount(f"{name} of {part}", value)
                 elif type(value) not in (int, float) or not 0 <= value < math.inf:
                     raise RecordsError(f"{name} of {part} is {value!r}; it must be a number of seconds")
         for name in _AMOUNTS:
             value = getattr(self, name)
-            if value is not None:
-                _whole(name, value)
+            if value is not None and (type(value) is not int or value < 0):
+                raise _no_amount(name, value)
         for name in _TEXTS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -184,11 +186,9 @@ _AMOUNTS = (*(n for n in sorted(_FIELDS - dict(_TABLES).keys()) if n.endswith("_
 _TEXTS = ("attention_kernel", "message")
 
 
-def _whole(name: str, amount: Any) -> None:
-    if type(amount) is not int or amount < 0:
-        raise RecordsError(
-            f"{name} is {amount!r}; it must be a whole number{' of bytes' * ('bytes' in name)}, 0 or more"
-        )
+def _no_amount(name: str, amount: Any) -> RecordsError:
+    unit = " of bytes" * ("bytes" in name)
+    return RecordsError(f"{name} is {amount!r}; it must be a whole number{unit}, 0 or more")
 
 
 Row = TypeVar("Row")

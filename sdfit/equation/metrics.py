@@ -221,13 +221,14 @@ def highest(peaks: Mapping[str, Numbers]) -> Any:
     return np.maximum.reduce([np.asarray(p, dtype=float) for p in peaks.values()])
 
 
-def weights_at_peak(peaks: Mapping[str, Numbers], weights: Mapping[str, int]) -> Any:
-    """The weights that are on the card in the stage that sets the peak [bytes]."""
+def weights_at_peak(peaks: Mapping[str, Numbers], weights: Mapping[str, Numbers]) -> Any:
+    """The weights that are on the card in the stage that sets the peak [bytes]; of each stage a number, or one a run."""
     at = np.argmax(np.array(list(peaks.values()), dtype=float), axis=0)
-    return np.array([weights[stage] for stage in peaks], dtype=float)[at]
+    of_stage = np.array([weights[stage] for stage in peaks], dtype=float)
+    return of_stage[at] if of_stage.ndim == 1 else np.take_along_axis(of_stage, at[None], axis=0)[0]
 
 
-def metric_features(peaks: Mapping[str, Numbers], weights: Mapping[str, int], sizes: Sizes) -> list[Any]:
+def metric_features(peaks: Mapping[str, Numbers], weights: Mapping[str, Numbers], sizes: Sizes) -> list[Any]:
     """The columns of `METRIC_FEATURES` from stage peaks and resident weights [bytes], and sizes."""
     top, every = highest(peaks), products(*sizes)
     above = top - weights_at_peak(peaks, weights)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdfit.equation.sizes import Sizes
 from sdfit.fit.folds import error_summary
 from sdfit.records import Record
-from sdfit.workload import Workload, variant_name
+from sdfit.workload import VariantKey, Workload, variant_name
 
 if TYPE_CHECKING:
     from sdfit.predict.predictor import Predictor
@@ -32,10 +33,12 @@ def baseline(ok: Sequence[Record]) -> dict[str, Any]:
     from sdfit.fit.stage_model import nonnegative  # predicting with it needs no scipy
 
     found: dict[str, Any] = {}
-    counts = Counter(r.workload.variant for r in ok)
-    enough = {variant for variant, count in counts.items() if count >= FEWEST_ROWS}
-    for variant in sorted(enough or counts):
-        rows = [r for r in ok if r.workload.variant == variant]
+    of_variant: dict[VariantKey, list[Record]] = defaultdict(list)
+    for record in ok:
+        of_variant[record.workload.variant].append(record)
+    enough = {variant for variant, rows in of_variant.items() if len(rows) >= FEWEST_ROWS}
+    for variant in sorted(enough or of_variant):
+        rows = of_variant[variant]
         y = np.array([r.allocated_bytes for r in rows], dtype=float)
         design = baseline_design([r.workload for r in rows])
         coef = nonnegative(design / y[:, None], np.ones(len(y)))
@@ -49,12 +52,9 @@ def baseline(ok: Sequence[Record]) -> dict[str, Any]:
 
 def baseline_design(workloads: Sequence[Workload]) -> Array:
     """The baseline's columns: 1, B·A, B·A², n·L·A."""
-    return np.array(
-        [
-            (1.0, w.batch_size * w.pixels, w.batch_size * w.pixels**2, w.unet_batch * w.tokens * w.pixels)
-            for w in workloads
-        ]
-    )
+    sizes = Sizes.of_workloads(workloads)
+    B, n, A, L = sizes.B, sizes.n, sizes.A, sizes.L
+    return np.column_stack([np.ones(len(A)), B * A, B * A**2, n * L * A])
 
 
 def predict_baseline(predictor: Predictor, workload: Workload) -> float | None:

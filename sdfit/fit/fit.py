@@ -8,29 +8,28 @@ regression over whole runs is fitted beside it, as the baseline that the stages 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 import sdfit
-from sdfit.equation.regimes import regime
-from sdfit.equation.sizes import Array, Sizes, domain_columns, resolution, size_columns
-from sdfit.equation.stages import StageKey, stage_key, stages_of
+from sdfit.equation.sizes import Array, domain_columns
+from sdfit.equation.stages import StageKey
 from sdfit.equation.weights import baseline_label
 from sdfit.errors import FitError
 from sdfit.fit.baseline import baseline
-from sdfit.fit.folds import FOLDS, error_summary, left_out
+from sdfit.fit.folds import error_summary
+from sdfit.fit.held_out import Mask, counted, cross_validate, fit_stage, predict_stages
 from sdfit.fit.metric_models import fit_metrics
-from sdfit.fit.observations import Observations, observe
+from sdfit.fit.observations import Observations, Runs, observe
 from sdfit.fit.scores import PublishedRow, kept, published_scores
 from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.cards import kernels_of
 from sdfit.records import Record, RecordsFile
 from sdfit.workload import variant_name
-
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 FEWEST_SIZES = 3
 """Sizes that constant, H·W and (H·W)² need."""
@@ -41,82 +40,6 @@ FEWEST_PUBLISHED = 19
 many support a bound at level 0.95."""
 WHOLE = 10_000
 """Coefficients from here on are rounded to whole bytes: those of what does not grow with the pixels."""
-MOST_ROUNDS = 20
-"""Fits of one stage until the lower bounds that count are settled."""
-
-
-def fit_stage(key: StageKey, seen: Observations, some: Any = None) -> StageModel:
-    """Fit one set of coefficients to all rows, or some; a lower bound counts only where the fit lies below it."""
-    rows = seen.rows(some)
-    bound = rows.at_least
-    use = ~bound if not bound.all() else bound
-    for _ in range(MOST_ROUNDS):
-        model = StageModel(key).fit(rows.X[use], rows.activation_bytes[use], rows.peak_bytes[use], rows.weight[use])
-        # a bound that the fit has come to exceed must leave again, or it would pull the fit down
-        violated = bound & (model.predict(rows.X) < rows.activation_bytes)
-        wanted = ~bound | violated if not bound.all() else bound
-        if (wanted == use).all():
-            break
-        use = wanted
-    return model
-
-
-def predict_stages(models: Mapping[StageKey, StageModel], records: Sequence[Record]) -> list[dict[str, float]]:
-    """Each record's stage peaks [bytes], weights included; a stage without a model is left out."""
-    peaks: list[dict[str, float]] = [{} for _ in records]
-    wanted: dict[StageKey, list[tuple[int, str]]] = {}
-    for i, record in enumerate(records):
-        for stage in stages_of(record.workload.variant):
-            wanted.setdefault(stage_key(stage, record.workload.variant), []).append((i, stage))
-    for key, places in wanted.items():
-        if key not in models:
-            continue
-        predicted = models[key].predict(size_columns([records[i].workload for i, _ in places]))
-        for (i, stage), value in zip(places, predicted, strict=True):
-            peaks[i][stage] = float(value) + records[i].weights_bytes(stage)
-    return peaks
-
-
-def cross_validate(
-    records: Sequence[Record], seen: Mapping[StageKey, Observations]
-) -> tuple[list[dict[str, float]], Mask, int]:
-    """Predict each run that succeeded by models that never saw its resolution.
-
-    Runs out of memory help to fit, as in `fit`, and are not predicted. ``seen`` is what `observe` finds in the records.
-
-    Returns
-    -------
-    peaks : list of dict of str to float
-        Stage peaks [bytes] of each run.
-    borrowed : array of bool
-        Whether the stage that sets its peak has coefficients that no other row of its regime told: all of them were left out
-        with it, and a neighbouring regime's stood in.
-    folds : int
-    """
-    ok = [r for r in records if r.outcome == "ok"]
-    out: list[dict[str, float]] = [{} for _ in ok]
-    borrowed = np.zeros(len(ok), dtype=bool)
-    sizes, folds = [resolution(r.workload) for r in records], 0
-    for _, left in left_out([s for s, r in zip(sizes, records, strict=True) if r.outcome == "ok"], FOLDS):
-        folds += 1
-        held = {resolution(ok[i].workload) for i in left}
-        stays = np.array([size not in held for size in sizes])
-        models, told = {}, {}
-        for key, obs in seen.items():
-            rows = obs.rows()
-            use = np.flatnonzero(stays[rows.places])
-            if not rows.at_least[use].all():
-                models[key] = fit_stage(key, obs, use)
-                told[key] = set(np.ravel(regime(key[0], Sizes.of(*rows.X[use].T))).tolist())
-        for i, peaks in zip(left, predict_stages(models, [ok[i] for i in left]), strict=True):
-            # a stage that no training fold saw makes the whole prediction unknown, not small
-            complete = set(peaks) == set(stages_of(ok[i].workload.variant))
-            out[i] = peaks if complete else {}
-            if complete:
-                w = ok[i].workload
-                top = max(peaks, key=peaks.__getitem__)
-                borrowed[i] = regime(top, Sizes.of_workload(w)) not in told[stage_key(top, w.variant)]
-    return out, borrowed, folds
 
 
 def fit(
@@ -156,15 +79,16 @@ def fit(
             "sweep smaller sizes",
             **counts,
         )
-    seen = observe(data.records)
-    _enough_sizes(seen, ok)
+    runs = Runs(data.records)
+    seen = observe(runs)
+    _enough_sizes(seen)
     models = {key: fit_stage(key, obs) for key, obs in seen.items()}
-    held_out, borrowed, folds = cross_validate(data.records, seen)
-    fitted = predict_stages(models, ok)
-    metrics, scores, errors = fit_metrics(ok, fitted, held_out)
+    held_out, borrowed, folds = cross_validate(runs, seen, models)
+    fitted = predict_stages(models, runs)
+    metrics, scores, errors = fit_metrics(runs, fitted, held_out)
     environment = dict(data.environment)
     rests_on = provenance(environment)
-    evaluation = _evaluation(ok, fitted, held_out, borrowed, folds, data.records)
+    evaluation = _evaluation(runs, fitted, held_out, borrowed, folds)
     evaluation["metrics"] = {
         metric: error_summary(found).to_dict() | {"rows": len(found)} for metric, found in errors.items() if len(found)
     }
@@ -184,7 +108,7 @@ def fit(
                 "stages": {"|".join(key): _stage(models[key], obs) for key, obs in seen.items()},
                 "metrics": metrics,
                 "scores": kept(scores),
-                "swept": sorted({variant_name(r.workload.variant) for r in ok}),
+                "swept": sorted({variant_name(v) for v in {r.workload.variant for r in ok}}),
                 "baseline": baseline(ok),
                 "evaluation": evaluation,
             }
@@ -208,12 +132,12 @@ def provenance(environment: Mapping[str, Any]) -> str:
     return "fake"
 
 
-def _enough_sizes(seen: Mapping[StageKey, Observations], ok: Sequence[Record]) -> None:
+def _enough_sizes(seen: Mapping[StageKey, Observations]) -> None:
     """The UNet of each swept kind must have been seen at enough sizes for its terms."""
     for key, obs in seen.items():
         if key[0] != "unet":
             continue
-        sizes = {w.pixels for w, bound in zip(obs.workloads, obs.at_least, strict=True) if not bound}
+        sizes = np.unique(np.prod(obs.X[~obs.at_least, :2], axis=1))
         if len(sizes) < FEWEST_SIZES:
             term = ("constant", "H·W", "(H·W)²")[len(sizes)] if len(sizes) < FEWEST_SIZES else ""
             raise FitError(
@@ -272,15 +196,10 @@ def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
 
 
 def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
-    rows = seen.rows()
-    bound = rows.at_least
-    # a lower bound that the fit exceeds is no observation of the peak
-    use = ~bound | (model.predict(rows.X) < rows.activation_bytes) if not bound.all() else bound
-    low, high = model.bounds(
-        rows.X[use], rows.activation_bytes[use], rows.peak_bytes[use], rows.weight[use], groups=rows.groups[use]
-    )
-    certain = [w for w, unsure in zip(seen.workloads, bound, strict=True) if not unsure] or seen.workloads
-    columns = domain_columns(*(np.array([getattr(w, n) for w in certain]) for n in ("pixels", "batch_size", "tokens")))
+    rows = seen.where(counted(model, seen))
+    low, high = model.bounds(rows.X, rows.activation_bytes, rows.peak_bytes, rows.weight, groups=rows.groups)
+    certain = seen.X if seen.at_least.all() else seen.X[~seen.at_least]
+    columns = domain_columns(certain[:, 0] * certain[:, 1], certain[:, 3], certain[:, 2])
     return {
         "terms": list(model.terms_),
         "regimes": model.regimes_,
@@ -303,32 +222,27 @@ def _short_number(value: float) -> float:
     return round(value) if value == 0 or WHOLE <= value < math.inf else value
 
 
-def _evaluation(
-    ok: Sequence[Record],
-    fitted: Sequence[Mapping[str, float]],
-    held_out: Sequence[Mapping[str, float]],
-    borrowed: Mask,
-    folds: int,
-    records: Sequence[Record],
-) -> dict[str, Any]:
-    actual = np.array([r.allocated_bytes for r in ok], dtype=float)
-    inside = np.array([max(p.values()) for p in fitted])
-    known = [i for i, p in enumerate(held_out) if p]
+def _evaluation(runs: Runs, fitted: Array, held_out: Array, borrowed: Mask, folds: int) -> dict[str, Any]:
+    ok = np.flatnonzero(runs.ok)
+    outcomes = Counter(r.outcome for r in runs.records)
+    actual = np.array([float(runs.records[i].allocated_bytes or 0) for i in ok.tolist()])
+    inside = np.nanmax(fitted[ok], axis=1)
+    known = np.flatnonzero(~np.isnan(held_out[ok]).all(axis=1))
     result: dict[str, Any] = {
         "rows": len(ok),
-        "oom_rows": sum(r.outcome == "oom" for r in records),
-        "crashed_rows": sum(r.outcome == "crash" for r in records),
+        "oom_rows": outcomes["oom"],
+        "crashed_rows": outcomes["crash"],
         "folds": folds,
         "fitted": error_summary((inside - actual) / actual).to_dict(),
     }
-    if known:
-        outside = np.array([max(held_out[i].values()) for i in known])
+    if len(known):
+        outside = np.nanmax(held_out[ok[known]], axis=1)
         relative = (outside - actual[known]) / actual[known]
         found = error_summary(relative)
         result["cross_validated"] = found.to_dict() | {"rows": len(known)}
         at = found.worst_at
-        own = ~borrowed[known]
+        own = ~borrowed[ok[known]]
         if own.any() and not own.all():
             result["regime_known"] = error_summary(relative[own]).to_dict() | {"rows": int(own.sum())}
-        result["worst_row"] = ok[known[at]].workload.to_dict() | {"error": float(relative[at])}
+        result["worst_row"] = runs.workloads[ok[known[at]]].to_dict() | {"error": float(relative[at])}
     return result

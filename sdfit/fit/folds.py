@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from heapq import heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,19 +32,26 @@ def left_out(groups: Sequence[str] | Any, folds: int | None = FOLDS) -> Iterator
     >>> [(stay.tolist(), out.tolist()) for stay, out in left_out(["a", "b", "a"], None)]
     [([1], [0, 2]), ([0, 2], [1])]
     """
-    if not len(groups):
-        return
+    of_row = fold_of(groups, folds)
+    for fold in range(int(of_row.max(initial=-1)) + 1):
+        yield np.flatnonzero(of_row != fold), np.flatnonzero(of_row == fold)
+
+
+def fold_of(groups: Sequence[str] | Any, folds: int | None = FOLDS) -> Indices:
+    """The fold that each row is left out in, as `left_out` says; of fewer than two groups none, -1.
+
+    Examples
+    --------
+    >>> fold_of(["a", "b", "a", "c"], 2).tolist()
+    [0, 1, 0, 1]
+    """
     codes = np.unique(np.asarray(groups), return_inverse=True)[1]
-    count = int(codes.max()) + 1
+    count = int(codes.max(initial=-1)) + 1
     if count < 2:
-        return
+        return np.full(len(codes), -1)
     if folds is None and count <= MOST_FOLDS:
-        for code in range(count):
-            yield np.flatnonzero(codes != code), np.flatnonzero(codes == code)
-    else:
-        of_row = _folds(np.bincount(codes), min(folds or MOST_FOLDS, count))[codes]
-        for fold in range(int(of_row.max()) + 1):
-            yield np.flatnonzero(of_row != fold), np.flatnonzero(of_row == fold)
+        return codes
+    return _folds(np.bincount(codes), min(folds or MOST_FOLDS, count))[codes]
 
 
 def _folds(rows: Indices, folds: int) -> Indices:
@@ -51,10 +59,11 @@ def _folds(rows: Indices, folds: int) -> Indices:
 
     The folds of scikit-learn's `GroupKFold`, which takes longer to import than a fit takes.
     """
-    found, filled = np.zeros(len(rows), dtype=np.intp), np.zeros(folds)
-    for group in np.argsort(rows, kind="stable")[::-1]:
-        found[group] = np.argmin(filled)
-        filled[found[group]] += rows[group]
+    found = np.zeros(len(rows), dtype=np.intp)
+    filled = [(0, fold) for fold in range(folds)]
+    for group in np.argsort(rows, kind="stable")[::-1].tolist():
+        count, found[group] = filled[0]
+        heapreplace(filled, (count + int(rows[group]), int(found[group])))
     return found
 
 

@@ -7,10 +7,9 @@ many and leave the jumps to the scores.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -31,15 +30,14 @@ from sdfit.equation.metrics import (
     place_of,
     weights_at_peak,
 )
-from sdfit.equation.sizes import Array, Sizes, resolution
-from sdfit.equation.stages import stages_of
-from sdfit.fit.folds import left_out
+from sdfit.equation.sizes import Array, Sizes
+from sdfit.equation.stages import STAGES, stages_of
+from sdfit.fit.folds import Indices, left_out
+from sdfit.fit.observations import Runs
 from sdfit.fit.scores import by_family
-from sdfit.fit.stage_model import lengths
+from sdfit.fit.stage_model import MANY_ROWS, lengths
 from sdfit.predict.conformal import scale
-from sdfit.records import Record
 
-Peaks = Mapping[str, float]
 DECIDES = "required"
 """The metric behind every answer to "does it fit"; the others are told less finely, or an artifact would be twice as large."""
 COARSE = 3
@@ -65,40 +63,65 @@ QUADRATIC_AT = [METRIC_FEATURES.index(name) for name in QUADRATIC]
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Some predicted stage peaks of a run, and what a metric's regression makes of them.
+    """Some runs through predicted stage peaks, and what a metric's regression makes of them: arrays, a row each.
 
     Attributes
     ----------
-    place : Place
-    features : array
+    places : list of Place
+        Where runs stand.
+    at : array
+        Which of them each run stands at.
+    features : array, shape (rows, features)
         The columns of `METRIC_FEATURES`.
-    base_bytes, peak_bytes, scale_bytes : float
-        The weights in the stage that sets the peak, the peak, the unit of a score.
-    extent : float
+    extent : array
         Images times pixels.
+    base_bytes, peak_bytes, scale_bytes : array
+        The weights in the stage that sets the peak, the peak, the unit of a score.
     """
 
-    place: Place
+    places: list[Place]
+    at: Indices
     features: Array
-    extent: float
-    base_bytes: float
-    peak_bytes: float
-    scale_bytes: float
+    extent: Array
+    base_bytes: Array
+    peak_bytes: Array
+    scale_bytes: Array
 
     @classmethod
-    def of(cls, record: Record, peaks: Peaks) -> _Seen:
-        """Look at a run through the stage peaks [bytes] that a model predicts."""
-        w = record.workload
-        weights = {stage: record.weights_bytes(stage) for stage in stages_of(w.variant)}
-        sizes = Sizes.of_workload(w)
-        return cls(
-            place_of(w.variant, int(place_codes(peaks, sizes))),
-            np.array([float(x) for x in metric_features(peaks, weights, sizes)]),
-            float(extent(sizes)),
-            float(weights_at_peak(peaks, weights)),
-            float(highest(peaks)),
-            float(scale(peaks, weights)),
-        )
+    def of(cls, runs: Runs, peaks_bytes: Array, rows: Indices) -> _Seen:
+        """Look at runs through the stage peaks that a model predicts, a column for each of `STAGES`."""
+        places: dict[Place, int] = {}
+        count = len(runs)
+        at, features = np.full(count, -1), np.full((count, len(METRIC_FEATURES)), np.nan)
+        extents, base, peak, unit = (np.full(count, np.nan) for _ in range(4))
+        wanted = np.zeros(count, dtype=bool)
+        wanted[rows] = True
+        for variant, every in runs.variants.items():
+            mine = every[wanted[every]]
+            if not len(mine):
+                continue
+            columns = {stage: STAGES.index(stage) for stage in stages_of(variant)}
+            peaks = {stage: peaks_bytes[mine, column] for stage, column in columns.items()}
+            weights = {stage: runs.weights_bytes[mine, column] for stage, column in columns.items()}
+            sizes = Sizes.of(*runs.X[mine].T)
+            codes, which = np.unique(place_codes(peaks, sizes), return_inverse=True)
+            of_code = [places.setdefault(place_of(variant, int(code)), len(places)) for code in codes]
+            at[mine] = np.array(of_code)[which]
+            features[mine] = np.column_stack(metric_features(peaks, weights, sizes))
+            extents[mine] = extent(sizes)
+            base[mine], peak[mine] = weights_at_peak(peaks, weights), highest(peaks)
+            unit[mine] = scale(peaks, weights)
+        return cls(list(places), at[rows], features[rows], extents[rows], base[rows], peak[rows], unit[rows])
+
+    def where(self, rows: Any) -> _Seen:
+        """Some of the runs."""
+        return _Seen(self.places, *(getattr(self, one.name)[rows] for one in fields(_Seen)[1:]))
+
+    def by_place(self, rows: Indices) -> list[tuple[Place, Indices]]:
+        """Those of some rows that stand at each place, in the order in which places first come."""
+        at = self.at[rows]
+        found, first = np.unique(at, return_index=True)
+        return [(self.places[i], rows[at == i]) for i in found[np.argsort(first)]]
 
 
 class _Regression:
@@ -116,17 +139,18 @@ class _Regression:
 
     def __init__(
         self,
-        seen: Sequence[_Seen],
+        seen: _Seen,
         values: Array,
         edges: dict[str, list[float]] | None = None,
         *,
         finest: int = 0,
     ) -> None:
         self.seen, self.values, self.finest = seen, values, finest
-        self.members: dict[str, list[int]] = defaultdict(list)
-        for i, one in enumerate(seen):
-            for name in metric_groups(one.place)[finest:]:
-                self.members[name].append(i)
+        parts: dict[str, list[Indices]] = defaultdict(list)
+        for place, rows in seen.by_place(np.arange(len(values))):
+            for name in metric_groups(place)[finest:]:
+                parts[name].append(rows)
+        self.members = {name: np.sort(np.concatenate(rows)) for name, rows in parts.items()}
         self._given, self._found = edges, dict[str, tuple[list[float], list[Array]]]()
 
     def group(self, place: Place) -> str:
@@ -136,20 +160,19 @@ class _Regression:
     def _stands(self, group: str) -> bool:
         return len(self.members.get(group, ())) >= FEWEST_ROWS and (self._given is None or group in self._given)
 
-    def errors(self, group: str, runs: Sequence[int]) -> float:
+    def errors(self, group: str, mine: Indices) -> float:
         """The mean error of a group's coefficients on some runs, relative."""
-        mine = np.array(runs)
         design, above = self._rows(mine)
         edges, coef = self.ranges(group)
-        which = np.searchsorted(edges, [self.seen[i].extent for i in mine], side="right")
+        which = np.searchsorted(edges, self.seen.extent[mine], side="right")
         return float(np.mean(np.abs(np.sum(design * np.array(coef)[which], axis=1) - above)))
 
     def ranges(self, group: str) -> tuple[list[float], list[Array]]:
         """Where a group's ranges end, and the coefficients of each."""
         if group not in self._found:
-            mine = np.array(self.members[group])
+            mine = _some(self.members[group])
             design, above = self._rows(mine)
-            size = np.array([self.seen[i].extent for i in mine])
+            size = self.seen.extent[mine]
             edges = self._given.get(group, []) if self._given is not None else _edges(design, above, size)
             whole = robust_nonnegative(design, above)
             which = np.searchsorted(edges, size, side="right")
@@ -162,18 +185,31 @@ class _Regression:
             self._found[group] = list(edges), coef
         return self._found[group]
 
-    def _rows(self, mine: Any) -> tuple[Array, Array]:
+    def _rows(self, mine: Indices) -> tuple[Array, Array]:
         """Features and what the metric lies above the weights, both relative to the metric."""
         values = self.values[mine]
-        design = np.array([self.seen[i].features for i in mine]) / values[:, None]
-        if not all(self.seen[i].place.attention in MATERIALISED for i in mine):
+        design = self.seen.features[mine] / values[:, None]
+        if not all(self.seen.places[i].attention in MATERIALISED for i in np.unique(self.seen.at[mine])):
             design[:, QUADRATIC_AT] = 0.0  # no scores are held: a small square would run away with the size
-        return design, 1 - np.array([self.seen[i].base_bytes for i in mine]) / values
+        return design, 1 - self.seen.base_bytes[mine] / values
 
-    def predict(self, one: _Seen) -> float:
-        """The metric of a run [bytes]."""
-        edges, coef = self.ranges(self.group(one.place))
-        return one.base_bytes + float(coef[bisect_right(edges, one.extent)] @ one.features)
+    def predict(self, others: _Seen) -> Array:
+        """The metric of runs [bytes]."""
+        found = np.empty(len(others.at))
+        for place, rows in others.by_place(np.arange(len(found))):
+            edges, coef = self.ranges(self.group(place))
+            of_range = np.array(coef)[np.searchsorted(edges, others.extent[rows], side="right")]
+            above = others.features[rows][:, None, :] @ of_range[:, :, None]
+            found[rows] = others.base_bytes[rows] + above[:, 0, 0]
+        return found
+
+
+def _some(rows: Indices) -> Indices:
+    """The rows, or of many `MANY_ROWS` drawn from them: for eight coefficients more tell next to nothing more."""
+    if len(rows) <= MANY_ROWS:
+        return rows
+    found: Indices = np.sort(np.random.default_rng(0).choice(rows, MANY_ROWS, replace=False))
+    return found
 
 
 def _edges(design: Array, above: Array, size: Array, depth: int = MOST_SPLITS) -> list[float]:
@@ -202,18 +238,16 @@ def _edges(design: Array, above: Array, size: Array, depth: int = MOST_SPLITS) -
     return [*below, at, *_edges(design[~low], above[~low], size[~low], depth - 1)]
 
 
-def fit_metrics(
-    ok: Sequence[Record], fitted: Sequence[Peaks], held_out: Sequence[Peaks]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Array]]:
+def fit_metrics(runs: Runs, fitted: Array, held_out: Array) -> tuple[dict[str, Any], dict[str, Any], dict[str, Array]]:
     """Fit the metrics that the records have, and score all of them on unseen resolutions.
 
     Parameters
     ----------
-    ok : sequence of Record
-        Runs that succeeded.
-    fitted, held_out : sequences of mapping
+    runs : Runs
+        Those that succeeded are fitted.
+    fitted, held_out : array, shape (runs, stages)
         Each run's stage peaks [bytes] as the stages give them, and as stages give them that never saw its resolution;
-        empty where unknown.
+        NaN where unknown.
 
     Returns
     -------
@@ -227,27 +261,24 @@ def fit_metrics(
     metrics: dict[str, Any] = {}
     scores: dict[str, Any] = {}
     errors: dict[str, Array] = {}
-    unseen = [_Seen.of(record, peaks) if peaks else None for record, peaks in zip(ok, held_out, strict=True)]
-    seen = [_Seen.of(record, peaks) for record, peaks in zip(ok, fitted, strict=True)]
     for metric in METRICS:
-        values = {i: float(v) for i, r in enumerate(ok) if (v := getattr(r, f"{metric}_bytes")) is not None}
-        if not values:
+        every = np.array([getattr(r, f"{metric}_bytes") for r in runs.records], dtype=float)
+        rows = np.flatnonzero(runs.ok & ~np.isnan(every))
+        if not len(rows):
             continue
-        rows = list(values)
-        actual = np.array([values[i] for i in rows])
+        known = np.flatnonzero(~np.isnan(held_out[rows]).all(axis=1))
+        unseen, actual = _Seen.of(runs, held_out, rows[known]), every[rows]
         if metric == "allocated":
-            predicted = [one.peak_bytes if (one := unseen[i]) is not None else None for i in rows]
+            predicted = unseen.peak_bytes
         else:
-            mine = [seen[i] for i in rows]
-            model = _Regression(mine, actual, finest=0 if metric == DECIDES else COARSE)
+            model = _Regression(_Seen.of(runs, fitted, rows), actual, finest=0 if metric == DECIDES else COARSE)
             metrics[metric] = _fitted(model)
-            groups = [resolution(ok[i].workload) for i in rows]
             edges = {name: found["edges"] for name, found in metrics[metric].items()}
-            predicted = _held_out(mine, [unseen[i] for i in rows], actual, groups, edges, model.finest)
-        known = [(unseen[i], a, p) for i, a, p in zip(rows, actual, predicted, strict=True) if p is not None]
-        scored = ((one.place, (a - p) / one.scale_bytes) for one, a, p in known if one is not None)
+            predicted = _held_out(model, unseen, known, runs.groups[rows], edges)
+        misses = (actual[known] - predicted) / unseen.scale_bytes
+        scored = ((place, misses[mine]) for place, mine in unseen.by_place(np.arange(len(known))))
         scores[metric] = by_family(scored, narrow=metric in ("allocated", DECIDES))
-        errors[metric] = np.array([(p - a) / a for _, a, p in known])
+        errors[metric] = (predicted - actual[known]) / actual[known]
     return metrics, scores, errors
 
 
@@ -256,11 +287,12 @@ def _fitted(model: _Regression) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in sorted((g for g, mine in model.members.items() if not g or len(mine) >= FEWEST_ROWS), key=_breadth):
         mine = model.members[name]
-        wider: dict[str, list[int]] = defaultdict(list)
-        for i in mine:
-            wider[next((g for g in metric_groups(model.seen[i].place) if g in found), "")].append(i)
         if found:
-            missed = sum(len(some) * model.errors(g, some) for g, some in wider.items()) / len(mine)
+            wider: dict[str, list[Indices]] = defaultdict(list)
+            for place, rows in model.seen.by_place(mine):
+                wider[next((g for g in metric_groups(place) if g in found), "")].append(rows)
+            of_wider = {g: np.sort(np.concatenate(rows)) for g, rows in wider.items()}
+            missed = sum(len(some) * model.errors(g, some) for g, some in of_wider.items()) / len(mine)
             if missed < CLOSE or missed < WORTH_KEEPING * model.errors(name, mine):
                 continue
         edges, coef = model.ranges(name)
@@ -279,25 +311,20 @@ def _short(coef: Iterable[float]) -> list[float]:
 
 
 def _held_out(
-    seen: Sequence[_Seen],
-    unseen: Sequence[_Seen | None],
-    values: Array,
-    groups: Sequence[str],
-    edges: dict[str, list[float]],
-    finest: int,
-) -> list[float | None]:
-    """Predict each run by a regression that never saw its resolution, on stage peaks that did not either.
+    model: _Regression, unseen: _Seen, known: Indices, groups: Indices, edges: dict[str, list[float]]
+) -> Array:
+    """Predict the ``known`` runs by regressions that never saw their resolution, on stage peaks that did not either.
 
     Only where the ranges of sizes end was found on all runs.
     """
-    found: list[float | None] = [None] * len(seen)
+    found = np.full(len(model.values), np.nan)
+    row_of = np.full(len(model.values), -1)
+    row_of[known] = np.arange(len(known))
     for stay, out in left_out(groups):
-        model = _Regression([seen[j] for j in stay], values[stay], edges, finest=finest)
-        for j in out:
-            one = unseen[j]
-            if one is not None:
-                found[j] = model.predict(one)
-    return found
+        without = _Regression(model.seen.where(stay), model.values[stay], edges, finest=model.finest)
+        mine = out[row_of[out] >= 0]
+        found[mine] = without.predict(unseen.where(row_of[mine]))
+    return found[known]
 
 
 def robust_nonnegative(design: Array, target: Array, rounds: int = ROUNDS) -> Array:

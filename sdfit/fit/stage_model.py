@@ -8,6 +8,7 @@ own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Array, Sizes
 from sdfit.equation.stages import StageKey
 from sdfit.equation.terms import design_matrix, terms_of
+from sdfit.fit.folds import fold_of
 
 COLLINEAR = 1e-5
 """A column is identified if at least this share of its length is not in the span of the earlier ones."""
@@ -34,6 +36,57 @@ OPEN = 1e-6
 """A direction of which the remaining rows hold no more than this share is open without the group that was left out."""
 LEVEL = 0.95
 """Of the coefficients' bounds."""
+MANY_ROWS = 5000
+"""Of more rows than that, those that stay or go together are summed up in few before they are fitted again and again."""
+MOST_LEFT_OUT = 2000
+"""Of more resolutions than that, several are left out at a time for the coefficients' bounds."""
+
+Folds = np.ndarray[Any, np.dtype[np.intp]]
+
+
+@dataclass(frozen=True, slots=True)
+class Equations:
+    """Rows of a stage as what they say of its coefficients, as shares of the run's peak.
+
+    Attributes
+    ----------
+    design, target : array, shape (rows, terms), and (rows,)
+    regimes, counts : array, shape (rows,)
+        An index into `sdfit.equation.regimes.REGIMES`; how many observations a row stands for.
+    """
+
+    design: Array
+    target: Array
+    regimes: Any
+    counts: Array
+
+    @classmethod
+    def of(cls, key: StageKey, X: Array, y: Array, peak_bytes: Any = None, weight: Any = None) -> Equations:
+        """The equations of observations; see `StageModel.fit`."""
+        per_byte, sizes = _per_byte(y if peak_bytes is None else peak_bytes, weight), Sizes.of(*X.T)
+        regimes = np.broadcast_to(regime(key[0], sizes), len(X))
+        return cls(design_matrix(key, sizes) * per_byte[:, None], y * per_byte, regimes, np.ones(len(X)))
+
+    def where(self, use: Any) -> Equations:
+        """Some of the rows."""
+        return Equations(self.design[use], self.target[use], self.regimes[use], self.counts[use])
+
+    def summed_up(self, folds: Folds) -> tuple[Equations, Folds]:
+        """Few rows that say the same: for those of a regime that are in one fold, their triangle. And the fold of each.
+
+        Least squares see no difference: of the rows Q·R they take R and the target in Q's directions, to rounding.
+        """
+        cells, first, which = np.unique(folds * len(REGIMES) + self.regimes, return_index=True, return_inverse=True)
+        columns = np.column_stack([self.design, self.target])
+        order, ends = np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))
+        parts = [
+            np.linalg.qr(columns[rows], mode="r") if len(rows) > columns.shape[1] else columns[rows]
+            for rows in np.split(order, ends[:-1])
+        ]
+        of = np.repeat(np.arange(len(cells)), [len(part) for part in parts])
+        rows, counts = np.vstack(parts), np.bincount(which) / np.bincount(of)
+        whole = Equations(rows[:, :-1], rows[:, -1], self.regimes[first][of], counts[of])
+        return whole, folds[first][of]
 
 
 class StageModel:
@@ -52,8 +105,6 @@ class StageModel:
         Which row of ``coef_`` each of `sdfit.equation.regimes.REGIMES` uses.
     unidentified_ : dict
         Terms that the data cannot tell from others, and what to sweep to tell them.
-    condition_ : float
-        Condition number of the scaled design matrix of the identified terms.
 
     Examples
     --------
@@ -82,19 +133,27 @@ class StageModel:
             How much each relative residual counts; None: 1.
         """
         X, y = np.asarray(X, dtype=float), np.asarray(y, dtype=float)
-        per_byte = _per_byte(y if peak_bytes is None else peak_bytes, weight)
-        self.terms_ = terms_of(self.key)
         self.n_features_in_ = X.shape[1]
-        sizes = Sizes.of(*X.T)
-        design, target = design_matrix(self.key, sizes) * per_byte[:, None], y * per_byte
-        self.unidentified_, self.condition_ = self._unidentified(design)
+        return self.solve(Equations.of(self.key, X, y, peak_bytes, weight))
+
+    def solve(self, equations: Equations, *, apart: bool | None = None) -> StageModel:
+        """Fit the coefficients to equations; whether regimes stand ``apart``, None finds out."""
+        self.terms_, self._equations = terms_of(self.key), equations
+        design, target = equations.design, equations.target
+        self.unidentified_ = self._unidentified(design)
         pooled = self._solve(design, target)
         self.coef_, self.regimes_ = pooled[None, :], [0] * len(REGIMES)
-        found = np.broadcast_to(regime(self.key[0], sizes), len(X))
-        own = self._own(design, target, found)
-        if own and self._split_explains(design, target, found, pooled, own):
+        own = self._own(equations) if apart is not False else {}
+        if own and (apart or self._split_explains(equations, pooled, own)):
             self._split(own)
         return self
+
+    @property
+    def condition_(self) -> float:
+        """Condition number of the scaled design matrix of the identified terms."""
+        kept = [i for i, name in enumerate(self.terms_) if name not in self.unidentified_]
+        design = self._equations.design
+        return float(np.linalg.cond(design[:, kept] / lengths(design)[kept])) if kept else 0.0
 
     def predict(self, X: Any) -> Array:
         """Peak activations [bytes] for rows of `SIZE_COLUMNS`."""
@@ -147,11 +206,10 @@ class StageModel:
             high[row, keep] = np.maximum(middle + half, self.coef_[row, keep])
         return low, high
 
-    def _unidentified(self, design: Array) -> tuple[dict[str, str], float]:
+    def _unidentified(self, design: Array) -> dict[str, str]:
         """Walk through the terms in order and leave out what the earlier ones span already."""
         length = lengths(design)
         basis = np.empty((0, len(design)))
-        kept: list[int] = []
         missing: dict[str, str] = {}
         for i, name in enumerate(self.terms_):
             rest = design[:, i] / (length[i] or 1.0)
@@ -162,9 +220,7 @@ class StageModel:
                 missing[name] = _WHAT_IDENTIFIES[name]
             else:
                 basis = np.vstack([basis, rest / norm])
-                kept.append(i)
-        scaled = design[:, kept] / length[kept]
-        return missing, float(np.linalg.cond(scaled)) if kept else 0.0
+        return missing
 
     def _solve(self, design: Array, target: Array, anchor: Array | None = None) -> Array:
         """Non-negative least squares; what the rows leave open stays near the anchor."""
@@ -177,28 +233,29 @@ class StageModel:
         coef[keep] = nonnegative(columns, target)
         return coef
 
-    def _own(self, design: Array, target: Array, found: Array) -> dict[int, Array]:
+    def _own(self, equations: Equations) -> dict[int, Array]:
         """Coefficients of each regime by itself, starting from the one with most rows."""
-        present, counts = np.unique(found, return_counts=True)
+        counts = np.bincount(equations.regimes, weights=equations.counts, minlength=len(REGIMES))
+        present, first = np.flatnonzero(counts), int(np.argmax(counts))
         if len(present) < 2:
             return {}
-        first = int(present[np.argmax(counts)])
-        own = {first: self._solve(design[found == first], target[found == first])}
+        mine = equations.where(equations.regimes == first)
+        own = {first: self._solve(mine.design, mine.target)}
         for r in (int(r) for r in present if r != first):
-            mine = found == r
+            mine = equations.where(equations.regimes == r)
             anchor = own[next(o for o in REGIMES[r].neighbours if o in own)]
-            own[r] = self._solve(design[mine], target[mine], anchor)
+            own[r] = self._solve(mine.design, mine.target, anchor)
         return own
 
-    def _split_explains(self, design: Array, target: Array, found: Array, pooled: Array, own: dict[int, Array]) -> bool:
+    def _split_explains(self, equations: Equations, pooled: Array, own: dict[int, Array]) -> bool:
         """Whether sets of their own explain what the common one misses, in most rows of some regime."""
-        common = self._without_far(design, target, pooled)
+        common = self._without_far(equations.design, equations.target, pooled)
         for r, coef in own.items():
-            mine = found == r
-            apart = self._without_far(design[mine], target[mine], coef)
+            mine = equations.where(equations.regimes == r)
+            apart = self._without_far(mine.design, mine.target, coef)
             # the lower of two neighbours: of two rows or more one alone never decides
             before, after = (
-                np.quantile(np.abs(target[mine] - design[mine] @ c), SPLIT_QUANTILE, method="lower")
+                np.quantile(np.abs(mine.target - mine.design @ c), SPLIT_QUANTILE, method="lower")
                 for c in (common, apart)
             )
             if before > POOLED_MISFIT and before > SPLIT_GAIN * after:
@@ -274,19 +331,23 @@ def _jackknife(design: Array, target: Array, groups: Any) -> tuple[Array, Array]
     u, back = u[:, :rank], vt[:rank].T / s[:rank]  # coefficients (scaled) = back @ coordinates
     reach = np.linalg.norm(back, axis=1)
     open_ = np.abs(vt[rank:]).max(axis=0, initial=0.0) > OPEN
-    names, codes = np.unique(groups, return_inverse=True)
+    codes = np.unique(groups, return_inverse=True)[1]
+    if len(codes) and codes.max() >= MOST_LEFT_OUT:
+        codes = fold_of(codes, MOST_LEFT_OUT)
     coordinates = u.T @ target
+    order, ends = np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))
+    parts = [(u[mine], target[mine]) for mine in np.split(order, ends[:-1])]
+    held_out_, directions = np.linalg.eigh(np.array([np.eye(rank) - mine.T @ mine for mine, _ in parts]))
     without = []
-    for code in range(len(names)):
-        mine = codes == code
-        held, vectors = np.linalg.eigh(np.eye(rank) - u[mine].T @ u[mine])
+    for (mine, aim), held, vectors in zip(parts, held_out_, directions, strict=True):
         told = held > OPEN
         # without this group the open directions are unknown, and with them every coefficient that they enter
-        open_ |= np.abs(back @ vectors[:, ~told]).max(axis=1, initial=0.0) > OPEN * reach
-        solved = vectors[:, told].T @ (coordinates - u[mine].T @ target[mine]) / held[told]
+        if not told.all():
+            open_ |= np.abs(back @ vectors[:, ~told]).max(axis=1, initial=0.0) > OPEN * reach
+        solved = vectors[:, told].T @ (coordinates - mine.T @ aim) / held[told]
         without.append(back @ (vectors[:, told] @ solved))
     estimate = back @ coordinates
-    count = len(names)
+    count = len(parts)
     spread = np.sqrt((count - 1) / count * np.sum((np.array(without) - np.mean(without, axis=0)) ** 2, axis=0))
     half = float(stdtrit(max(count - rank, 1), (1 + LEVEL) / 2)) * spread  # Student's quantile
     return estimate / length, np.where(open_, np.inf, half) / length

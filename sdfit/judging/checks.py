@@ -49,8 +49,7 @@ measure them again'
     for record in records:
         w = record.workload
         if record.outcome == "ok" and record.allocated_bytes:
-            same = (w.effective_height, w.effective_width, w.tokens, w.batch_size, w.unet_batch, w.variant)
-            seen.setdefault(same, []).append(record)
+            seen.setdefault((*w.runs_as, w.variant), []).append(record)
     findings = []
     for found in seen.values():
         least, most = (f(found, key=lambda r: r.allocated_bytes or 0) for f in (min, max))
@@ -82,20 +81,26 @@ def check_censored(records: Sequence[Record], artifact: Artifact | None = None) 
                 f"{format_bytes(record.cap_bytes)}; the cap was not in force"
             )
             findings.append(_censored("error", record, off, text))
+    predictor = None if artifact is None else Predictor(artifact)
+    alike: dict[tuple[object, ...], list[Record]] = {}
+    for record in passed if failed else ():
+        alike.setdefault((record.workload.variant, record.cap_bytes), []).append(record)
+    sizes = {key: np.array([r.workload.runs_as for r in rows]) for key, rows in alike.items()}
     for record in failed:
-        if artifact is not None and record.oom_bytes:
-            findings += _below_bound(record, artifact)
-        for other in passed:
-            if other.cap_bytes == record.cap_bytes and _covers(other.workload, record.workload):
-                text = f"{label(record)} ran out of memory, but {label(other)}, which needs no less, did not; measure both again"
-                findings.append(_censored("warning", record, None, text))
-                break
+        if predictor is not None and record.oom_bytes:
+            findings += _below_bound(record, predictor)
+        key = record.workload.variant, record.cap_bytes
+        covers = (sizes[key] >= record.workload.runs_as).all(axis=1) if key in sizes else np.zeros(1, dtype=bool)
+        if covers.any():
+            other = alike[key][int(np.argmax(covers))]
+            text = f"{label(record)} ran out of memory, but {label(other)}, which needs no less, did not; measure both again"
+            findings.append(_censored("warning", record, None, text))
     return findings
 
 
-def _below_bound(record: Record, artifact: Artifact) -> list[Finding]:
+def _below_bound(record: Record, predictor: Predictor) -> list[Finding]:
     try:
-        peaks = Predictor(artifact).predict_workload(record.workload).stage_peaks
+        peaks = predictor.predict_workload(record.workload).stage_peaks
     except UnknownVariant:
         return []
     bound = float(record.oom_bytes or 0)
@@ -109,11 +114,6 @@ def _below_bound(record: Record, artifact: Artifact) -> list[Finding]:
         f"{format_bytes(predicted)} there; it would call that run safe"
     )
     return [_censored("error" if off > GRAVE else "warning", record, off, text)]
-
-
-def _covers(large: Workload, small: Workload) -> bool:
-    pairs = ("effective_height", "effective_width", "tokens", "batch_size", "unet_batch")
-    return large.variant == small.variant and all(getattr(large, p) >= getattr(small, p) for p in pairs)
 
 
 def _censored(severity: str, record: Record, off: float | None, text: str) -> Finding:

@@ -20,7 +20,7 @@ from sdfit.equation.sizes import Sizes, size_columns
 from sdfit.equation.stages import StageKey
 from sdfit.equation.terms import TERMS, design_matrix
 from sdfit.errors import FitError
-from sdfit.fit.fit import fit_stage
+from sdfit.fit.held_out import fit_stage
 from sdfit.fit.observations import Observations, observe
 from sdfit.fit.stage_model import StageModel
 from sdfit.predict.artifact import Artifact
@@ -173,8 +173,8 @@ def variance_inflation(design: Array) -> Array:
 
 
 def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) -> StageReport:
-    use = [i for i, bound in enumerate(seen.at_least) if not bound]
-    workloads, rows, model = [seen.workloads[i] for i in use], seen.rows(use), fit_stage(key, seen)
+    rows, model = seen.where(~seen.at_least), fit_stage(key, seen)
+    workloads = rows.workloads
     sizes = Sizes.of(*rows.X.T)
     columns = design_matrix(key, sizes)
     design = columns / rows.peak_bytes[:, None]
@@ -220,7 +220,7 @@ def _stage(key: StageKey, seen: Observations, fitted: Mapping[str, Any] | None) 
         )
     return StageReport(
         stage=" ".join(key),
-        rows=len(use),
+        rows=len(rows),
         resolutions=len(set(rows.groups.tolist())),
         prompt_lengths=tuple(sorted({w.tokens for w in workloads})),
         condition=float(model.condition_),
@@ -240,7 +240,7 @@ def _closest(design: Array, i: int, kept: Sequence[int], terms: Sequence[str]) -
 
 def _proposals(key: StageKey, like: Workload, model: StageModel, seen: Observations) -> tuple[list[Workload], Array]:
     """Workloads that could be swept next, of the variant at hand, and their rows of the design matrix."""
-    least = min(p - a for p, a in zip(seen.peak_bytes, seen.activation_bytes, strict=True))
+    least = float(np.min(seen.peak_bytes - seen.activation_bytes))
     options = like.to_dict()
     found = []
     for side, batch, prompt, guidance in itertools.product(SIDES, BATCHES, PROMPTS, (1.0, 7.5)):

@@ -11,19 +11,19 @@ the others. Held-out errors are those of fits without the named rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sdfit.equation.regimes import REGIMES, regime
-from sdfit.equation.sizes import Sizes, resolution
-from sdfit.equation.stages import StageKey, stages_of
+from sdfit.equation.sizes import Sizes
+from sdfit.equation.stages import STAGES, StageKey
 from sdfit.equation.terms import design_matrix, terms_of
 from sdfit.errors import FitError, listed
-from sdfit.fit.folds import left_out
-from sdfit.fit.observations import Rows as FitRows
-from sdfit.fit.observations import observe
+from sdfit.fit.folds import Indices, fold_of
+from sdfit.fit.held_out import fit_stage, fitted_without
+from sdfit.fit.observations import Observations, Runs, observe
 from sdfit.fit.stage_model import StageModel
 from sdfit.judging.checks import check_censored, check_duplicates, check_equation
 from sdfit.judging.findings import Finding, HeldOut, Verdict, label, verdict
@@ -72,13 +72,15 @@ def judge(records: Sequence[Record], artifact: Artifact | None = None) -> Verdic
     """
     if not any(r.outcome == "ok" for r in records):
         raise FitError(f"there is nothing to judge: none of the {len(records)} runs succeeded; sweep smaller sizes")
-    stages = _stage_rows(records)
-    findings, bad = [], {}
-    for key, rows in stages.items():
-        found, far = _check_stage(key, rows)
-        findings += found
-        bad[key] = far
-    held_out = _held_out(records, stages, bad)
+    runs = Runs(records)
+    findings, good = [], {}
+    for key, every in observe(runs).items():
+        seen = every.where(~every.at_least)  # what was measured: lower bounds are left out
+        if len(seen):
+            found, far = _check_stage(key, seen)
+            findings += found
+            good[key] = seen.where(~far), fold_of(seen.groups, None)[~far]
+    held_out = _held_out(runs, good)
     findings += held_out_findings(held_out)
     findings += check_duplicates(records)
     findings += check_censored(records, artifact)
@@ -148,8 +150,9 @@ def judge_table(
             for i, (a, b, c) in enumerate(zip(h, w, batch, strict=True))
         ]
     rows = Rows(
-        labels=tuple(labels),
-        resolution=tuple(f"{a:.0f}x{b:.0f}" for a, b in zip(h, w, strict=True)),
+        name=labels.__getitem__,
+        places=np.arange(len(h)),
+        resolution=np.array([f"{a:.0f}x{b:.0f}" for a, b in zip(h, w, strict=True)]),
         design=np.column_stack([term_column(name, sizes) for name in terms]),
         activation=peak,
         weights=np.zeros(len(h)),
@@ -167,70 +170,47 @@ def judge_table(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """A stage's rows, where they came from, how much each counts in a fit, and the regime of each."""
-
-    rows: Rows
-    seen: FitRows
-    places: tuple[int, ...]
-    regimes: Array
-
-    def fitted(self, key: StageKey, use: Any = slice(None)) -> StageModel:
-        """The stage's model, of some of its rows."""
-        s = self.seen
-        return StageModel(key).fit(s.X[use], s.activation_bytes[use], s.peak_bytes[use], s.weight[use])
-
-
-def _stage_rows(records: Sequence[Record]) -> dict[StageKey, _Stage]:
-    """Sort what was measured (lower bounds left out) by the coefficients that it is evidence for."""
-    stages = {}
-    for key, every in observe(records).items():
-        use = [i for i, bound in enumerate(every.at_least) if not bound]
-        if not use:
-            continue
-        seen, workloads = every.rows(use), [every.workloads[i] for i in use]
-        places = tuple(every.places[i] for i in use)
-        sizes = Sizes.of(*seen.X.T)
-        rows = Rows(
-            labels=tuple(label(records[i]) for i in places),
-            resolution=tuple(resolution(w) for w in workloads),
-            design=design_matrix(key, sizes),
-            activation=seen.activation_bytes,
-            weights=np.array([float(every.weights_bytes[i]) for i in use]),
-            scale=seen.peak_bytes,
-            pixels=np.array([float(w.pixels) for w in workloads]),
-            candidates=candidate_columns(terms_of(key), sizes, seen.X[:, 0], seen.X[:, 1]),
-        )
-        stages[key] = _Stage(rows, seen, places, np.broadcast_to(regime(key[0], sizes), len(use)))
-    return stages
+def _rows(key: StageKey, seen: Observations, sizes: Sizes) -> Rows:
+    """A stage's rows as the checks take them."""
+    return Rows(
+        name=lambda place: label(seen.runs.records[place]),
+        places=seen.places,
+        resolution=seen.groups,
+        design=design_matrix(key, sizes),
+        activation=seen.activation_bytes,
+        weights=seen.weights_bytes,
+        scale=seen.peak_bytes,
+        pixels=seen.X[:, 0] * seen.X[:, 1],
+        candidates=candidate_columns(terms_of(key), sizes, seen.X[:, 0], seen.X[:, 1]),
+    )
 
 
-def _check_stage(key: StageKey, stage: _Stage) -> tuple[list[Finding], Array]:
+def _check_stage(key: StageKey, seen: Observations) -> tuple[list[Finding], Array]:
     """Judge a stage: as a whole where that explains it, else each regime that has coefficients of its own by itself."""
-    rows, where = stage.rows, " ".join(key)
-    model = stage.fitted(key)
-    sets = np.asarray(model.regimes_)[stage.regimes]
+    sizes, where = Sizes.of(*seen.X.T), " ".join(key)
+    rows, regimes = _rows(key, seen, sizes), np.broadcast_to(regime(key[0], sizes), len(seen))
+    model = fit_stage(key, seen)
+    sets = np.asarray(model.regimes_)[regimes]
     rows = replace(rows, design=rows.design[:, [name not in model.unidentified_ for name in model.terms_]])
     far = np.zeros(len(sets), dtype=bool)
     fewest = rows.design.shape[1] + 2
     if len(model.coef_) == 1 and len(far) >= fewest:
-        findings, far, _ = check_rows(where, rows, stage.regimes)
+        findings, far, _ = check_rows(where, rows, regimes)
         return findings, far
     if len(model.coef_) > 1:
         # a lacking term can look like two regimes; what tells the regimes themselves apart is no news here
         other = {name: c for name, c in rows.candidates.items() if REGIME_WORDS not in name}
-        findings, found, _ = check_rows(where, replace(rows, candidates=other), stage.regimes)
+        findings, found, _ = check_rows(where, replace(rows, candidates=other), regimes)
         if any(finding.kind == "term" for finding in findings):
             return findings, found
     findings = []
     for one in np.unique(sets):
         mine = sets == one
-        names = listed(REGIMES[r].words for r in np.unique(stage.regimes[mine]))
+        names = listed(REGIMES[r].words for r in np.unique(regimes[mine]))
         if mine.sum() < fewest:
             findings += _unchecked(where, names, rows, mine, fewest)
         else:
-            found_here, far[mine], _ = check_rows(f"{where}, {names}", rows.where(mine), stage.regimes[mine])
+            found_here, far[mine], _ = check_rows(f"{where}, {names}", rows.where(mine), regimes[mine])
             findings += found_here
     return findings, far
 
@@ -248,34 +228,40 @@ def _unchecked(where: str, names: str, rows: Rows, mine: Array, fewest: int) -> 
     actual = rows.weights[worst] + rows.activation[worst]
     off = float(actual / max(actual - miss[worst] * rows.scale[worst], 1.0) - 1)
     text = (
-        f"its {mine.sum()} row(s) with {names} do not follow the equation of the others ({rows.labels[worst]} by "
+        f"its {mine.sum()} row(s) with {names} do not follow the equation of the others ({rows.label(worst)} by "
         f"{off:+.1%}), and are too few to check one of their own; sweep {fewest - mine.sum()} more there"
     )
-    return [Finding("warning", "regime", where, rows.labels[worst], off, text)]
+    return [Finding("warning", "regime", where, rows.label(worst), off, text)]
 
 
-def _held_out(
-    records: Sequence[Record], stages: Mapping[StageKey, _Stage], bad: Mapping[StageKey, Array]
-) -> tuple[HeldOut, ...]:
-    """Leave out one resolution after the other; only runs whose every stage could be predicted count."""
-    peaks: list[dict[str, float]] = [{} for _ in records]
-    for key, stage in stages.items():
-        for stay, out in left_out(stage.rows.resolution, None):
-            train, rest = stay[~bad[key][stay]], out[~bad[key][out]]
-            if not len(rest) or len(np.unique(np.array(stage.rows.resolution)[train])) < 2:
-                continue
-            values = stage.fitted(key, train).predict(stage.seen.X[rest]) + stage.rows.weights[rest]
-            for i, value in zip(rest, values, strict=True):
-                peaks[stage.places[i]][key[0]] = float(value)
-    found = []
-    for record, known in zip(records, peaks, strict=True):
-        if record.outcome == "ok" and record.allocated_bytes and set(known) == set(stages_of(record.workload.variant)):
-            w = record.workload
-            error = max(known.values()) / record.allocated_bytes - 1
-            found.append((resolution(w), float(w.pixels), error))
-    if not found:
+def _held_out(runs: Runs, good: Mapping[StageKey, tuple[Observations, Indices]]) -> tuple[HeldOut, ...]:
+    """Leave out one resolution after the other; only runs whose every stage could be predicted count.
+
+    Parameters
+    ----------
+    runs : Runs
+    good : mapping
+        What each set of coefficients was measured at, without the rows that were named; and the fold of each.
+    """
+    peaks = np.full(runs.peaks_bytes.shape, np.nan)
+    for key, (seen, folds) in good.items():
+        counts = np.bincount(np.unique(np.column_stack([folds, seen.groups]), axis=0)[:, 0] + 1)
+        whole = fit_stage(key, seen) if len(seen) else StageModel(key)
+        for fold, model in fitted_without(key, seen, folds, whole):
+            out = folds == fold
+            if counts.sum() - counts[fold + 1] >= 2:
+                values = model.predict(seen.X[out]) + seen.weights_bytes[out]
+                peaks[seen.places[out], STAGES.index(key[0])] = values
+    actual = np.array([r.allocated_bytes or np.nan for r in runs.records], dtype=float)
+    complete = (~np.isnan(peaks) == runs.runs_through).all(axis=1)
+    known = np.flatnonzero(runs.ok & complete & ~np.isnan(actual))
+    if not len(known):
         return ()
-    return by_resolution([f[0] for f in found], np.array([f[1] for f in found]), np.array([f[2] for f in found]))
+    names = [runs.names[group] for group in runs.groups[known]]
+    pixels = runs.X[known, 0] * runs.X[known, 1]
+    return by_resolution(
+        names, pixels, np.max(peaks[known], axis=1, initial=0.0, where=runs.runs_through[known]) / actual[known] - 1
+    )
 
 
 def leave_one_resolution_out(records: Sequence[Record]) -> tuple[HeldOut, ...]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.fit.folds import left_out
-from sdfit.fit.stage_model import nonnegative
+from sdfit.fit.folds import fold_of
+from sdfit.fit.stage_model import MANY_ROWS, Equations, nonnegative
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -29,6 +29,8 @@ SCALES = 8.0
 """... and by this many times what the other rows miss by (1.4826 times their median absolute residual)."""
 MOST_SUBSETS = 200
 STARTS, STEPS, FINALISTS = 120, 2, 6
+SAMPLE = 1500
+"""Rows that the subsets are drawn and concentrated in, where there are `MANY_ROWS`: nested, as Rousseeuw and Van Driessen do."""
 TERM_MISFIT = 0.002
 """Held-out misfit (root mean square, share of the run's peak) above which a lacking term is looked for."""
 TERM_GAIN = 3.0
@@ -107,6 +109,10 @@ def trimmed_fit(design: Array, target: Array, *, seed: int = 0) -> Trimmed:
 
 def _trimmed(design: Array, target: Array, keep: int, rng: np.random.Generator) -> Array:
     rows, terms = design.shape
+    if rows > MANY_ROWS:  # a sample finds what the finalists then settle on all rows
+        some = rng.choice(rows, size=SAMPLE, replace=False)
+        coef = _trimmed(design[some], target[some], (SAMPLE + terms + 1) // 2, rng)
+        return _concentrate(design, target, coef, keep, STEPS)
     if math.comb(rows, keep) <= MOST_SUBSETS:
         subsets = [np.array(s) for s in itertools.combinations(range(rows), keep)]
         return min((nonnegative(design[s], target[s]) for s in subsets), key=lambda c: _loss(design, target, c, keep))
@@ -151,8 +157,13 @@ def held_out_misfit(design: Array, target: Array, groups: Any) -> float:
     0.0
     """
     residual = np.zeros(len(target))
-    for stay, out in left_out(groups, None):
-        residual[out] = target[out] - design[out] @ nonnegative(design[stay], target[stay])
+    folds = fold_of(groups, None)
+    few, many = Equations(design, target, np.zeros(len(target), dtype=np.intp), np.ones(len(target))), folds
+    if len(target) > MANY_ROWS:
+        few, many = few.summed_up(folds)
+    for fold in range(int(folds.max(initial=-1)) + 1):
+        out, stay = folds == fold, many != fold
+        residual[out] = target[out] - design[out] @ nonnegative(few.design[stay], few.target[stay])
     return float(np.sqrt(np.mean(residual**2)))
 
 

@@ -6,8 +6,8 @@ before a row is blamed a term is looked for that would explain it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,21 @@ REGIME_WORDS = "from two images per call on"
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows that one set of coefficients has to describe."""
+    """The rows that one set of coefficients has to describe.
 
-    labels: tuple[str, ...]
-    resolution: tuple[str, ...]
+    Attributes
+    ----------
+    name : callable
+        ``name(place)`` names a row.
+    places : array
+        Of each row, for ``name``.
+    resolution : array
+        What is the same for rows of one resolution.
+    """
+
+    name: Callable[[int], str]
+    places: Array
+    resolution: Array
     design: Array
     activation: Array
     weights: Array
@@ -40,19 +51,14 @@ class Rows:
     pixels: Array
     candidates: dict[str, Array]
 
+    def label(self, row: int | np.intp) -> str:
+        """Name a row."""
+        return self.name(int(self.places[row]))
+
     def where(self, mask: Array) -> Rows:
         """The rows of a mask."""
-        at = np.flatnonzero(mask)
-        return Rows(
-            tuple(self.labels[i] for i in at),
-            tuple(self.resolution[i] for i in at),
-            self.design[mask],
-            self.activation[mask],
-            self.weights[mask],
-            self.scale[mask],
-            self.pixels[mask],
-            {name: column[mask] for name, column in self.candidates.items()},
-        )
+        arrays = {one.name: getattr(self, one.name)[mask] for one in fields(Rows)[1:-1]}
+        return replace(self, **arrays, candidates={name: column[mask] for name, column in self.candidates.items()})
 
 
 def term_column(name: str, sizes: Sizes) -> Array:
@@ -86,7 +92,7 @@ def candidate_columns(names: tuple[str, ...], sizes: Sizes, height: Array, width
 def check_rows(where: str, rows: Rows, regimes: Array | None = None) -> tuple[list[Finding], Array, Array]:
     """Judge the rows of one set of coefficients; returns findings, the rows named, and the coefficients without them."""
     design, target = rows.design / rows.scale[:, None], rows.activation / rows.scale
-    groups = np.unique(np.array(rows.resolution), return_inverse=True)[1]
+    groups = np.unique(rows.resolution, return_inverse=True)[1]
     candidates = {name: column / rows.scale for name, column in rows.candidates.items()}
     findings = _negative(where, rows, design, target)
     found = trimmed_fit(design, target)
@@ -119,9 +125,9 @@ def check_rows(where: str, rows: Rows, regimes: Array | None = None) -> tuple[li
                 "error",
                 "regime",
                 where,
-                rows.labels[worst],
+                rows.label(worst),
                 float(actual[worst] / predicted[worst] - 1),
-                f"{far.sum()} of {len(far)} rows do not agree with the others, {rows.labels[worst]} least "
+                f"{far.sum()} of {len(far)} rows do not agree with the others, {rows.label(worst)} least "
                 f"({format_bytes(actual[worst])} where they say {format_bytes(predicted[worst])}); no known term tells the "
                 "two kinds apart: look at what differs between them, and fit them apart",
             )
@@ -147,9 +153,9 @@ def _outlier(where: str, rows: Rows, i: int, actual: Array, predicted: Array, fa
         "error" if abs(off) > GRAVE else "warning",
         "outlier",
         where,
-        rows.labels[i],
+        rows.label(i),
         off,
-        f"{rows.labels[i]} has {format_bytes(actual[i])} where the other rows say {format_bytes(predicted[i])} "
+        f"{rows.label(i)} has {format_bytes(actual[i])} where the other rows say {format_bytes(predicted[i])} "
         f"({off:+.1%}){edge}; measure it again, or leave it out",
     )
 
@@ -171,9 +177,9 @@ def _regime_finding(where: str, rows: Rows, far: Array, which: int, actual: Arra
         "error" if abs(off[worst]) > GRAVE else "warning",
         "regime",
         where,
-        rows.labels[worst],
+        rows.label(worst),
         float(off[worst]),
-        f"its {far.sum()} row(s) with {REGIMES[which].words} follow another equation ({rows.labels[worst]} by {off[worst]:+.1%}), "
+        f"its {far.sum()} row(s) with {REGIMES[which].words} follow another equation ({rows.label(worst)} by {off[worst]:+.1%}), "
         f"and are too few for coefficients of their own; sweep that regime at {max(4 - int(far.sum()), 1)} more sizes",
     )
 
@@ -194,9 +200,9 @@ def _negative(where: str, rows: Rows, design: Array, target: Array) -> list[Find
             "warning",
             "sign",
             where,
-            rows.labels[worst],
+            rows.label(worst),
             None,
-            f"fitted without bounds it would need {format_bytes(low[worst] * rows.scale[worst])} at {rows.labels[worst]}; "
+            f"fitted without bounds it would need {format_bytes(low[worst] * rows.scale[worst])} at {rows.label(worst)}; "
             "some row is wrong, or a term is lacking",
         )
     ]
@@ -205,7 +211,7 @@ def _negative(where: str, rows: Rows, design: Array, target: Array) -> list[Find
 def leave_out(rows: Rows, use: Array) -> Array:
     """Predicted less actual [bytes] of each row, by a fit to the rows in ``use`` of other resolutions."""
     design, target = rows.design / rows.scale[:, None], rows.activation / rows.scale
-    names = np.array(rows.resolution)
+    names = rows.resolution
     errors = np.full(len(names), np.nan)
     for stay, out in left_out(names, None):
         train = stay[use[stay]]
@@ -214,7 +220,7 @@ def leave_out(rows: Rows, use: Array) -> Array:
     return errors
 
 
-def by_resolution(names: Sequence[str], pixels: Array, errors: Array) -> tuple[HeldOut, ...]:
+def by_resolution(names: Sequence[str] | Array, pixels: Array, errors: Array) -> tuple[HeldOut, ...]:
     """Put relative errors together by resolution, smallest first; rows without an error (NaN) are left out."""
     lines, ends = [], (pixels.min(), pixels.max())
     rows: dict[str, list[int]] = {names[i]: [] for i in np.argsort(pixels, kind="stable")}

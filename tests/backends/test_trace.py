@@ -22,7 +22,7 @@ from sdfit.backends import open_backend
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import stage_key, stages_of
 from sdfit.equation.weights import rounded
-from sdfit.fit.fit import fit_stage
+from sdfit.fit.held_out import fit_stage
 from sdfit.fit.observations import observe
 from sdfit.predict.simulation.card import Traced
 from sdfit.records import Record

@@ -19,7 +19,7 @@ SIDES = tuple(range(256, 1208, 8))
 def seen(card, workloads, stage):
     """Key and rows of a stage."""
     key, found = next((k, o) for k, o in observe(run(card, workloads)).items() if k[0] == stage)
-    return key, found.rows()
+    return key, found
 
 
 def fitted(key, rows):

@@ -20,8 +20,8 @@ from sdfit.equation.sizes import Array
 from sdfit.files import shipped
 from sdfit.fit.correction import Posterior, Prior, Rows, correct
 from sdfit.fit.few import fit_few
-from sdfit.fit.fit import fit_stage, predict_stages
-from sdfit.fit.observations import observe
+from sdfit.fit.held_out import fit_stage, predict_stages
+from sdfit.fit.observations import Runs, observe
 from sdfit.fit.planning import Few
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
@@ -193,7 +193,7 @@ def _line(
 
 
 def _full(models: Mapping[Any, Any], records: Sequence[Record], actual: Array) -> float:
-    return _worst(np.array([max(p.values()) for p in predict_stages(models, records)]), actual)
+    return _worst(np.nanmax(predict_stages(models, Runs(records)), axis=1), actual)
 
 
 def _worst(predicted: Array, actual: Array) -> float:
