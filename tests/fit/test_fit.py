@@ -19,8 +19,9 @@ from sdfit.errors import FitError, RecordsError
 from sdfit.fit.baseline import FEWEST_ROWS
 from sdfit.fit.card import accuracy_rows
 from sdfit.fit.files import fit_files, swept_files
-from sdfit.fit.fit import cross_validate, fit, provenance
-from sdfit.fit.observations import observe
+from sdfit.fit.fit import fit, provenance
+from sdfit.fit.held_out import cross_validate, fit_stage
+from sdfit.fit.observations import Runs, observe
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
@@ -316,7 +317,9 @@ def test_a_run_that_alone_tells_its_regime_is_judged_apart() -> None:
     """Left out it is predicted by another regime's numbers, which says nothing of the fit: errors are given with and without it."""
     lone = Workload(1400, 1400, batch_size=3, guidance_scale=1.0)
     data = measured([*(Workload(side, side, guidance_scale=1.0) for side in SIDES if side != 1400), lone])
-    _, borrowed, folds = cross_validate(data.records, observe(data.records))
+    runs = Runs(data.records)
+    seen = observe(runs)
+    _, borrowed, folds = cross_validate(runs, seen, {key: fit_stage(key, rows) for key, rows in seen.items()})
     assert folds > 2 and [r.workload for r, one in zip(data.records, borrowed, strict=True) if one] == [lone]
     artifact = fit(data)
     apart, whole = artifact.evaluation["regime_known"], artifact.evaluation["cross_validated"]
