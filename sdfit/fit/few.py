@@ -8,8 +8,8 @@ Where the intervals come from
 -----------------------------
 Runs that a plan chose are too few, and too far from random, for conformal scores of their own. So the scores are drawn: what
 the runs leave open of the corrections (a draw from their posterior, with Student's tails and the spread that the runs
-themselves show), and on top an error of the prior's equation on resolutions that it had not seen, over the workloads of
-the default grid that the card holds. They hold as far as the card departs from its prior in the ways that the corrections allow; tests and
+themselves show), what no term of the equation tells where images run one by one, and on top an error of the prior's equation on
+resolutions that it had not seen, over the workloads of the default grid that the card holds. They hold as far as the card departs from its prior in the ways that the corrections allow; tests and
 ``python -m sdfit.study.lab few`` hold them against made-up cards that depart in others too. Metrics beside allocated
 memory keep the prior's regressions, moved by what the runs show, and the prior's scores are added to those drawn.
 """
