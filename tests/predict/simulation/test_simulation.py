@@ -226,6 +226,25 @@ def test_programs_are_found_again(position):
         again = found(tracer, key, dtype)
         assert (again.steps.tolist(), again.products.tolist()) == (known.steps.tolist(), known.products.tolist())
         assert (again.layers, again.marks, again.made) == (known.layers, known.marks, known.made)
+        assert (again.calls.tolist(), again.modules.tolist()) == (known.calls.tolist(), known.modules.tolist())
+
+
+def test_what_each_module_brings_is_found_again():
+    """By the hooks themselves, under each offload; and all of a component's weights come with one module or another."""
+    pytest.importorskip("diffusers")
+    from sdfit.backends.trace.tracer import Tracer
+    from sdfit.study.lab.programs import brought
+
+    known = shipped_library()
+    assert dict(brought(Tracer())) == known.brought
+    for (name, offload), of_modules in known.brought.items():
+        moving = sorted(weight for which in of_modules.values() for weight in which)
+        left = len(known.weights["float16", name]) - len(moving)
+        assert len(set(moving)) == len(moving) and left == (offload == "sequential" and name in WITH_BUFFERS)
+
+
+WITH_BUFFERS = ("text_encoder", "safety_checker")
+"""Their position ids, which sequential offload leaves on the card."""
 
 
 @pytest.mark.slow
