@@ -21,6 +21,7 @@ from sdfit.cli.options import (
     replay_option,
     workload_from,
     workload_options,
+    wrongly,
 )
 from sdfit.units import aligned, format_bytes
 
@@ -48,7 +49,7 @@ def predict(
     gpu: str, image: Path | None, metric: str | None, level: float | None, replay: bool, as_json: bool, **fields: Any
 ) -> None:
     """Predict the peak memory of one run: what it requires, then what the counters will show."""
-    from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF
+    from sdfit.predict.predictor import DEFAULT_LEVEL
     from sdfit.predict.verdict import best_metric
 
     workload, f = workload_from(fields, image), _model(gpu, replay)
@@ -65,9 +66,7 @@ def predict(
         f"runs as {w.effective_height}x{w.effective_width}, {w.batch_size} image(s), {w.unet_batch} UNet sample(s)"
     )
     lines += breakdown(next((peak for peak in peaks if peak.metric == "allocated"), peaks[0]))
-    if f.wrong_half and w.dtype == "float16":
-        lines.append(WRONG_HALF)
-    click.echo("\n".join(lines))
+    click.echo("\n".join([*lines, *wrongly(f, w.dtype)]))
 
 
 SIMULATED = ", simulated"
@@ -136,7 +135,8 @@ def fits(
         options = [option.to_dict() for option in others]
         click.echo(json.dumps(answer.to_dict() | {"memory": there.words, "options": options}, indent=2))
     else:
-        click.echo("\n".join([*in_words(answer, there), *_options_in_words(others[:MOST_OPTIONS], "would fit with")]))
+        lines = [*in_words(answer, there), *_options_in_words(others[:MOST_OPTIONS], "would fit with")]
+        click.echo("\n".join([*lines, *wrongly(f, workload.dtype)]))
     return 3 if answer.answer == DOES_NOT_FIT or (strict and answer.answer != FITS) else 0
 
 
@@ -214,7 +214,7 @@ def largest(
         click.echo(json.dumps({"height": height, "width": width, "likely": likely, "memory_bytes": there.memory_bytes}))
         return
     click.echo(f"{height}x{width} (height x width) is sure to fit, {most_height}x{most_width} likely")
-    click.echo(f"memory: {there.words}")
+    click.echo("\n".join([f"memory: {there.words}", *wrongly(f, fields["dtype"])]))
 
 
 @click.command(epilog=example("sdfit advise --gpu t4 --height 2048 --width 2048 --batch-size 8"))
@@ -247,10 +247,11 @@ def advise(gpu: str, memory: str | None, level: float | None, replay: bool, as_j
         click.echo(json.dumps(answer.to_dict() | shown, indent=2))
     elif answer.answer == FITS:
         fits = f"already fits: at most {amount(answer.prediction.upper)} of {there.words}; up to {batch} image(s) a call do"
-        click.echo("\n".join([fits, *_options_in_words(options, "with more room:")]))
+        click.echo("\n".join([fits, *_options_in_words(options, "with more room:"), *wrongly(f, workload.dtype)]))
     else:
         changes = _options_in_words(options, "with") or ["  nothing that was tried makes it fit"]
-        click.echo("\n".join([*in_words(answer, there), f"largest batch of this size: {batch}", *changes]))
+        lines = [*in_words(answer, there), f"largest batch of this size: {batch}", *changes]
+        click.echo("\n".join([*lines, *wrongly(f, workload.dtype)]))
 
 
 def _model(gpu: str, replay: bool) -> Predictor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from sdfit.errors import QUIET, SdfitError, listed, quiet
 from sdfit.units import format_bytes
 from sdfit.workload import CHOICES, CHUNK_TOKENS, NOT_QUANTISED, QUANTISED, Workload
+
+if TYPE_CHECKING:
+    from sdfit.predict.predictor import Predictor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -157,3 +160,10 @@ def workload_from(fields: dict[str, Any], image: Path | None = None) -> Workload
         if fields.get(name) is None:
             raise click.UsageError(f"give --{name}" + (", or --image" if image is None else ""))
     return Workload.from_dict(fields)
+
+
+def wrongly(f: Predictor, dtype: str) -> list[str]:
+    """That the card computes such runs wrongly, if it does: a line of the answer, since notes may be silenced."""
+    from sdfit.predict.predictor import WRONG_HALF
+
+    return [WRONG_HALF] if f.wrong_half and dtype == "float16" else []

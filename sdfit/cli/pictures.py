@@ -22,6 +22,7 @@ from sdfit.cli.options import (
     out_option,
     replay_option,
     workload_options,
+    wrongly,
 )
 from sdfit.units import aligned, format_bytes, percent
 
@@ -103,7 +104,8 @@ def check(
     head = ("image", "verdict", "resolution", "required", "largest that fits")
     _shown([answer.to_dict() for answer in answers], head, lines, kind)
     if kind == "text":
-        click.echo(f"memory: {there.words}\npictures: as diffusers' load_image gives them: first frame, turned, RGB")
+        taken = "pictures: as diffusers' load_image gives them: first frame, turned, RGB"
+        click.echo("\n".join([f"memory: {there.words}", taken, *wrongly(f, fields["dtype"])]))
     return 3 if any(a.verdict is None or a.verdict.answer == "does not fit" for a in answers) else 0
 
 

@@ -22,10 +22,11 @@ from sdfit.errors import RecordsError
 from sdfit.predict.advise import Search, sizes_of_aspect
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
+from sdfit.predict.simulation.needed import Needed
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
 from sdfit.records import Record
 from sdfit.units import GIB, aligned, percent
-from sdfit.workload import Workload, variant_name
+from sdfit.workload import MIN_SIDE, Workload, variant_name
 
 CAPACITIES = tuple(gib * GIB for gib in (4, 6, 8, 12, 16, 24, 48, 80))
 """What PyTorch may take [bytes]: those of common cards."""
@@ -39,8 +40,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 SHAPES, BATCHES = ((1, 1), (3, 2), (2, 3), (16, 9)), (1, 2, 4, 8)
 """Width to height; images per call."""
-SMALLEST = 128
-"""Of the shorter sides [pixels]."""
+LIVE = 1.01
+"""Times a capacity: runs whose live bytes are more than that by the equation, which is right to a thousandth, do not fit it."""
 ALL = "all"
 
 
@@ -61,7 +62,7 @@ class Line:
     refused : float
         Share of the runs that fit that the model does not call sure.
     above_truth : float
-        Mean of the bound above what is required, relative to that, over all runs.
+        Mean of the bound above what is required, relative to that: over all runs; by simulation over those of the answers.
     """
 
     variant: str
@@ -197,8 +198,7 @@ def decide_by_simulation(
     ----------
     predictor : Predictor
     truth : Predictor
-        A model that simulates runs (`sdfit.predict.replayed.Replayed`): each size of each ladder, from `SMALLEST` pixels on to the
-        first three that need more than any capacity.
+        A model whose runs are simulated (`sdfit.predict.replayed.Replayed`).
     level, capacities
         As in `decide`.
     variants : sequence of mapping
@@ -214,19 +214,40 @@ def decide_by_simulation(
 
     Notes
     -----
-    Where the bounds are those of replayed runs too, this shows what the bound costs, not how right a simulation is.
+    Where the bounds are those of replayed runs too, this shows what the bound costs, not how right a simulation is. Simulated are the
+    sizes from those whose tensors alone fill the capacity down to the answer; smaller ones are taken to fit.
     """
     if not isinstance(truth, Replayed):
         raise RecordsError(f"the model '{truth.name}' simulates no runs; give records: sdfit sweep --grid decisions")
-    known = []
+    metric = best_metric(predictor)
+    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([], above=[]))
+    skipped = 0
     for options, shape, batch in product(variants, shapes, batches):
-        beyond = 0
-        for height, width in sizes_of_aspect(shape):
-            if min(height, width) >= SMALLEST and beyond < 3:
-                w = Workload(height, width, batch_size=batch, **options)
-                known.append((w, float(truth.predict_workload(w, metric="required"))))
-                beyond += known[-1][1] > max(capacities)
-    return _judged(predictor, known, level, capacities, "simulated")
+        sizes = [size for size in sizes_of_aspect(shape) if max(size) > MIN_SIDE]  # 64x64 is not simulated
+        runs = [Workload(*size, batch_size=batch, **options) for size in sizes]
+        live = truth.equation.predict(_table(runs))
+        needs = Needed(truth.artifact.name)
+        mine = (tallies[variant_name(runs[0].variant)], tallies[ALL])
+        for capacity in capacities:
+            answer = _answer(predictor, runs, capacity, metric, level)
+            above = [k for k, bytes_ in enumerate(live) if k > (answer or 0) and bytes_ <= LIVE * capacity]
+            fitting = [k for k in above if needs(runs[k], "required", capacity) <= capacity]
+            best = max(fitting, default=answer)
+            if best is None:
+                skipped += 1
+                continue
+            needed = math.inf if answer is None else needs(runs[answer], "required")
+            for tally in mine:
+                tally.kept.append(0.0 if answer is None else runs[answer].pixels / runs[best].pixels)
+                tally.failed += answer is not None and needed > capacity
+                tally.fitting += len(fitting) + (0 if answer is None else answer + 1)
+                tally.refused += len(fitting)
+            if answer is not None:
+                upper = predictor.predict_workload(runs[answer], metric=metric, level=level).upper
+                for tally in mine:
+                    assert tally.above is not None
+                    tally.above.append((upper - needed) / needed)
+    return _decisions(predictor, tallies, level, "simulated", skipped)
 
 
 def _judged(
@@ -257,24 +278,34 @@ def _judged(
             if not fitting or len(fitting) == len(rungs):
                 skipped += 1
                 continue
-            answer = _answer(predictor, rungs, capacity, metric, level)
+            found = _answer(predictor, [rung.workload for rung in rungs], capacity, metric, level)
+            answer = None if found is None else rungs[found]
             for tally in mine:
                 tally.kept.append(min(answer.workload.pixels / fitting[-1].workload.pixels, 1.0) if answer else 0.0)
                 tally.failed += answer is not None and answer.needed > capacity
                 tally.fitting += len(fitting)
                 tally.refused += sum(rung.upper > capacity for rung in fitting)
+    return _decisions(predictor, tallies, level, source, skipped)
+
+
+def _decisions(
+    predictor: Predictor, tallies: Mapping[str, _Tally], level: float, source: str, skipped: int
+) -> Decisions:
     names = [*sorted(name for name in tallies if name != ALL), ALL]
     lines = tuple(_line(n, tallies[n]) for n in names if tallies[n].kept)
     return Decisions(predictor.name, level, source, lines, skipped, isinstance(predictor, Replayed))
 
 
-def _answer(predictor: Predictor, rungs: Sequence[_Rung], capacity: int, metric: str, level: float) -> _Rung | None:
-    """The size that `sdfit.predict.advise.largest` gives, were these all there are."""
-    sides = np.array([(rung.workload.height, rung.workload.width) for rung in rungs])
-    table = rungs[0].workload.to_dict() | {"height": sides[:, 0], "width": sides[:, 1]}
-    search = Search(predictor.within(capacity), capacity, metric, level, lambda k: rungs[k].workload, table)
-    found = search.largest(level)
-    return None if found is None else rungs[found]
+def _answer(predictor: Predictor, runs: Sequence[Workload], capacity: int, metric: str, level: float) -> int | None:
+    """Which one `sdfit.predict.advise.largest` gives, were these all there are."""
+    search = Search(predictor.within(capacity), capacity, metric, level, lambda k: runs[k], _table(runs))
+    return search.largest(level)
+
+
+def _table(runs: Sequence[Workload]) -> dict[str, Any]:
+    """Runs that differ in their size alone, in columns."""
+    sides = np.array([(run.height, run.width) for run in runs])
+    return runs[0].to_dict() | {"height": sides[:, 0], "width": sides[:, 1]}
 
 
 def _needed(record: Record) -> float | None:

@@ -70,6 +70,18 @@ def test_no_command_and_an_unknown_one_are_usage(run: Run) -> None:
         assert ran.code == 2 and not ran.out and "Usage:" in ran.err
 
 
+@pytest.mark.parametrize("command", ["predict", "fits", "largest", "advise"])
+def test_a_card_that_computes_half_precision_wrongly_says_so_in_its_answer(
+    command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stdout, where no silenced note can hide it; nothing of it for float32, or of another card."""
+    monkeypatch.setenv("SDFIT_QUIET", "1")
+    size = () if command == "largest" else ("--height", "256", "--width", "256")
+    for gpu, dtype, said in (("gtx1660", "float16", True), ("gtx1660", "float32", False), ("t4", "float16", False)):
+        main([command, "--gpu", gpu, "--dtype", dtype, "--no-replay", *size])
+        assert ("computes float16 wrongly" in capfd.readouterr().out) == said
+
+
 def test_predict_answers_on_stdout(run: Run, f: Predictor) -> None:
     """Bytes, interval, stage and breakdown on stdout; that the model is not measured on stderr, once."""
     ran = run("predict", "--gpu", "fake", *SIZE, "--batch-size", "2", "--attention", "eager")
