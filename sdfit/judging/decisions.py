@@ -22,6 +22,7 @@ from sdfit.errors import RecordsError
 from sdfit.predict.advise import Search, sizes_of_aspect
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
+from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed
 from sdfit.predict.verdict import SAFE_LEVEL, best_metric
 from sdfit.records import Record
@@ -89,7 +90,7 @@ class Decisions:
     lines : tuple of Line
         One per variant, all of them last.
     skipped : int
-        Decisions outside a ladder: every size fits, or none.
+        Decisions outside a ladder: every size fits, or none; by simulation also those that hang on runs of too many tiles for it.
     replayed : bool
         Whether the bounds are those of replayed runs (`sdfit.predict.replayed`). Where the records are traces, that is the
         same simulation as the truth: it shows what the bound costs, not how right a trace is.
@@ -231,12 +232,16 @@ def decide_by_simulation(
         for capacity in capacities:
             answer = _answer(predictor, runs, capacity, metric, level)
             above = [k for k, bytes_ in enumerate(live) if k > (answer or 0) and bytes_ <= LIVE * capacity]
-            fitting = [k for k in above if needs(runs[k], "required", capacity) <= capacity]
+            try:
+                fitting = [k for k in above if needs(runs[k], "required", capacity) <= capacity]
+                needed = math.inf if answer is None else needs(runs[answer], "required")
+            except NotSimulated:  # tiles by the hundred: the truth is not known
+                skipped += 1
+                continue
             best = max(fitting, default=answer)
             if best is None:
                 skipped += 1
                 continue
-            needed = math.inf if answer is None else needs(runs[answer], "required")
             for tally in mine:
                 tally.kept.append(0.0 if answer is None else runs[answer].pixels / runs[best].pixels)
                 tally.failed += answer is not None and needed > capacity
