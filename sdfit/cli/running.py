@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,6 +262,7 @@ def fit(files: tuple[Path, ...], gpu: str | None, prior: str, out: Path | None, 
 
     Fewer than 40 runs correct the model of the card's kernels instead.
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of a matrix of ten columns threads make waiting and no haste
     from sdfit.fit.card import coefficients, fit_summary
     from sdfit.fit.files import fit_files, swept_files
     from sdfit.judging.judge import judge
