@@ -418,6 +418,19 @@ def test_what_is_done_to_a_pipeline_after_it_was_read_is_seen(pipe: Any, f: Pred
         guarded.workload(image=PICTURE, prompt="a")
 
 
+def test_a_hook_in_a_modules_table_is_seen_by_the_next_look_only(pipe: Any, f: Predictor) -> None:
+    """What the docstring says that it cannot see: one that PyTorch did not register, where no module had any."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    guarded.workload(image=PICTURE, prompt="a")
+    pipe.unet._forward_hooks[0] = print
+    guarded.workload(image=PICTURE, prompt="a")
+    with pytest.raises(NotCovered, match="forward hooks in the unet"):
+        sdfit.guard(pipe, f, memory="80 GiB").workload(image=PICTURE, prompt="a")
+    torch.nn.Linear(1, 1).register_forward_hook(print)  # PyTorch's count goes on, so that all are looked at
+    with pytest.raises(NotCovered, match="forward hooks in the unet"):
+        guarded.workload(image=PICTURE, prompt="a")
+
+
 def test_what_leaves_no_trace_is_covered(pipe: Any, f: Predictor) -> None:
     """Switched off again, or of no effect: FreeU, hooks, a progress bar of one's own, sizes that only set defaults."""
     guarded = sdfit.guard(pipe, f, memory="80 GiB")

@@ -1,7 +1,9 @@
 """A pipeline read once, and again when it has changed: what makes a guarded call cheap.
 
 What a reading depends on is looked at in each call, in about half a millisecond: that of 1,400 modules. A change that only
-shows in the code of a method, or in an attribute that neither diffusers nor PyTorch switches, is not seen.
+shows in the code of a method, or in an attribute that neither diffusers nor PyTorch switches, is not seen; nor is a hook
+that is written straight into a module's table of hooks, where no module had one: what is looked at is PyTorch's own count of
+the hooks that it has registered.
 """
 
 from __future__ import annotations

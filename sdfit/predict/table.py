@@ -127,7 +127,7 @@ def _dimensions(name: str, column: Any) -> int:
         found = np.ndim(column)
     except np.ma.MaskError:  # of a list of masked values
         raise _masked(name) from None
-    except ValueError:  # rows of several lengths
+    except Exception:  # rows of several lengths, or what no array can be made of
         found = 2
     if found > 1:
         kind = "options" if name in VARIANT_FIELDS else "numbers"
@@ -155,7 +155,7 @@ def _numbers(name: str, column: Any, rows: int) -> Array:
         if values.dtype.kind not in "iuf":
             raise TypeError
         values = np.broadcast_to(values, rows).astype(np.float64)
-    except (TypeError, ValueError):
+    except Exception:  # whatever a value says when it is made a number
         raise InvalidWorkload(f"column '{name}' must hold numbers", field=name) from None
     low, high = LIMITS.get(name, (0, np.inf))
     wrong = ~((values >= low) & (values <= high) & np.isfinite(values))
@@ -182,7 +182,7 @@ def _groups(columns: dict[str, Any], rows: int) -> list[tuple[VariantKey, Array 
         values = np.asarray(column)
         try:
             names, inverse = np.unique(values, return_inverse=True)
-        except TypeError:  # a missing value among text
+        except Exception:  # a missing value among text, or what cannot be compared at all
             names, inverse = values, np.arange(rows)
         levels.append([one_of(name, v) for v in names])
         code = code * len(names) + inverse
