@@ -205,7 +205,7 @@ def _write_new(partial: Path, target: Path, content: bytes) -> None:
 
 def _refused(output: Output, why: str) -> SdfitError:
     return SdfitError(
-        f"cannot write the {output.kind.noun} to '{output.path}': {why}; choose another file with --out",
+        f"cannot write the {output.kind.noun} to '{output.path}': {why}; choose another file",
         path=str(output.path),
     )
 

@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -357,7 +358,7 @@ def pool(files: Iterable[RecordsFile]) -> RecordsFile:
     Raises
     ------
     RecordsError
-        If there are no files, or with the facts that differ.
+        If there are no files, if one is given twice, or with the facts that differ.
     """
     files = list(files)
     if not files:
@@ -369,6 +370,8 @@ def pool(files: Iterable[RecordsFile]) -> RecordsFile:
             raise RecordsError(
                 f"these records cannot be pooled, they differ in {'; '.join(differ)}; fit them apart", differ=differ
             )
+    if any(f.records and f.records == other.records for f, other in combinations(files, 2)):
+        raise RecordsError("two of these files hold the same records, which would count twice; give each once")
     environment = dict(first.environment)
     environment["grid"] = listed(dict.fromkeys(str(f.environment.get("grid")) for f in files))
     records = [record for f in files for record in f.records]

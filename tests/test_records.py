@@ -192,11 +192,13 @@ def test_mixed_environments_do_not_pool(name: str) -> None:
 def test_pooling_keeps_all_rows_and_names_the_grids() -> None:
     """Files that agree pool; the facts that do not matter may differ; none at all is refused."""
     one = measured()
-    other = RecordsFile(one.environment | {"grid": "b", "seed": 5}, one.records, ["a note"])
+    other = RecordsFile(one.environment | {"grid": "b", "seed": 5}, one.records[1:], ["a note"])
     both = pool([RecordsFile(one.environment | {"grid": "a"}, one.records, []), other])
-    assert len(both.records) == 6 and both.environment["grid"] == "a, b" and both.notes == ["a note"]
+    assert len(both.records) == 5 and both.environment["grid"] == "a, b" and both.notes == ["a note"]
     with pytest.raises(RecordsError, match="no records"):
         pool([])
+    with pytest.raises(RecordsError, match="the same records, which would count twice; give each once"):
+        pool([one, other, one])
 
 
 def test_a_frame_has_one_row_per_record() -> None:

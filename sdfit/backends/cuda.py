@@ -190,7 +190,8 @@ class CudaBackend:
                 raise
             run.fail(error)
         # a scheduler keeps what the UNet said last on the device: up to four latents of this run's size
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        with self.counters.watching():
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         self._others_bytes += run.others_bytes
         run.retries, run.failures = (now - then for now, then in zip(self.counters.troubles(), troubles, strict=True))
         return run

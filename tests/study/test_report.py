@@ -195,7 +195,7 @@ def test_an_index_says_what_its_models_rest_on(shipped: dict[str, Predictor]) ->
 def test_a_page_replaces_only_a_page(shipped: dict[str, Predictor], tmp_path: Path) -> None:
     """Another file of that name, or a place that is none, is refused with what to do; an older page is replaced."""
     (tmp_path / "page.html").write_text("<p>mine")
-    with pytest.raises(SdfitError, match="no page of sdfit's; choose another file with --out"):
+    with pytest.raises(SdfitError, match="no page of sdfit's; choose another file"):
         write_report(shipped["v100"], tmp_path / "page.html")
     for _ in range(2):
         assert write_report(shipped["v100"], tmp_path / "ours.html").exists()
