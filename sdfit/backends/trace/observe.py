@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from sdfit.backends.trace.follow import Operation
+from sdfit.backends.trace.follow import FollowStorages, Operation
+from sdfit.backends.trace.playing import Known
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
@@ -51,12 +52,16 @@ class LiveTensor:
 
 @dataclass(slots=True)
 class Pass:
-    """One call of an outermost module, or one stretch between two such calls (``path`` is `PIPELINE`)."""
+    """One call of an outermost module, or one stretch between two such calls (``path`` is `PIPELINE`).
+
+    ``events`` says of each operation after how many of the run's it is done, where they are kept.
+    """
 
     path: str
     before_bytes: int
     names: list[OperationName] = field(default_factory=list)
     live_bytes: list[int] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
     repeated: bool = False
 
 
@@ -95,7 +100,7 @@ class Observer:
         self.workload, self.workspace = workload, tracer.workspace
         self.passes: list[Pass] = [Pass(PIPELINE, 0)]
         self.peaks: dict[Any, Peak] = {}
-        self._pipe, self._key, self._tensors = tracer.pipeline(workload), key, tensors
+        self.pipe, self._key, self._tensors = tracer.pipeline(workload), key, tensors
         self._path: list[str] = []
         self._counts: dict[tuple[str, str, str], int] = {}
         self._spans: dict[int, tuple[Span, Pass]] = {}
@@ -103,7 +108,7 @@ class Observer:
         self._weights = {
             tensor.untyped_storage()._cdata
             for name in COMPONENTS
-            if (module := getattr(self._pipe, name)) is not None
+            if (module := getattr(self.pipe, name)) is not None
             for tensor in (*module.parameters(), *module.buffers())
         }
         self._operations: dict[Any, str] = {}
@@ -115,32 +120,14 @@ class Observer:
         self.meter, meter.listener = meter, self
         return self._see
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Follow the module path for the time of a ``with`` block."""
-        handles = []
-        for component in COMPONENTS:
-            module = getattr(self._pipe, component)
-            if module is None:
-                continue
-            for name, part in module.named_modules(prefix=component):
-                handles.append(part.register_forward_pre_hook(self._enter(name), prepend=True))
-                handles.append(part.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def enter(self, name: str) -> None:
+        """Hear that a module begins."""
+        if not self._path:
+            self._begin(name)
+        self._path.append(name)
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if not self._path:
-                self._begin(name)
-            self._path.append(name)
-
-        return hook
-
-    def _leave(self, *_: Any) -> None:
+    def leave(self) -> None:
+        """Hear that it is done."""
         self._path.pop()
         if not self._path:
             self._begin(PIPELINE)
@@ -165,6 +152,11 @@ class Observer:
         now.names = first.names
         now.live_bytes = [live + above for live in first.live_bytes]
 
+    def played(self, names: list[OperationName], live_bytes: list[int]) -> None:
+        """Write down the operations of a call that is not made (see `sdfit.backends.trace.playing`)."""
+        now = self.passes[-1]
+        now.names, now.live_bytes, now.repeated = names, live_bytes, True
+
     def _see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         operation = self._operations.get(func)
         if operation is None:
@@ -185,6 +177,8 @@ class Observer:
         name = OperationName(*count, nth)
         current.names.append(name)
         current.live_bytes.append(live)
+        if self.meter.events is not None:
+            current.events.append(len(self.meter.events))
         if self._tensors:
             key = self._key(name)
             if key is not None and (key not in self.peaks or live > self.peaks[key].live_bytes):
@@ -212,6 +206,70 @@ class Observer:
         return peaks
 
 
+class Watch:
+    """Observes runs of one pipeline, its modules' hooks placed once; a context.
+
+    Parameters
+    ----------
+    tracer : Tracer
+    workload : Workload
+        Whose pipeline it is.
+    known : Known, optional
+        Plays calls of modules that earlier runs made at another size; None: every run makes its own.
+    """
+
+    def __init__(self, tracer: Tracer, workload: Workload, known: Known | None = None) -> None:
+        self._tracer, self._known = tracer, known
+        self._pipe, self._handles = tracer.pipeline(workload), list[Any]()
+        self._observer: Observer | None = None
+
+    def __enter__(self) -> Watch:
+        for component in COMPONENTS:
+            module = getattr(self._pipe, component)
+            if module is None:
+                continue
+            for name, part in module.named_modules(prefix=component):
+                self._handles.append(part.register_forward_pre_hook(self._enters(name), prepend=True))
+                self._handles.append(part.register_forward_hook(self._leaves))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enters(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if self._observer is not None:
+                self._observer.enter(name)
+
+        return hook
+
+    def _leaves(self, *_: Any) -> None:
+        if self._observer is not None:
+            self._observer.leave()
+
+    def __call__(
+        self,
+        workload: Workload,
+        *,
+        full: bool = False,
+        tensors: bool = False,
+        key: Callable[[OperationName], Any] = lambda name: "run",
+    ) -> tuple[Traced, Observer]:
+        """Trace a workload and watch it; see `observed`."""
+        observer = self._observer = Observer(self._tracer, workload, tensors=tensors, key=key)
+        known = None if full or tensors or self._known is None else self._known
+
+        def playing(follow: FollowStorages) -> AbstractContextManager[None]:
+            return nullcontext() if known is None else known.playing(observer, follow)
+
+        traced = self._tracer.run(
+            workload, observe=observer.attach, full=full, keep_events=known is not None, around=playing
+        )
+        self._observer = None
+        return traced, observer
+
+
 def observed(
     tracer: Tracer,
     workload: Workload,
@@ -230,10 +288,8 @@ def observed(
     tensors, key
         See `Observer`.
     """
-    observer = Observer(tracer, workload, tensors=tensors, key=key)
-    with observer.hooked():
-        traced = tracer.run(workload, observe=observer.attach, full=full)
-    return traced, observer
+    with Watch(tracer, workload) as watch:
+        return watch(workload, full=full, tensors=tensors, key=key)
 
 
 def _caller() -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -147,6 +147,7 @@ class Tracer:
         scheduler: str = "pndm",
         num_inference_steps: int | None = None,
         call: Mapping[str, Any] | None = None,
+        around: Callable[[FollowStorages], AbstractContextManager[Any]] | None = None,
     ) -> Traced:
         """Trace one workload.
 
@@ -167,6 +168,8 @@ class Tracer:
             Of this run; None: the tracer's own.
         call : mapping, optional
             Further arguments of the pipeline's call, such as ``strength`` and ``callback_on_step_end``.
+        around : callable, optional
+            ``around(follow)`` gives a context to run in, such as `sdfit.backends.trace.playing.Known.playing`.
         """
         if task not in TASKS:
             raise InvalidWorkload(f"there is no task '{task}'{nearest(task, TASKS)}", given=task)
@@ -213,7 +216,8 @@ class Tracer:
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
         with uncollected(), _no_warnings(), variant_applied(pipe, workload), as_on_a_card:
-            with streams as buffers, watched(pipe, enter, streamed=workload.offload in STREAMED), repeats, follow:
+            own = nullcontext() if around is None else around(follow)
+            with streams as buffers, watched(pipe, enter, streamed=workload.offload in STREAMED), own, repeats, follow:
                 _RUN[task](pipe, workload, steps, call or {})
                 enter("")
                 meter.leave()

@@ -12,7 +12,7 @@ import numpy as np
 from sdfit.equation.weights import rounded
 from sdfit.judging.figures import blank, save
 from sdfit.predict.simulation.workspaces import Architecture
-from sdfit.study.calibration.calibrate import Calibration
+from sdfit.study.calibration.calibration import Calibration
 from sdfit.study.calibration.operations import TracedRun
 from sdfit.study.calibration.rules import predicted
 from sdfit.units import GIB, format_bytes

@@ -9,7 +9,8 @@ from pathlib import Path
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.errors import SdfitError, SnapshotError, listed
 from sdfit.predict.cards import card_slug
-from sdfit.study.calibration.calibrate import Calibration, calibrate
+from sdfit.study.calibration.calibrate import calibrate
+from sdfit.study.calibration.calibration import Calibration
 from sdfit.study.calibration.operations import TracedRun, operations_of
 from sdfit.study.calibration.snapshot import Snapshot, read
 from sdfit.workload import Workload

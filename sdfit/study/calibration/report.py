@@ -10,7 +10,8 @@ from sdfit.backends.trace.tracer import Tracer
 from sdfit.predict.simulation.replay import replay
 from sdfit.predict.simulation.shapes import Shapes
 from sdfit.predict.simulation.workspaces import Architecture, Measured, Workspaces
-from sdfit.study.calibration.calibrate import CONVOLUTIONS, PRODUCTS, Calibration, Kernel
+from sdfit.study.calibration.calibrate import CONVOLUTIONS, PRODUCTS
+from sdfit.study.calibration.calibration import Calibration, Kernel
 from sdfit.study.calibration.operations import TracedRun
 from sdfit.study.calibration.rules import Form, architecture_of, explained, followed, predicted
 from sdfit.units import aligned, format_bytes, percent

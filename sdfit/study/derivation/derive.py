@@ -16,39 +16,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from sdfit.backends.trace.observe import PIPELINE, OperationName, Pass, observed
+from sdfit.backends.trace.observe import PIPELINE, Pass, Watch, observed
+from sdfit.backends.trace.playing import Known
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.equation.sizes import Array, Sizes, vae_passes
-from sdfit.equation.stages import STAGES, UNET_STAGES, resident
+from sdfit.equation.sizes import vae_passes
+from sdfit.equation.stages import STAGES, resident
 from sdfit.errors import FitError
-from sdfit.study.derivation.closed_form import (
-    VAE_STAGES,
-    WHEN,
-    Derivation,
-    Polynomial,
-    embedded_rows,
-    in_regime,
-    last_passes,
-    letters,
-    products_at,
-)
-from sdfit.workload import CHUNK_TOKENS, SLICES, Workload, variant_name
-
-Name = OperationName
-At = tuple[int, int, int]
-"""Where an operation was seen: the number of the point, P and D of the pass."""
-
-# the order is the order of preference: of products that are not identified at the points the first one stays
-_SMALL = ("1", "B", "n", "n·L", "n·E", "B·L", "B·E")
-_UNET_PRODUCTS = (*_SMALL, "n·A", "B·A", "n·L·A", "n·A²")
-_SLICED_PRODUCTS = (*_UNET_PRODUCTS, "A", "L·A", "A²")
-_VAE_PRODUCTS = (*_SMALL, "B·A", "n·A", "B·A²", "A²")
-_VAE_PART_PRODUCTS = (*_SMALL, "B·A", "n·A", "m·P", "m·P²", "P²", "D")
+from sdfit.study.derivation.closed_form import Derivation, Polynomial, in_regime
+from sdfit.study.derivation.solving import TOLERANCE_BYTES, At, Candidate, Name, columns_at, solve, values_of
+from sdfit.workload import CHUNK_TOKENS, Workload, variant_name
 
 # (height, width, batch_size, guided, prompt_length): sides are multiples of 256, so that even the lowest resolution
 # of the UNet is a whole number of 512-byte blocks and no size is rounded
@@ -82,19 +63,8 @@ _POINTS = (
     (2048, 2048, 1, False, 77),
     (512, 768, 1, False, 308),
 )
-_STEPS = {(2, 0): 2.0**-20, (1, 1): 2.0**-10, (1, 0): 2.0**-8, (0, 1): 64.0, (0, 0): 1.0}
-"""Of what the coefficient of a product with that many pixels and tokens is a multiple [bytes]."""
-_TOLERANCE_BYTES = 16 * 1024
 _DOMINATED = 1e-4
 """A polynomial that adds less than this share anywhere is merged into the one below it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    name: Name
-    when: str
-    products: tuple[str, ...]
-    coefficients: Array
 
 
 def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Derivation:
@@ -127,11 +97,12 @@ def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Deriv
     points = derivation_points(variant_workload)
     seen: dict[Name, dict[At, int]] = defaultdict(dict)
     tops: list[dict[str, int]] = []
-    for number, point in enumerate(points):
-        traced, observer = observed(tracer, point)
-        tops.append(observer.stage_peaks)
-        _collect(seen, number, point, observer.passes)
-    candidates = _solve(seen, points)
+    with Watch(tracer, variant_workload, Known()) as watch:
+        for number, point in enumerate(points):
+            traced, observer = watch(point)
+            tops.append(observer.stage_peaks)
+            _collect(seen, number, point, observer.passes)
+    candidates = solve(seen, points)
     _nothing_missed(candidates, points, tops)
     kept = _envelope(candidates, points)
     residual = max(_residual(candidate, seen[candidate.name], points) for candidate in kept)
@@ -188,145 +159,23 @@ def _collect(seen: dict[Name, dict[At, int]], number: int, point: Workload, pass
             seen[name][number, pixels, done] = rows[pixels, done]
 
 
-def _columns(workloads: Sequence[Workload], places: Sequence[At]) -> dict[str, Array]:
-    """Every product by name, an array over places."""
-    _, pixels, done = np.array(places, dtype=float).T
-    chosen = [workloads[i] for i, _, _ in places]
-    sizes = Sizes.of_workloads(chosen)._replace(P=pixels, D=done)
-    found = products_at(sizes, np.array([embedded_rows(w) for w in chosen], dtype=float))
-    return {name: np.broadcast_to(value, pixels.shape) for name, value in found.items()}
-
-
-def _products(stage: str, variant: Workload) -> tuple[str, ...]:
-    if stage in VAE_STAGES:
-        return _VAE_PART_PRODUCTS if variant.vae_slicing or variant.vae_tiling else _VAE_PRODUCTS
-    return _SLICED_PRODUCTS if variant.attention in SLICES else _UNET_PRODUCTS
-
-
-def _solve(seen: dict[Name, dict[At, int]], points: tuple[Workload, ...]) -> list[_Candidate]:
-    """Solve for the coefficients of every operation that is a polynomial, all of one layout at a time.
-
-    One that is no polynomial over all points may be one for a batch of one and another for more: matmul folds its
-    operands otherwise, a loop over slices has a first turn.
-    """
-    found: list[_Candidate] = []
-    groups: dict[tuple[str, tuple[At, ...]], list[Name]] = defaultdict(list)
-    for name, rows in seen.items():
-        groups[name.stage, tuple(rows)].append(name)
-    presence = {when: {i for i, point in enumerate(points) if in_regime(point, when)} for when in WHEN}
-    for (stage, places), left in groups.items():
-        present = {point for point, _, _ in places}
-        when = next((when for when, expected in presence.items() if present == expected), None)
-        if when is None:
-            continue
-        halves = ("n=1", "n>=2") if stage in UNET_STAGES else ("B=1", "B>=2")
-        for regimes in ((when,), tuple(f"{when}, {half}" if when else half for half in halves)):
-            solved = [c for regime in regimes for c in _solve_part(regime, stage, places, left, seen, points)]
-            found += solved
-            left = [name for name in left if name not in {c.name for c in solved}]  # noqa: PLW2901
-    return found
-
-
-def _solve_part(
-    when: str,
-    stage: str,
-    places: Sequence[At],
-    names: Sequence[Name],
-    seen: dict[Name, dict[At, int]],
-    points: Sequence[Workload],
-) -> list[_Candidate]:
-    """Solve for operations of one layout in one regime; those that are no polynomial there are left out."""
-    use = [at for at in places if in_regime(points[at[0]], when)]
-    if not use or not names:
-        return []
-    products, matrix = _independent(_products(stage, points[0]), _columns(points, use))
-    if len(use) <= len(products):
-        return []
-    live = np.array([[seen[name][at] for at in use] for name in names], dtype=float).T
-    exact = _exact(products, matrix, live)
-    worst = np.abs(matrix @ exact - live).max(axis=0)
-    return [
-        _Candidate(name, when, products, exact[:, i]) for i, name in enumerate(names) if worst[i] <= _TOLERANCE_BYTES
-    ]
-
-
-def _exact(products: tuple[str, ...], matrix: Array, live: Array) -> Array:
-    """Solve for the exact numbers that the coefficients stand for, highest degree first.
-
-    Bytes per pixel are multiples of 1/256 and bytes per pixel squared of 2^-20: channels are multiples of 64 (the
-    latents' four are at full resolution), a latent is 64 pixels, and the lowest resolution has a 64th of the latents.
-    Bytes per token are multiples of 64. What rounding to 512 leaves over goes into the terms without a size.
-    """
-    exact = np.zeros((len(products), live.shape[1]))
-    todo = list(range(len(products)))
-    while todo:
-        columns = matrix[:, todo]
-        scale = np.abs(columns).max(axis=0)
-        solved = np.linalg.lstsq(columns / scale, live - matrix @ exact, rcond=None)[0] / scale[:, None]
-        highest = max(_degree(products[i]) for i in todo)
-        step = _STEPS[highest]
-        for row, i in enumerate(tuple(todo)):
-            if _degree(products[i]) == highest:
-                exact[i] = np.round(solved[row] / step) * step
-                todo.remove(i)
-    return exact
-
-
-def _degree(product: str) -> tuple[int, int]:
-    """How often pixels and tokens appear in a product."""
-    used = letters(product)
-    return sum(letter in "APD" for letter in used), sum(letter in "LE" for letter in used)
-
-
-def _independent(products: Sequence[str], values: dict[str, Array]) -> tuple[tuple[str, ...], Array]:
-    """The products that are identified by these values, and their columns."""
-    kept: list[str] = []
-    columns: list[Array] = []
-    for product in products:
-        column = values[product]
-        if not column.any():
-            continue
-        trial = np.column_stack([c / np.linalg.norm(c) for c in [*columns, column]])
-        if np.linalg.svd(trial, compute_uv=False)[-1] > 1e-9:
-            kept.append(product)
-            columns.append(column)
-    return tuple(kept), np.column_stack(columns)
-
-
-def _polynomial(candidate: _Candidate) -> Polynomial:
+def _polynomial(candidate: Candidate) -> Polynomial:
     pairs = zip(candidate.products, map(float, candidate.coefficients), strict=True)
     coefficients = {product: coefficient for product, coefficient in pairs if coefficient or product == "1"}
     return Polynomial(*candidate.name, candidate.when, coefficients, 0)
 
 
-def _values(candidates: Sequence[_Candidate], workloads: Sequence[Workload]) -> Array:
-    """The bytes of each candidate (rows) for each workload (columns); minus infinity where it does not run."""
-    out = np.full((len(candidates), len(workloads)), -np.inf)
-    kinds: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
-    for i, c in enumerate(candidates):
-        kinds[c.when, c.products].append(i)
-    places = [(j, s.P, s.D) for j, w in enumerate(workloads) for s in last_passes(w)]
-    starts = np.searchsorted([j for j, _, _ in places], range(len(workloads)))
-    values = _columns(workloads, places)
-    for (when, products), rows in kinds.items():
-        coefficients = np.array([candidates[i].coefficients for i in rows])
-        found = coefficients @ np.stack([values[product] for product in products])
-        runs = [in_regime(workload, when) for workload in workloads]
-        out[rows] = np.where(runs, np.maximum.reduceat(found, starts, axis=1), -np.inf)
-    return out
-
-
 def _nothing_missed(
-    candidates: Sequence[_Candidate], points: Sequence[Workload], tops: Sequence[dict[str, int]]
+    candidates: Sequence[Candidate], points: Sequence[Workload], tops: Sequence[dict[str, int]]
 ) -> None:
     """Hold each stage's traced peak against the polynomials: an operation that is none must not stand above them."""
-    values = _values(candidates, points)
+    values = values_of(candidates, points)
     for stage in STAGES:
         rows = [i for i, c in enumerate(candidates) if c.name.stage == stage]
         for j, top in enumerate(tops):
             if stage in top:
                 found = values[rows, j].max(initial=-np.inf)
-                if found < top[stage] * (1 - _DOMINATED) - _TOLERANCE_BYTES:
+                if found < top[stage] * (1 - _DOMINATED) - TOLERANCE_BYTES:
                     raise FitError(
                         f"{variant_name(points[j].variant)}: the peak of {stage} at {points[j].height}x"
                         f"{points[j].width}, batch {points[j].batch_size}, is {top[stage]} bytes at an operation that is no polynomial in the "
@@ -348,15 +197,15 @@ def _domain(variant: Workload) -> tuple[Workload, ...]:
     )
 
 
-def _envelope(candidates: Sequence[_Candidate], points: Sequence[Workload]) -> list[_Candidate]:
+def _envelope(candidates: Sequence[Candidate], points: Sequence[Workload]) -> list[Candidate]:
     """Keep the fewest polynomials whose maximum is the maximum of all, stage by stage."""
-    kept: list[_Candidate] = []
+    kept: list[Candidate] = []
     grid = [*_domain(points[0]), *points]
     for stage in STAGES:
         rows = [c for c in candidates if c.name.stage == stage]
         if not rows:
             continue
-        values = _values(rows, grid)
+        values = values_of(rows, grid)
         needed = values.max(axis=0) * (1 - _DOMINATED)
         uncovered = np.isfinite(needed)
         chosen: list[int] = []
@@ -369,14 +218,14 @@ def _envelope(candidates: Sequence[_Candidate], points: Sequence[Workload]) -> l
     return kept
 
 
-def _residual(candidate: _Candidate, rows: dict[At, int], points: Sequence[Workload]) -> float:
+def _residual(candidate: Candidate, rows: dict[At, int], points: Sequence[Workload]) -> float:
     use = [at for at in rows if in_regime(points[at[0]], candidate.when)]
-    found = _polynomial(candidate).at(_columns(points, use))
+    found = _polynomial(candidate).at(columns_at(points, use))
     return float(np.abs(found - [rows[at] for at in use]).max())
 
 
 def _explained(
-    kept: Sequence[_Candidate], reference: Workload, tracer: Tracer, sizes: dict[str, int]
+    kept: Sequence[Candidate], reference: Workload, tracer: Tracer, sizes: dict[str, int]
 ) -> tuple[Polynomial, ...]:
     """Attach what is live at each operation: at the reference, or near it for what does not run there."""
     wanted = {c.name for c in kept}

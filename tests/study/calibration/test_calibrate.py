@@ -25,7 +25,8 @@ from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, SnapshotError
 from sdfit.predict.simulation.shapes import Shapes
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Measured, Rule, Workspaces
-from sdfit.study.calibration.calibrate import Calibration, _allocations, calibrate
+from sdfit.study.calibration.calibrate import _allocations, calibrate
+from sdfit.study.calibration.calibration import Calibration
 from sdfit.study.calibration.figure import draw, traced_live
 from sdfit.study.calibration.operations import Ran, TracedRun, operations_of
 from sdfit.study.calibration.report import Report, report
