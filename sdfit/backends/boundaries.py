@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sdfit.equation.stages import STAGES
+from sdfit.equation.stages import COMPONENTS, STAGES
 
 
 def boundaries(pipe: Any, *, streamed: bool = False) -> list[tuple[Any, str, str]]:
@@ -57,3 +57,21 @@ def _hook(enter: Callable[[str], None], stage: str) -> Callable[..., None]:
         enter(stage)
 
     return hook
+
+
+@contextmanager
+def modules_followed(pipe: Any, begins: Callable[[str], None], ends: Callable[[], object]) -> Iterator[None]:
+    """Call ``begins(path)`` before and ``ends()`` after every call of a module inside the ``with`` block."""
+    handles = []
+    for component in COMPONENTS:
+        module = getattr(pipe, component)
+        if module is None:
+            continue
+        for path, part in module.named_modules(prefix=component):
+            handles.append(part.register_forward_pre_hook(_hook(begins, path), prepend=True))
+            handles.append(part.register_forward_hook(lambda *_: ends()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -130,25 +130,26 @@ def compare(files: tuple[Path, ...], gpu: str | None, figure: Path | None, cases
     from sdfit.errors import ArtifactError
     from sdfit.fit.files import read_pooled
     from sdfit.predict.library import load
-    from sdfit.study.comparison import compare as comparing
+    from sdfit.study.comparison import cases as known_runs
+    from sdfit.study.comparison.compare import compare as compared
 
     if files:
         data = read_pooled(files)
-        known = comparing.record_cases(data.records, load(gpu) if gpu is not None else None)
+        known = known_runs.record_cases(data.records, load(gpu) if gpu is not None else None)
         source = "measured" if data.environment.get("backend") == "cuda" else "simulated"
     else:
         with warnings.catch_warnings():  # one model after the other: the table says what the truth is
             warnings.simplefilter("ignore")
             models = {}
-            for card in comparing.published_cards():
+            for card in known_runs.published_cards():
                 try:
                     models[card] = load(card if gpu is None else gpu)
                 except ArtifactError as error:  # the cases of other cards are there all the same
                     if gpu is not None:
                         raise
                     note(str(error))
-        known, source = comparing.published_cases(models=models), "published"
-    result = comparing.compare(known, source=source)
+        known, source = known_runs.published_cases(models=models), "published"
+    result = compared(known, source=source)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:

@@ -11,7 +11,8 @@ import pytest
 
 from sdfit.errors import InvalidWorkload, RecordsError, SdfitError, UnknownModel
 from sdfit.study.comparison import published
-from sdfit.study.comparison.compare import Case, compare, published_cases
+from sdfit.study.comparison.cases import Case, published_cases
+from sdfit.study.comparison.compare import compare
 from sdfit.study.comparison.figure import draw
 from sdfit.study.comparison.peers import PEERS, Peer
 from sdfit.workload import Workload

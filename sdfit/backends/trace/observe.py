@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from sdfit.backends.boundaries import modules_followed
 from sdfit.backends.trace.follow import FollowStorages, Operation
 from sdfit.backends.trace.playing import Known
 from sdfit.backends.trace.tracer import Tracer
@@ -206,8 +207,11 @@ class Observer:
         return peaks
 
 
-class Watch:
-    """Observes runs of one pipeline, its modules' hooks placed once; a context.
+@contextmanager
+def watching(
+    tracer: Tracer, workload: Workload, known: Known | None = None
+) -> Iterator[Callable[..., tuple[Traced, Observer]]]:
+    """Watch runs of one pipeline, its modules' hooks placed once.
 
     Parameters
     ----------
@@ -216,58 +220,39 @@ class Watch:
         Whose pipeline it is.
     known : Known, optional
         Plays calls of modules that earlier runs made at another size; None: every run makes its own.
+
+    Yields
+    ------
+    callable
+        Takes a workload, and ``full``, ``tensors`` and ``key``, as `observed` does.
     """
+    now: list[Observer] = []
 
-    def __init__(self, tracer: Tracer, workload: Workload, known: Known | None = None) -> None:
-        self._tracer, self._known = tracer, known
-        self._pipe, self._handles = tracer.pipeline(workload), list[Any]()
-        self._observer: Observer | None = None
-
-    def __enter__(self) -> Watch:
-        for component in COMPONENTS:
-            module = getattr(self._pipe, component)
-            if module is None:
-                continue
-            for name, part in module.named_modules(prefix=component):
-                self._handles.append(part.register_forward_pre_hook(self._enters(name), prepend=True))
-                self._handles.append(part.register_forward_hook(self._leaves))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _enters(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if self._observer is not None:
-                self._observer.enter(name)
-
-        return hook
-
-    def _leaves(self, *_: Any) -> None:
-        if self._observer is not None:
-            self._observer.leave()
-
-    def __call__(
-        self,
+    def watch(
         workload: Workload,
         *,
         full: bool = False,
         tensors: bool = False,
         key: Callable[[OperationName], Any] = lambda name: "run",
     ) -> tuple[Traced, Observer]:
-        """Trace a workload and watch it; see `observed`."""
-        observer = self._observer = Observer(self._tracer, workload, tensors=tensors, key=key)
-        known = None if full or tensors or self._known is None else self._known
+        observer = Observer(tracer, workload, tensors=tensors, key=key)
+        now[:] = [observer]
+        plays = known if not (full or tensors) else None
 
-        def playing(follow: FollowStorages) -> AbstractContextManager[None]:
-            return nullcontext() if known is None else known.playing(observer, follow)
+        def around(follow: FollowStorages) -> AbstractContextManager[None]:
+            return nullcontext() if plays is None else plays.playing(observer, follow)
 
-        traced = self._tracer.run(
-            workload, observe=observer.attach, full=full, keep_events=known is not None, around=playing
-        )
-        self._observer = None
-        return traced, observer
+        kept = plays is not None
+        return tracer.run(workload, observe=observer.attach, full=full, keep_events=kept, around=around), observer
+
+    def begins(path: str) -> None:
+        now[0].enter(path)
+
+    def ends() -> None:
+        now[0].leave()
+
+    with modules_followed(tracer.pipeline(workload), begins, ends):
+        yield watch
 
 
 def observed(
@@ -288,7 +273,7 @@ def observed(
     tensors, key
         See `Observer`.
     """
-    with Watch(tracer, workload) as watch:
+    with watching(tracer, workload) as watch:
         return watch(workload, full=full, tensors=tensors, key=key)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 
+from sdfit.backends.boundaries import modules_followed
 from sdfit.backends.trace.follow import Operation
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import COMPONENTS
@@ -71,12 +71,11 @@ class TracedRun:
 
 @dataclass
 class _Writer:
-    """Told of every operation by the tracer."""
+    """Told of every operation by the tracer; ``seen`` are the storages that are there, at first the weights."""
 
-    pipe: Any
+    seen: dict[int, Any]
     operations: list[Ran] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
-    seen: dict[int, Any] = field(default_factory=dict)
     places: dict[CodeType, str | None] = field(default_factory=dict)
     meter: Meter | None = None
     at: int = 0
@@ -129,33 +128,6 @@ class _Writer:
             frame = frame.f_back  # type: ignore[assignment]
         return tuple(found)
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Follow which module runs."""
-        handles = []
-        for component in COMPONENTS:
-            module = getattr(self.pipe, component)
-            if module is None:
-                continue
-            self.seen |= {t.untyped_storage()._cdata: t for t in (*module.parameters(), *module.buffers())}
-            for name, part in module.named_modules(prefix=component):
-                handles.append(part.register_forward_pre_hook(self._enter(name), prepend=True))
-                handles.append(part.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self.path.append(name)
-
-        return hook
-
-    def _leave(self, *_: Any) -> None:
-        self.path.pop()
-
 
 def place(filename: str) -> str | None:
     """The part of a path that is the same on every machine; None outside of `PACKAGES`.
@@ -184,15 +156,12 @@ def operations_of(tracer: Tracer, workload: Workload) -> TracedRun:
         Best one without workspaces: what kernels hold is what a snapshot is asked for.
     workload : Workload
     """
-    writer = _Writer(tracer.pipeline(workload))
-    with writer.hooked():
+    pipe = tracer.pipeline(workload)
+    parts = [part for name in COMPONENTS if (part := getattr(pipe, name)) is not None]
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    writer = _Writer({t.untyped_storage()._cdata: t for t in tensors})
+    with modules_followed(pipe, writer.path.append, writer.path.pop):
         traced = tracer.run(workload, keep_events=True, observe=writer.attach, full=True)
     assert traced.events is not None
-    parts = [getattr(writer.pipe, name) for name in COMPONENTS]
-    weights = tuple(
-        t.untyped_storage().nbytes()
-        for part in parts
-        if part is not None
-        for t in (*part.parameters(), *part.buffers())
-    )
+    weights = tuple(t.untyped_storage().nbytes() for t in tensors)
     return TracedRun(workload, writer.operations, traced.events, weights, traced)

@@ -1,70 +1,25 @@
 """How well other systems, and sdfit, predict a list of runs whose peaks are known.
 
 Three questions to each system: how far off is it, how often would a run have died if its number had been the cap, and
-how much does it set aside for nothing when the run lives. `compare` takes any cases; `published_cases` makes them from
-the published rows. Every case counts alike: a workload that was measured five times counts five times.
+how much does it set aside for nothing when the run lives. `compare` takes any cases; `sdfit.study.comparison.cases` makes
+them from published rows and from records. Every case counts alike: a workload that was measured five times counts five times.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdfit.errors import RecordsError, UnknownModel, UnknownVariant, listed
+from sdfit.errors import RecordsError, UnknownModel
 from sdfit.fit.folds import error_summary
-from sdfit.records import Record
-from sdfit.study.comparison import published
+from sdfit.study.comparison.cases import Case
 from sdfit.study.comparison.peers import PEERS, Peer, peer
 from sdfit.units import aligned, format_bytes
-from sdfit.workload import Workload, whole_number
-
-if TYPE_CHECKING:
-    from sdfit.predict.predictor import Predictor
 
 OWN = {"sdfit": "sdfit", "sdfit_upper": "sdfit, upper bound"}
 """What a case may carry itself, by name, and how it is printed."""
-MAX_BYTES = 1 << 50
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One run whose peak is known.
-
-    Parameters
-    ----------
-    label : str
-        Names the run in tables.
-    workload : Workload
-    actual_bytes : int
-        The peak of the run [bytes].
-    predicted_bytes, upper_bytes : int, optional
-        sdfit's estimate and its upper bound, of the same metric as ``actual_bytes`` [bytes].
-
-    Raises
-    ------
-    InvalidWorkload
-        If an amount is not a positive whole number of bytes.
-
-    Examples
-    --------
-    >>> Case("one", Workload(512, 512), 3 * 10**9).actual_bytes
-    3000000000
-    """
-
-    label: str
-    workload: Workload
-    actual_bytes: int
-    predicted_bytes: int | None = None
-    upper_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("actual_bytes", "predicted_bytes", "upper_bytes"):
-            value = getattr(self, name)
-            if value is not None or name == "actual_bytes":
-                object.__setattr__(self, name, whole_number(name, value, 1, MAX_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +161,7 @@ def compare(cases: Iterable[Case], systems: Sequence[str | Peer] | None = None, 
 
     Examples
     --------
+    >>> from sdfit.workload import Workload
     >>> case = Case("512x512", Workload(512, 512), 3_294_239_916, predicted_bytes=3_300_000_000)
     >>> print(compare([case], ["sdfit", "accelerate"]).table())
     1 of 1 cases, for which all of these have a formula; truth: as given
@@ -243,82 +199,6 @@ TRUTHS = {
     "given": "as given",
 }
 """What each source of the truth is called."""
-
-
-def published_cases(
-    metric: str = "allocated", models: Mapping[str, Predictor] | None = None, *, level: float = 0.95
-) -> tuple[Case, ...]:
-    """Make a case of every published whole-pipeline row of one metric.
-
-    Parameters
-    ----------
-    metric : str
-    models : mapping of card to Predictor, optional
-        Set beside the rows of their card.
-    level : float
-        Of the models' upper bounds.
-
-    Raises
-    ------
-    RecordsError
-        If no whole run was published with that metric.
-
-    Examples
-    --------
-    >>> len(published_cases()), published_cases()[-1].label
-    (37, 'GP-005 p100 512x512')
-    """
-    whole = [row for row in published.rows() if row.whole_pipeline and row.scope == "total"]
-    chosen = [row for row in whole if row.metric == metric]
-    if not chosen:
-        known = listed(sorted({row.metric for row in whole}))
-        raise RecordsError(f"no whole run was published with the metric '{metric}'; there are: {known}", given=metric)
-    models = models or {}
-    return tuple(
-        _predicted(Case(_label(row), row.workload(), row.peak_bytes), models.get(row.card), metric, level)
-        for row in chosen
-    )
-
-
-def published_cards() -> tuple[str, ...]:
-    """The cards whose whole runs were published."""
-    return tuple(sorted({row.card for row in published.rows() if row.whole_pipeline}))
-
-
-def record_cases(
-    records: Iterable[Record], predictor: Predictor | None = None, *, level: float = 0.95
-) -> tuple[Case, ...]:
-    """Make a case of every record that succeeded, with what a model says of it.
-
-    Parameters
-    ----------
-    records : iterable of Record
-    predictor : Predictor, optional
-    level : float
-        Of the predictor's upper bounds.
-    """
-    ok = [r for r in records if r.outcome == "ok" and r.allocated_bytes]
-    return tuple(
-        _predicted(
-            Case(f"{i} {r.workload.height}x{r.workload.width}", r.workload, r.allocated_bytes or 0),
-            predictor,
-            "allocated",
-            level,
-        )
-        for i, r in enumerate(ok)
-    )
-
-
-def _predicted(case: Case, predictor: Predictor | None, metric: str, level: float) -> Case:
-    """The case with a model's prediction; as it was where the model never saw the variant."""
-    if predictor is None:
-        return case
-    try:
-        peak = predictor.predict_workload(case.workload, metric=metric, level=level)
-    except UnknownVariant:
-        return case
-    upper = round(peak.upper) if math.isfinite(peak.upper) else None
-    return replace(case, predicted_bytes=round(peak), upper_bytes=upper)
 
 
 _Predict = Callable[[Case], int | None]
@@ -375,11 +255,6 @@ def _summarise(title: str, found: list[Row], cases: int) -> Summary:
         over_reserved=fmean(row.error for row in lived) if lived else None,
         over_reserved_bytes=round(fmean(row.predicted_bytes - row.actual_bytes for row in lived)) if lived else None,
     )
-
-
-def _label(row: published.PublishedRow) -> str:
-    batch = f" x{row.batch_size}" if row.batch_size > 1 else ""
-    return f"{row.id} {row.card} {row.height}x{row.width}{batch}"
 
 
 def _percent(fraction: float) -> str:

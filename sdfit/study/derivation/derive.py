@@ -1,7 +1,7 @@
 """Find the closed form of the peak from the pipeline itself.
 
-Trace one variant at some thirty workloads, chosen so that nothing is rounded; align the operations by name; solve for
-the polynomial that gives each operation's live bytes; keep those that are the highest somewhere. The result is not a
+Trace one variant at some thirty workloads, chosen so that nothing is rounded (a module that ran at one of them is played at
+the others, see `sdfit.backends.trace.playing`); align the operations by name; solve for the polynomial that gives each operation's live bytes; keep those that are the highest somewhere. The result is not a
 fit to noise: the coefficients are channels times bytes, and the residual is the allocator's rounding to 512.
 
 What it does not know: memory inside kernels, unless the tracer is given workspaces that are polynomials too. Sizes
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.backends.trace.observe import PIPELINE, Pass, Watch, observed
+from sdfit.backends.trace.observe import PIPELINE, Pass, observed, watching
 from sdfit.backends.trace.playing import Known
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.sizes import vae_passes
@@ -97,7 +97,7 @@ def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Deriv
     points = derivation_points(variant_workload)
     seen: dict[Name, dict[At, int]] = defaultdict(dict)
     tops: list[dict[str, int]] = []
-    with Watch(tracer, variant_workload, Known()) as watch:
+    with watching(tracer, variant_workload, Known()) as watch:
         for number, point in enumerate(points):
             traced, observer = watch(point)
             tops.append(observer.stage_peaks)
