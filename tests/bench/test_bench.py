@@ -10,6 +10,7 @@ import random
 import resource
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_fit_of_the_default_grid(benchmark: Any, tmp_path: Path) -> None:
 def test_fit_of_100000_records(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`sdfit fit` of 100,000 records on the made-up card, a whole process, and its peak memory.
 
-    Minutes, so `make bench` leaves it out: pytest -m "bench and slow" tests/bench.
+    Making them takes minutes, so `make bench` leaves it out: pytest -m "bench and slow" tests/bench.
     """
     data, path = made_up(100_000), tmp_path / "records.jsonl"
     lines = [{RECORDS.key: 1, "environment": data.environment}, *map(RECORDS.dump, data.records)]
@@ -131,6 +132,23 @@ def test_derive_of_one_variant(benchmark: Any) -> None:
     """`sdfit derive` of the default variant, a whole process."""
     command = [sys.executable, "-m", "sdfit.cli", "derive"]
     benchmark.pedantic(lambda: subprocess.run(command, check=True, capture_output=True), rounds=3)
+
+
+def test_sweep_of_allocated_memory_by_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`sdfit sweep` of the default grid by a bare trace, which tells allocated memory alone, on all processors: workloads a second,
+    as long as rows come."""
+    out = tmp_path / "bare.jsonl"
+    options = ["--gpu", "none", "--backend", "trace", "--no-workspaces", "--out", str(out)]
+    with subprocess.Popen([sys.executable, "-m", "sdfit.cli", "sweep", *options], stderr=subprocess.DEVNULL) as process:
+        begins, rows = 0.0, 0
+        while process.poll() is None:
+            time.sleep(0.05)
+            if not begins and out.exists() and out.read_bytes().count(b"\n") > 1:
+                begins, rows = time.perf_counter(), out.read_bytes().count(b"\n")
+        ends = time.perf_counter()
+    done = out.read_bytes().count(b"\n") - rows
+    with capsys.disabled():
+        print(f"\nallocated alone by trace: {done / (ends - begins):.1f} workloads a second")
 
 
 def test_trace_of_one_workload(benchmark: Any) -> None:
