@@ -62,6 +62,10 @@ def _hook(enter: Callable[[str], None], stage: str) -> Callable[..., None]:
 @contextmanager
 def modules_followed(pipe: Any, begins: Callable[[str], None], ends: Callable[[], object]) -> Iterator[None]:
     """Call ``begins(path)`` before and ``ends()`` after every call of a module inside the ``with`` block."""
+
+    def ended(*_: Any) -> None:  # what a hook gives back would stand for the module's output
+        ends()
+
     handles = []
     for component in COMPONENTS:
         module = getattr(pipe, component)
@@ -69,7 +73,7 @@ def modules_followed(pipe: Any, begins: Callable[[str], None], ends: Callable[[]
             continue
         for path, part in module.named_modules(prefix=component):
             handles.append(part.register_forward_pre_hook(_hook(begins, path), prepend=True))
-            handles.append(part.register_forward_hook(lambda *_: ends()))
+            handles.append(part.register_forward_hook(ended))
     try:
         yield
     finally:
