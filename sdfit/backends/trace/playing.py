@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,18 +19,26 @@ from sdfit.predict.simulation.modules import IMAGE_CHANNELS, LATENT_CHANNELS, TE
 from sdfit.predict.simulation.programs import CHECKER, DECODER, ENCODER, PICTURE, TEXT, UNET, Lengths, Program, Taken
 from sdfit.workload import STREAMED, VAE_SCALE, Workload
 
-if TYPE_CHECKING:
-    from sdfit.backends.trace.observe import Observer, OperationName
-
-
 MADE = {TEXT: 2, UNET: 1, ENCODER: 1, DECODER: 1, CHECKER: 0}
 """How many blocks a call leaves; the tiny VAE's may be what goes in."""
+
+
+class Observer(Protocol):
+    """What is asked of `sdfit.backends.trace.observe.Observer`."""
+
+    pipe: Any
+    workload: Workload
+    workspace: Any
+    passes: list[Any]
+
+    def played(self, names: list[Any], live_bytes: list[int]) -> None:
+        """Write down the operations of a call that is not made."""
 
 
 class _Call(NamedTuple):
     """The operations of a call, and after how many of its events each one is done."""
 
-    names: list[OperationName]
+    names: list[Any]
     events: Any
 
 
