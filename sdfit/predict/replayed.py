@@ -246,9 +246,29 @@ class Replayed(Predictor):
                 return super().beyond(table, limit_bytes, metric=metric, level=level)
             value, (below, above) = predict_table(self.variant, table, metric, 2 * max(SURE, level) - 1)
         except NeverSwept:
-            return np.zeros(max(map(np.size, table.values())), dtype=bool)
+            return self._live_beyond(table, limit_bytes)
         most = limit_bytes * (1 + ROUNDING)
         return np.isfinite(above) & ((value > FAR * most) | (value - below > most))
+
+    def _live_beyond(self, table: Mapping[str, Any], limit_bytes: float) -> Any:
+        """Which runs of a ladder that has no coefficients are beyond: from the first on whose live bytes alone are by far.
+
+        What is live rises along a ladder but where convolutions are split, past 2^31 elements: there at most half of it goes.
+        """
+        rows = max(map(np.size, table.values()))
+        columns = {name: np.broadcast_to(column, rows).tolist() for name, column in table.items()}
+        first = high = rows
+        low = 0
+        while low < high:
+            middle = (low + high) // 2
+            workload = Workload(**{name: column[middle] for name, column in columns.items()})
+            try:
+                far = self._replay(workload, "allocated", FAR * limit_bytes) > FAR * limit_bytes
+                first = middle if far else first
+            except NotSimulated:  # too long a run, most likely
+                far = True
+            low, high = (low, middle) if far else (middle + 1, high)
+        return np.arange(rows) >= first
 
     @property
     def _limit(self) -> float | None:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 
 import sdfit
@@ -198,7 +199,8 @@ def test_a_table_may_hold_rows_that_were_never_swept():
 def test_questions_about_what_was_never_swept_agree():
     """Verdict, fits, the largest size and batch, and advice: one answer; what is refused says why."""
     g = sdfit.load("t4")
-    assert not g.beyond({"height": 4096, "width": [512, 4096]} | NEVER_SWEPT, 2**32, metric="required", level=0.9).any()
+    wide = {"height": 512, "width": [512, 4096]} | NEVER_SWEPT
+    assert g.beyond(wide, 2**32, metric="required", level=0.9).tolist() == [False, True]
     size = g.largest(memory="4 GiB", **NEVER_SWEPT)
     assert g.fits(*size, memory="4 GiB", **NEVER_SWEPT)
     assert g.verdict(*size, memory="4 GiB", **NEVER_SWEPT).answer == "fits"
@@ -251,3 +253,15 @@ def test_the_commands_answer_for_what_was_never_swept(capsys):
     for command in ("predict", "fits", "advise", "strategies"):
         assert main([command, *asked, *([] if command == "predict" else ["--memory", "4GiB"])]) == 0
         assert "simulated" in capsys.readouterr().out or command in ("advise", "strategies")
+
+
+@pytest.mark.parametrize("options", [NEVER_SWEPT, NEVER_SWEPT | {"vae_slicing": True}], ids=str)
+def test_a_ladder_without_coefficients_is_halved_by_what_is_live(options):
+    """No batch that fits is left out; far above the limit none is asked for one by one."""
+    g, limit = sdfit.load("t4").within(5 << 30), 5 << 30
+    batches = np.arange(1, 1025)
+    table = Workload(512, 384, **options).to_dict() | {"batch_size": batches}
+    beyond = g.beyond(table, limit, metric="required", level=0.99)
+    largest = g.max_batch_size(512, 384, memory=limit, **options)
+    assert largest < batches[beyond][0] < 4 * largest and beyond[batches >= batches[beyond][0]].all()
+    assert g.equation is not g and not g.beyond(table, 2**62, metric="required", level=0.99).any()
