@@ -72,4 +72,5 @@ class FaultyCounters(CpuCounters):
         for kind, error in ERRORS.items():
             if on_device and self._is_now(kind):
                 self.broken = kind in ("sticky", "oom, then lost")
+                self.fault = [-1, ""]  # what comes after it finds memory again
                 raise error
