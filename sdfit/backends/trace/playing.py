@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sdfit.backends.trace.follow import FollowStorages
+from sdfit.backends.trace.repeats import forwards_replaced
 from sdfit.predict.simulation.library import Key, NotSimulated, shipped_library
 from sdfit.predict.simulation.modules import IMAGE_CHANNELS, LATENT_CHANNELS, TEXT_CHANNELS
 from sdfit.predict.simulation.programs import CHECKER, DECODER, ENCODER, PICTURE, TEXT, UNET, Lengths, Program, Taken
@@ -56,16 +57,8 @@ class Known:
         kinds |= {CHECKER: pipe.safety_checker} if pipe.safety_checker is not None else {}
         if observer.workspace is not None or workload.offload in STREAMED or workload.execution != "default":
             kinds = {}
-        own = [(module, vars(module).get("forward")) for module in kinds.values()]
-        for kind, module in kinds.items():
-            module.forward = self._forward(kind, module.forward, observer, follow)
-        try:
+        with forwards_replaced((m, self._forward(kind, m.forward, observer, follow)) for kind, m in kinds.items()):
             yield
-        finally:
-            for module, forward in own:
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
 
     def _forward(
         self, kind: str, forward: Callable[..., Any], observer: Observer, follow: FollowStorages

@@ -6,7 +6,7 @@ by tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,20 +21,30 @@ def skipped(pipe: Any, follow: FollowStorages) -> Iterator[None]:
     """Run each module once per shape at most; likewise one row of a blend between tiles stands for all of its rows."""
     modules = (pipe.unet, pipe.vae.encoder, pipe.vae.decoder)
     blends = [name for name in ("blend_v", "blend_h") if hasattr(pipe.vae, name)]
-    own = [(module, vars(module).get("forward")) for module in modules]  # that of a hook
-    for module in modules:
-        module.forward = _once_per_shape(module.forward, follow)
-    for name in blends:
-        setattr(pipe.vae, name, _first_row(getattr(pipe.vae, name)))
+    with forwards_replaced((module, _once_per_shape(module.forward, follow)) for module in modules):
+        for name in blends:
+            setattr(pipe.vae, name, _first_row(getattr(pipe.vae, name)))
+        try:
+            yield
+        finally:
+            for name in blends:
+                delattr(pipe.vae, name)
+
+
+@contextmanager
+def forwards_replaced(replacements: Iterable[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules other ``forward`` methods, and afterwards their own back: that of a hook, or the class's."""
+    own = []
     try:
+        for module, forward in replacements:
+            own.append((module, vars(module).get("forward")))
+            module.forward = forward
         yield
     finally:
-        for module, forward in own:
+        for module, before in own:
             del module.forward
-            if forward is not None:
-                module.forward = forward
-        for name in blends:
-            delattr(pipe.vae, name)
+            if before is not None:
+                module.forward = before
 
 
 def _once_per_shape(forward: Callable[..., Any], follow: FollowStorages) -> Callable[..., Any]:
