@@ -34,12 +34,15 @@ class Regime:
         From the first, up to but not including the second.
     neighbours : tuple of int
         Where a regime without rows takes its coefficients from: the nearest that needs more rather than less.
+    rough : bool
+        Whether its one set of coefficients stands for runs whose highest operation differs: off by percents.
     """
 
     words: str
     images: tuple[int, float]
     elements: tuple[int, float]
     neighbours: tuple[int, ...]
+    rough: bool = False
 
     def holds(self, images: Numbers, elements: Numbers) -> Numbers:
         """Whether a pass lies in it; numbers or arrays."""
@@ -58,9 +61,9 @@ REGIMES = (
     Regime("one image per pass",                         (1, 1),    (0, _ALL),  (1, 2, 3, 4, 5)),
     Regime("several images per pass",                    (2, _ALL), _FEW,       (0, 2, 3, 4, 5)),
     Regime("two images, past 2^31 elements",             (2, 2),    _MANY,      (1, 3, 0, 4, 5)),
-    Regime("three images or more, past 2^31 elements",   (3, _ALL), _MANY,      (2, 1, 5, 4, 0)),
+    Regime("three images or more, past 2^31 elements",   (3, _ALL), _MANY,      (2, 1, 5, 4, 0), rough=True),
     Regime("two images, past 2^32 elements",             (2, 2),    _MORE,      (2, 5, 3, 1, 0)),
-    Regime("three images or more, past 2^32 elements",   (3, _ALL), _MORE,      (3, 4, 2, 1, 0)),
+    Regime("three images or more, past 2^32 elements",   (3, _ALL), _MORE,      (3, 4, 2, 1, 0), rough=True),
 )  # fmt: skip
 
 
@@ -100,6 +103,17 @@ def regime(stage: str, sizes: Sizes) -> Numbers:
         elements = images * sizes.P * one.widest_channels
         found = _CELLS[row, sum((elements >= start).astype(np.intp) for start in map(np.float64, _ELEMENTS[1:]))]
     return found if np.ndim(found) else int(found)
+
+
+def is_rough(stages: Sequence[str], sizes: Sizes) -> bool:
+    """Whether some stage of a run lies in a regime that one set of coefficients describes to percents only.
+
+    Examples
+    --------
+    >>> is_rough(["vae_decoder_blocks"], Sizes.of(2048, 2048, 77, 3, 6)), is_rough(["unet"], Sizes.of(2048, 2048, 77, 3, 6))
+    (True, False)
+    """
+    return any(REGIMES[int(regime(stage, sizes))].rough for stage in stages)
 
 
 def edges(stages: Sequence[str]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ class Predictor:
     >>> f(512, 512) < f(1024, 1024)
     True
     """
+
+    _plain_pixels: float = math.inf
+    """Of all images of a call together, so many and more are not left to the equation unseen."""
 
     def __init__(
         self, artifact: Artifact, path: Path | None = None, name: str | None = None, card: Card | None = None
@@ -222,7 +226,7 @@ offload, safety_checker, execution
             and level == DEFAULT_LEVEL
         ):
             runs_as = plain_run(height, width, prompt_length, batch_size, guidance_scale)
-            if runs_as is not None:
+            if runs_as is not None and batch_size * height * width < self._plain_pixels:
                 numbers = height, width, prompt_length, batch_size, guidance_scale
                 return predicted(found.peak(*runs_as), found, numbers, metric, level)
         workload = Workload(height, width, prompt_length, batch_size, guidance_scale, *key)

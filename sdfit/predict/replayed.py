@@ -3,7 +3,8 @@
 How PyTorch's allocator packs blocks into segments jumps from one size to the next by up to a quarter of the activations,
 which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does. `replaying`
 simulates the run (`sdfit.predict.simulation.simulate` says which runs it covers), with numpy alone, in some hundredths of a
-second, where the equation takes microseconds. A combination of options that was never swept is simulated for every metric.
+second, where the equation takes microseconds. A combination of options that was never swept is simulated for every metric,
+and so is a run in a regime that the equation describes to percents only (`sdfit.equation.regimes.is_rough`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdfit.equation.metrics import REPLAYED_FAMILY, check_metric
+from sdfit.equation.regimes import edges, is_rough
 from sdfit.equation.sizes import Sizes
+from sdfit.equation.stages import STAGES, stages_of
 from sdfit.errors import NeverSwept, SdfitError
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
@@ -170,6 +173,8 @@ class Replayed(Predictor):
     simulated one by one.
     """
 
+    _plain_pixels = edges(STAGES)[0]
+
     def __init__(
         self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None, exact: bool = False
     ) -> None:
@@ -215,7 +220,10 @@ class Replayed(Predictor):
             return self._simulated(workload, metric, level, never)
         # what is known of a run changes no answer, but that nothing of it is the equation's where what it requires is not
         by_replay = metric != "required" and (workload, "required") in self._needs
-        if metric not in REPLAYED or (not by_replay and self._settled(found)):
+        if metric not in REPLAYED:
+            rough = is_rough(stages_of(workload.variant), Sizes.of_workload(workload))
+            return self._simulated(workload, metric, level, found) if rough else found
+        if not by_replay and self._settled(found):
             return found
         try:
             needed = self._needed(workload, metric)
@@ -223,17 +231,21 @@ class Replayed(Predictor):
             return found
         return ReplayedPrediction(needed, Run.of(self.variant(workload.variant), workload), workload, metric, level)
 
-    def _simulated(self, workload: Workload, metric: str, level: float, never: NeverSwept) -> Prediction:
-        """A run of a variant without coefficients."""
+    def _simulated(
+        self, workload: Workload, metric: str, level: float, equation: Prediction | NeverSwept
+    ) -> Prediction:
+        """A run that is not left to the equation: what that says, or why it says nothing, is for one that is not simulated."""
         try:
             peaks, weights = self._replay.stages(workload, self._limit)
             value = self._needed(workload, metric)
         except NotSimulated as reason:
+            if isinstance(equation, Prediction):
+                return equation
             raise NeverSwept(
                 f"'{self.artifact.name}' has no coefficients for {variant_name(workload.variant)}, and this run is not "
                 f"simulated: {reason}",
                 variant=workload.variant,
-            ) from never
+            ) from equation
         run = Run(self.artifact, workload.variant, peaks, weights)
         return ReplayedPrediction(value, run, workload, metric, level)
 
