@@ -43,6 +43,11 @@ def software() -> dict[str, str | None]:
     return found
 
 
+def releases() -> dict[str, str | None]:
+    """Releases of what decides which memory a pipeline asks for, whatever they were built for."""
+    return {package: of and of.partition("+")[0] for package, of in software().items() if package != "python"}
+
+
 def quiet_libraries() -> None:
     """Keep the advice and warnings of other libraries off the terminal; sdfit's own warnings are notes on stderr.
 

@@ -59,3 +59,16 @@ def test_without_a_card_nothing_is_replayed():
     row = backend.measure(UNCHECKED)
     assert row["reserved_bytes"] is row["required_bytes"] is None
     assert row["stage_peaks_bytes"] == backend._tracer.run(UNCHECKED).stage_peaks
+
+
+def test_under_another_release_all_is_traced(backend, monkeypatch):
+    """As `make matrix` asks of each release: the programs are another's, and tell nothing of it."""
+    import sdfit.backends.environment as environment
+
+    monkeypatch.setattr(environment, "version", lambda package: "0.1")
+    other = TraceBackend("t4", workspaces=True)
+    monkeypatch.setattr(other, "_tracer", backend._tracer)
+    row = other.measure(UNCHECKED)
+    assert backend.traced == [UNCHECKED]
+    assert row == backend.measure(UNCHECKED)
+    assert backend.traced == [UNCHECKED]

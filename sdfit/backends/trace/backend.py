@@ -2,7 +2,8 @@
 
 Allocated memory is traced; reserved and required memory come from replaying the traced allocations through a model of
 the caching allocator (`sdfit.predict.simulation.replay`). Runs that `sdfit.predict.simulation.simulate` covers are simulated, which gives
-the same events in a hundredth of the time; a tenth of them, drawn by what they are, is traced as well and compared.
+the same events in a hundredth of the time; a tenth of them, drawn by what they are, is traced as well and compared. Under other
+releases of PyTorch or diffusers than those in which its programs were found, all are traced.
 Nothing here is measured, and the records say so.
 """
 
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 
-from sdfit.backends.environment import software
+from sdfit.backends.environment import releases, software
 from sdfit.backends.trace.tables import workspaces_of
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.errors import InvalidWorkload, SdfitError, SweepWarning
 from sdfit.predict.simulation.card import Traced
-from sdfit.predict.simulation.library import NotSimulated
+from sdfit.predict.simulation.library import NotSimulated, shipped_library
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import Workspaces, workspaces_for
@@ -62,7 +63,7 @@ class TraceBackend:
                 self.kernels = None  # the environment then says that no workspaces were added
         self._tracer = Tracer(self.kernels, num_inference_steps=num_inference_steps)
         self._simulator = Simulator(self.kernels, num_inference_steps=num_inference_steps)
-        self._trusted = True
+        self._trusted = shipped_library().found_in == releases()
 
     def environment(self) -> dict[str, Any]:
         """See `sdfit.backends.Backend.environment`."""
@@ -121,8 +122,8 @@ class TraceBackend:
             self._trusted = False
             warnings.warn(
                 f"a simulated run is not what its trace is ({workload}): from here on all are traced; rows that were "
-                "simulated before may differ too, since diffusers or PyTorch is another one than sdfit's programs were found "
-                "in: python -m sdfit.study.lab programs",
+                "simulated before may differ too, since diffusers or PyTorch is not as sdfit's programs were found in it: "
+                "python -m sdfit.study.lab programs",
                 SweepWarning,
                 stacklevel=3,
             )

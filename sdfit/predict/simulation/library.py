@@ -99,6 +99,8 @@ class Library:
     brought : dict of (str, str) to dict
         Of a component under an offload of `sdfit.workload.STREAMED`: which of its weights come and go with which module
         (see `sdfit.predict.simulation.streaming.Moves`). None of a component that diffusers cannot offload like that.
+    found_in : dict of str to str
+        The releases of PyTorch and other packages in which all of it was found.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class Library:
         programs: Mapping[Key, Program],
         weights: Mapping[tuple[str, str], tuple[int, ...]],
         brought: Mapping[tuple[str, str], Brought],
+        found_in: Mapping[str, str],
     ) -> None:
         self.programs, self.weights, self.brought = dict(programs), dict(weights), dict(brought)
+        self.found_in = dict(found_in)
 
     def program(self, kind: str, workload: Workload, lengths: Lengths) -> Program:
         """The program of a call.
@@ -178,6 +182,7 @@ class Library:
         each = [[(m, w) for m, which in brought.items() for w in which] for brought in self.brought.values()]
         _store(stored, "moves", [np.array(pairs, dtype=np.int16).T.ravel() for pairs in each])
         stored["words"] = np.array(json.dumps({name: [str(word) for word in words] for name, words in _WORDS.items()}))
+        stored["found_in"] = np.array(json.dumps(self.found_in))
         file = io.BytesIO()
         np.savez_compressed(file, **stored)
         return file.getvalue()
@@ -217,7 +222,7 @@ class Library:
             found = brought.setdefault((weights[name], offloads[offload]), {})
             for module, weight in flat.reshape(2, -1).T.tolist():
                 found[module] = (*found.get(module, ()), weight)
-        return cls(programs, dict(zip(names, sizes, strict=True)), brought)
+        return cls(programs, dict(zip(names, sizes, strict=True)), brought, json.loads(str(stored["found_in"])))
 
 
 @cache

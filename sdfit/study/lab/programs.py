@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sdfit.backends.environment import releases
 from sdfit.backends.trace.finding import find, movers, probes, record
 from sdfit.backends.trace.streaming import moved
 from sdfit.backends.trace.tracer import Tracer
@@ -73,4 +74,5 @@ def brought(tracer: Tracer) -> Iterator[tuple[tuple[str, str], Brought]]:
 def library() -> Library:
     """Find all of it: half a minute."""
     tracer = Tracer()
-    return Library({key: found(tracer, key) for key in keys()}, dict(weights(tracer)), dict(brought(tracer)))
+    programs = {key: found(tracer, key) for key in keys()}
+    return Library(programs, dict(weights(tracer)), dict(brought(tracer)), releases())
