@@ -20,7 +20,7 @@ from sdfit.equation.weights import baseline_label
 from sdfit.errors import ArtifactError, SdfitError
 from sdfit.files import file_name
 from sdfit.predict.conformal import kept_ranks
-from sdfit.workload import CHOICES, DTYPE_BYTES, LIMITS
+from sdfit.workload import CHOICES, DTYPE_BYTES, LIMITS, VARIANT_FIELDS
 
 FORMAT = 2
 RESTS_ON = {
@@ -119,9 +119,13 @@ def _name(value: Any) -> None:
 def _variant(value: Any) -> None:
     """A variant in words, as `sdfit.workload.variant_name` writes it."""
     _text(value)
-    words = value.split(" ")
-    known = len(words) >= 2 and words[0] in CHOICES["dtype"] and words[1] in CHOICES["attention"]
-    _must(known and all(word.partition("=")[0] in CHOICES for word in words[2:]), value, "the name of a variant")
+    dtype, _, rest = value.partition(" ")
+    attention, *options = rest.split(" ")
+    allowed = [f"{field}={choice}" for field in VARIANT_FIELDS[2:] for choice in CHOICES[field][1:]]
+    places = [allowed.index(option) if option in allowed else -1 for option in options]
+    fields = {option.partition("=")[0] for option in options}
+    known = dtype in CHOICES["dtype"] and attention in CHOICES["attention"] and -1 not in places
+    _must(known and places == sorted(places) and len(fields) == len(places), value, "the name of a variant")
 
 
 def _any_of(*known: Any) -> Check:

@@ -141,6 +141,8 @@ CHANGES: list[tuple[Change, str]] = [
     (put("swept", {}), "'swept' is a dict"),
     (put("swept", ["x"]), "'x'; it must be the name of a variant"),
     (put("swept", ["float16 sdpa x"]), "'float16 sdpa x'; it must be the name of a variant"),
+    (put("swept", ["float16 sdpa offload=a=b"]), "'float16 sdpa offload=a=b'; it must be the name of a variant"),
+    (put("swept", ["float16 sdpa vae=tiny vae=tiny"]), "it must be the name of a variant"),
     (put("baseline", {}), "lacks the field 'terms'"),
     (put("baseline", "variants", {"x": {}}), "lacks the field 'coef'"),
     (put("baseline", "variants", {}), "a table with 1 name at least"),
