@@ -99,8 +99,8 @@ class Library:
     brought : dict of (str, str) to dict
         Of a component under an offload of `sdfit.workload.STREAMED`: which of its weights come and go with which module
         (see `sdfit.predict.simulation.streaming.Moves`). None of a component that diffusers cannot offload like that.
-    found_in : dict of str to str
-        The releases of PyTorch and other packages in which all of it was found.
+    found_in : dict of str to str or None
+        The releases of PyTorch and other packages in which all of it was found; None of one that was not there.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Library:
         programs: Mapping[Key, Program],
         weights: Mapping[tuple[str, str], tuple[int, ...]],
         brought: Mapping[tuple[str, str], Brought],
-        found_in: Mapping[str, str],
+        found_in: Mapping[str, str | None],
     ) -> None:
         self.programs, self.weights, self.brought = dict(programs), dict(weights), dict(brought)
         self.found_in = dict(found_in)
