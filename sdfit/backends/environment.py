@@ -1,12 +1,18 @@
-"""What a run depends on beside the card: whether one is there, the software's versions, and that other libraries keep quiet."""
+"""What a run depends on beside the card: whether one is there, the software's versions, and that other libraries keep quiet and load fast."""
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 from sdfit.errors import DeviceError, needs, quiet
@@ -57,6 +63,51 @@ def quiet_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of each start and stop
     warnings.showwarning = _note
+
+
+@contextmanager
+def libraries_loaded() -> Iterator[None]:
+    """Import PyTorch, diffusers and transformers inside the ``with`` block, in two thirds of the time.
+
+    Python looks for circles of dead values while modules are made of which nothing dies; and diffusers imports `scipy.stats` for
+    schedulers that few use: it is loaded when something of it is asked for.
+    """
+    collects, postponed = gc.isenabled(), _Postponed()
+    gc.disable()
+    sys.meta_path.insert(0, postponed)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(postponed)
+        gc.freeze()  # they stay: later looks leave them out
+        if collects:
+            gc.enable()
+
+
+class _Postponed(MetaPathFinder, Loader):
+    """Makes `scipy.stats` a module that loads when something is asked of it that it does not have yet.
+
+    The standard library's `LazyLoader` would load it at the second import.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "scipy.stats" else None
+        if spec is not None and spec.loader is not None:
+            self._real, spec.loader = spec.loader, self
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See `importlib.abc.Loader`."""
+
+        def load(name: str) -> Any:
+            if vars(module).pop("__getattr__", None) is load:
+                self._real.exec_module(module)
+            return getattr(module, name)
+
+        vars(module)["__getattr__"] = load
 
 
 def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -41,8 +41,11 @@ def _kernels_of(f: Any) -> str | None:
 
 
 def _tracer(kernels: str | None) -> Any:
+    from sdfit.backends.environment import libraries_loaded
     from sdfit.backends.trace.tables import workspaces_of
-    from sdfit.backends.trace.tracer import Tracer
+
+    with libraries_loaded():
+        from sdfit.backends.trace.tracer import Tracer
 
     return Tracer(workspaces_of(kernels) if kernels else None)
 
@@ -81,9 +84,9 @@ def explain(
         f = load(gpu)
         peak = f.predict_workload(workload)
         equation, kernels = peak.breakdown, kernels or _kernels_of(f)
+    tracer = _tracer(kernels)
     from sdfit.study.derivation.explain import explain as explained
 
-    tracer = _tracer(kernels)
     if derives:
         from sdfit.study.derivation.derive import derive as derived
 
@@ -108,11 +111,12 @@ def explain(
 @json_option
 def derive(kernels: str | None, as_latex: bool, as_json: bool, **fields: Any) -> None:
     """Find the closed form of a variant's peak from the pipeline itself."""
+    tracer = _tracer(kernels)
     from sdfit.study.derivation.derive import derive as derived
 
     for side in ("height", "width"):  # the sizes do not matter: the result is a formula in them
         fields[side] = 512 if fields[side] is None else fields[side]
-    derivation = derived(workload_from(fields), tracer=_tracer(kernels))
+    derivation = derived(workload_from(fields), tracer=tracer)
     if as_json:
         click.echo(json.dumps(derivation.to_dict(), indent=2, ensure_ascii=False))
     else:

@@ -323,7 +323,8 @@ def sweep(
     if engine == "ray":
         pool = RayPool(backend, options, workers, address, limit_s)
     else:
-        pool = LocalPool(backend, options, workers or default_workers(backend), devices, limit_s)
+        most = max(min(workers or default_workers(backend), len(plan.workloads)), 1)
+        pool = LocalPool(backend, options, most, devices, limit_s)
     with ExitStack() as held:
         held.callback(pool.close)
         first = pool.environment()

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sdfit.backends import open_backend
-from sdfit.backends.environment import NO_CARD, quiet_libraries
+from sdfit.backends.environment import NO_CARD, libraries_loaded, quiet_libraries
 from sdfit.errors import DeviceError, SdfitError, SweepWarning
 from sdfit.records import kind_of
 from sdfit.workload import Workload
@@ -65,7 +65,8 @@ def _in_short(error: BaseException) -> str:
 def started(backend: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | SdfitError]:
     """Make a backend and ask it what its numbers depend on; or why it cannot be made, whatever that is."""
     try:
-        made = open_backend(backend, options)
+        with libraries_loaded():
+            made = open_backend(backend, options)
         return made, made.environment()
     except SdfitError as error:
         return None, error
@@ -110,9 +111,14 @@ class LocalPool:
         self._returned: list[tuple[Environment, Job]] = []  # of workers whose card is gone
 
     def environment(self) -> dict[str, Any]:
-        """Start the first worker and ask it what its numbers depend on."""
-        worker = self._start(self.devices[0])
-        self._heard_from()
+        """Start the first worker, or all where they are alike, and ask the one that is ready first what its numbers depend on."""
+        if not self._differ:
+            self.at_most(len(self.devices))
+        for device in self.devices[: 1 if self._differ else None]:
+            self._start(device)
+        while not (ready := self._heard_from()):
+            pass
+        worker = next(w for w in self._live if w.connection in ready)
         answer = worker.receive()
         if isinstance(answer, SdfitError):
             raise answer
@@ -277,7 +283,7 @@ class _Worker:
 
     def end(self) -> None:
         self.connection.close()
-        if self.job is not None:
+        if self.job is not None or self.environment is None:  # which it would first have to find
             self.process.terminate()
         self.process.join(0.1 if self.late is not None else 2)
         if self.process.is_alive():

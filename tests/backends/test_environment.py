@@ -15,6 +15,17 @@ from sdfit.errors import SimulatedModelWarning
 warnings.warn("mind your version", FutureWarning)
 warnings.warn("this model is a simulation", SimulatedModelWarning)
 """
+STATISTICS = """
+import gc, sys
+from sdfit.backends.environment import libraries_loaded
+with libraries_loaded():
+    import scipy.stats
+    assert not gc.isenabled()
+    from scipy import stats
+print("scipy.stats._stats_py" in sys.modules, gc.isenabled())
+from scipy.stats import norm
+print(norm.cdf(0.0), stats.norm is norm, hasattr(stats, "no_such_name"))
+"""
 KERNELS = "-m", "sdfit.study.lab", "kernels", "cpu"
 DECODER = """
 from sdfit.backends.environment import quiet_libraries
@@ -38,3 +49,9 @@ def test_libraries_are_silent(words: tuple[str, ...]) -> None:
     """Building the pipeline without a checker, and asking the profiler for kernels, print nothing beside the answer."""
     pytest.importorskip("diffusers")
     assert run(*words).stderr == ""
+
+
+def test_what_few_need_is_loaded_when_it_is_used() -> None:
+    """`scipy.stats` is imported twice and not loaded, then whole as soon as something of it is asked for; the collector is on again."""
+    pytest.importorskip("scipy")
+    assert run("-c", STATISTICS).stdout.splitlines() == ["False True", "0.5 True False"]

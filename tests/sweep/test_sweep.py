@@ -160,6 +160,16 @@ def test_a_worker_killed_from_outside_is_a_crash_row() -> None:
     assert results[0]["outcome"] == results[2]["outcome"] == "ok"
 
 
+def test_workers_that_are_alike_start_together() -> None:
+    """The second does not wait for the first, no more start than there are processors, and those with nothing to do end."""
+    pool = LocalPool("fake", {}, 64)
+    with contextlib.closing(pool):
+        pool.environment()
+        assert len(pool._live) == min(64, os.cpu_count() or 1)
+        assert [index for index, _ in pool.run([(0, PLAN.workloads[0])])] == [0]
+    assert not pool._live
+
+
 def test_a_worker_that_died_idle_does_not_stop_the_sweep() -> None:
     """A worker that is gone before its first job costs that job, as a row."""
     pool = LocalPool("fake", {}, 1)

@@ -58,6 +58,11 @@ class FollowStorages(TorchDispatchMode):
         self._blocks: dict[int, int] = {}
         self._paused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled under this mode, so PyTorch need not guard every operation against it (from 2.9 on it asks)."""
+        return False
+
     def ignore(self, tensor: torch.Tensor) -> None:
         """Never count this tensor's storage: it is counted elsewhere (the weights)."""
         self._known[tensor.untyped_storage()._cdata] = tensor

@@ -21,7 +21,6 @@ from sdfit.backends.boundaries import modules_followed
 from sdfit.backends.trace.follow import FollowStorages, Operation
 from sdfit.backends.trace.playing import Known
 from sdfit.backends.trace.tracer import Tracer
-from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.card import Traced
 from sdfit.predict.simulation.meter import Meter, Span
@@ -106,12 +105,7 @@ class Observer:
         self._counts: dict[tuple[str, str, str], int] = {}
         self._spans: dict[int, tuple[Span, Pass]] = {}
         self._live: dict[int, tuple[Any, LiveTensor]] = {}
-        self._weights = {
-            tensor.untyped_storage()._cdata
-            for name in COMPONENTS
-            if (module := getattr(self.pipe, name)) is not None
-            for tensor in (*module.parameters(), *module.buffers())
-        }
+        self._weights = {t.untyped_storage()._cdata for t in tracer.weights(workload)} if tensors else set()
         self._operations: dict[Any, str] = {}
         self._ordinal = 0
         self.meter: Meter

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from sdfit.backends.trace.follow import FollowStorages
 from sdfit.backends.trace.repeats import forwards_replaced
@@ -64,6 +65,7 @@ class Known:
         self, kind: str, forward: Callable[..., Any], observer: Observer, follow: FollowStorages
     ) -> Callable[..., Any]:
         workload, meter = observer.workload, follow.meter
+        dtype = getattr(torch, workload.dtype)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             lengths = _lengths(kind, args, kwargs)
@@ -84,10 +86,7 @@ class Known:
             before, taken = meter.live_bytes, program.call(lengths, None, keep_events=True)
             observer.played(known.names, (before + _live(taken)[known.events]).tolist())
             blocks = iter(meter.play(taken)[1])
-            made = [
-                follow.made(shape, None, observer.pipe.unet.dtype, block=next(blocks))
-                for shape in _shapes(kind, workload, args)
-            ]
+            made = [follow.made(shape, None, dtype, block=next(blocks)) for shape in _shapes(kind, workload, args)]
             if kind == CHECKER:
                 return kwargs["images"], [False] * len(kwargs["images"])
             return made[0] if kind in (ENCODER, DECODER) else tuple(made)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import (
@@ -136,6 +137,10 @@ class Tracer:
             }
         return self._pipes[key]
 
+    def weights(self, workload: Workload) -> list[torch.Tensor]:
+        """The weights and buffers of all components of the pipeline that a workload runs on."""
+        return [tensor for part in self._weights[id(self.pipeline(workload))].values() for tensor in part.tensors]
+
     def run(
         self,
         workload: Workload,
@@ -215,7 +220,9 @@ class Tracer:
         repeats = nullcontext() if full else skipped(pipe, follow)
         # frees must not depend on when Python happens to collect
         streams = streamed(pipe, workload.offload, follow) if workload.offload in STREAMED else nullcontext()
-        with uncollected(), _no_warnings(), variant_applied(pipe, workload), as_on_a_card:
+        # the pipeline would look through all modules for hooks of an offload, six times a run
+        placed = patch.object(type(pipe), "_execution_device", torch.device("meta"))
+        with uncollected(), _no_warnings(), placed, variant_applied(pipe, workload), as_on_a_card:
             own = nullcontext() if around is None else around(follow)
             with streams as buffers, watched(pipe, enter, streamed=workload.offload in STREAMED), own, repeats, follow:
                 _RUN[task](pipe, workload, steps, call or {})

@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdfit.backends.trace.observe import PIPELINE, Pass, observed, watching
 from sdfit.backends.trace.playing import Known
@@ -27,8 +28,9 @@ from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.sizes import vae_passes
 from sdfit.equation.stages import STAGES, resident
 from sdfit.errors import FitError
+from sdfit.predict.simulation.simulate import uncollected
 from sdfit.study.derivation.closed_form import Derivation, Polynomial, in_regime
-from sdfit.study.derivation.solving import TOLERANCE_BYTES, At, Candidate, Name, columns_at, solve, values_of
+from sdfit.study.derivation.solving import TOLERANCE_BYTES, At, Candidate, Name, Places, columns_at, solve
 from sdfit.workload import CHUNK_TOKENS, Workload, variant_name
 
 # (height, width, batch_size, guided, prompt_length): sides are multiples of 256, so that even the lowest resolution
@@ -97,16 +99,17 @@ def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Deriv
     points = derivation_points(variant_workload)
     seen: dict[Name, dict[At, int]] = defaultdict(dict)
     tops: list[dict[str, int]] = []
-    with watching(tracer, variant_workload, Known()) as watch:
-        for number, point in enumerate(points):
-            traced, observer = watch(point)
-            tops.append(observer.stage_peaks)
-            _collect(seen, number, point, observer.passes)
-    candidates = solve(seen, points)
-    _nothing_missed(candidates, points, tops)
-    kept = _envelope(candidates, points)
-    residual = max(_residual(candidate, seen[candidate.name], points) for candidate in kept)
-    polynomials = _explained(kept, variant_workload, tracer, traced.component_bytes)
+    with uncollected():
+        with watching(tracer, variant_workload, Known()) as watch:
+            for number, point in enumerate(points):
+                traced, observer = watch(point)
+                tops.append(observer.stage_peaks)
+                _collect(seen, number, point, observer.passes)
+        candidates = solve(seen, points)
+        _nothing_missed(candidates, points, tops)
+        kept = _envelope(candidates, points)
+        residual = max(_residual(candidate, seen[candidate.name], points) for candidate in kept)
+        polynomials = _explained(kept, variant_workload, tracer, traced.component_bytes)
     return Derivation(variant_workload.variant, polynomials, variant_workload, points, int(np.ceil(residual)))
 
 
@@ -140,7 +143,8 @@ def _collect(seen: dict[Name, dict[At, int]], number: int, point: Workload, pass
     geometry = {path: vae_passes(point) for path in ("vae.encoder", "vae.decoder")}
     total = sum(images * pixels for images, pixels, _ in vae_passes(point))
     between = (0, total) if point.vae_slicing or point.vae_tiling else (point.pixels, 0)
-    highest: dict[Name, dict[tuple[int, int], int]] = defaultdict(dict)
+    # a pass that is made again has the same list of names, and is taken together with the first
+    alike: dict[tuple[int, tuple[int, int]], tuple[Pass, NDArray[np.int64]]] = {}
     for one in passes:
         at = between
         if one.path in geometry:
@@ -150,7 +154,11 @@ def _collect(seen: dict[Name, dict[At, int]], number: int, point: Workload, pass
                 raise FitError(
                     f"{variant_name(point.variant)}: more passes of {one.path} than its tiles and slices"
                 ) from None
-        for name, live in zip(one.names, one.live_bytes, strict=True):
+        live, before = np.array(one.live_bytes, dtype=np.int64), alike.get((id(one.names), at))
+        alike[id(one.names), at] = (one, live if before is None else np.maximum(live, before[1]))
+    highest: dict[Name, dict[tuple[int, int], int]] = defaultdict(dict)
+    for (_, at), (one, most) in alike.items():
+        for name, live in zip(one.names, most.tolist(), strict=True):
             # outside a module the count runs on over steps and tiles: take those of a kind together
             rows = highest[name._replace(nth=-1) if one.path == PIPELINE else name]
             rows[at] = max(live, rows.get(at, 0))
@@ -169,7 +177,7 @@ def _nothing_missed(
     candidates: Sequence[Candidate], points: Sequence[Workload], tops: Sequence[dict[str, int]]
 ) -> None:
     """Hold each stage's traced peak against the polynomials: an operation that is none must not stand above them."""
-    values = values_of(candidates, points)
+    values = Places.of(points).values_of(candidates)
     for stage in STAGES:
         rows = [i for i, c in enumerate(candidates) if c.name.stage == stage]
         for j, top in enumerate(tops):
@@ -200,12 +208,16 @@ def _domain(variant: Workload) -> tuple[Workload, ...]:
 def _envelope(candidates: Sequence[Candidate], points: Sequence[Workload]) -> list[Candidate]:
     """Keep the fewest polynomials whose maximum is the maximum of all, stage by stage."""
     kept: list[Candidate] = []
-    grid = [*_domain(points[0]), *points]
+    grid = Places.of([*_domain(points[0]), *points])
     for stage in STAGES:
-        rows = [c for c in candidates if c.name.stage == stage]
+        first: dict[Any, Candidate] = {}  # of those that are the same polynomial
+        for c in candidates:
+            if c.name.stage == stage:
+                first.setdefault((c.when, c.products, c.coefficients.tobytes()), c)
+        rows = list(first.values())
         if not rows:
             continue
-        values = values_of(rows, grid)
+        values = grid.values_of(rows)
         needed = values.max(axis=0) * (1 - _DOMINATED)
         uncovered = np.isfinite(needed)
         chosen: list[int] = []

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdfit.backends.trace.observe import OperationName
 from sdfit.equation.sizes import Array, Sizes
@@ -52,21 +54,36 @@ class Candidate:
     coefficients: Array
 
 
-def values_of(candidates: Sequence[Candidate], workloads: Sequence[Workload]) -> Array:
-    """The bytes of each candidate (rows) for each workload (columns); minus infinity where it does not run."""
-    out = np.full((len(candidates), len(workloads)), -np.inf)
-    kinds: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
-    for i, c in enumerate(candidates):
-        kinds[c.when, c.products].append(i)
-    places = [(j, s.P, s.D) for j, w in enumerate(workloads) for s in last_passes(w)]
-    starts = np.searchsorted([j for j, _, _ in places], range(len(workloads)))
-    values = columns_at(workloads, places)
-    for (when, products), rows in kinds.items():
-        coefficients = np.array([candidates[i].coefficients for i in rows])
-        found = coefficients @ np.stack([values[product] for product in products])
-        runs = [in_regime(workload, when) for workload in workloads]
-        out[rows] = np.where(runs, np.maximum.reduceat(found, starts, axis=1), -np.inf)
-    return out
+class Places(NamedTuple):
+    """Workloads at which candidates are compared: their regimes and the products of their passes, worked out once."""
+
+    workloads: Sequence[Workload]
+    starts: NDArray[np.intp]
+    """Which of the passes is each workload's first."""
+    products: dict[str, Array]
+    runs: dict[str, Array]
+    """Of each part of `WHEN`, in which workloads it is so."""
+
+    @classmethod
+    def of(cls, workloads: Sequence[Workload]) -> Places:
+        """List the passes of workloads that can be the highest."""
+        places = [(j, s.P, s.D) for j, w in enumerate(workloads) for s in last_passes(w)]
+        starts = np.searchsorted([j for j, _, _ in places], range(len(workloads)))
+        runs = {when: np.array([in_regime(workload, when) for workload in workloads]) for when in WHEN}
+        return cls(workloads, starts, columns_at(workloads, places), runs)
+
+    def values_of(self, candidates: Sequence[Candidate]) -> Array:
+        """The bytes of each candidate (rows) for each workload (columns); minus infinity where it does not run."""
+        out = np.full((len(candidates), len(self.workloads)), -np.inf)
+        kinds: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
+        for i, c in enumerate(candidates):
+            kinds[c.when, c.products].append(i)
+        for (when, products), rows in kinds.items():
+            coefficients = np.array([candidates[i].coefficients for i in rows])
+            found = coefficients @ np.stack([self.products[product] for product in products])
+            runs = np.all([self.runs[part] for part in when.split(", ")], axis=0)
+            out[rows] = np.where(runs, np.maximum.reduceat(found, self.starts, axis=1), -np.inf)
+        return out
 
 
 def columns_at(workloads: Sequence[Workload], places: Sequence[At]) -> dict[str, Array]:
@@ -104,7 +121,8 @@ def solve(seen: dict[Name, dict[At, int]], points: tuple[Workload, ...]) -> list
         for regimes in ((when,), tuple(f"{when}, {half}" if when else half for half in halves)):
             solved = [c for regime in regimes for c in _solve_part(regime, stage, places, left, seen, points)]
             found += solved
-            left = [name for name in left if name not in {c.name for c in solved}]  # noqa: PLW2901
+            done = {c.name for c in solved}
+            left = [name for name in left if name not in done]  # noqa: PLW2901
     return found
 
 
@@ -141,7 +159,7 @@ def _exact(products: tuple[str, ...], matrix: Array, live: Array) -> Array:
     while todo:
         columns = matrix[:, todo]
         scale = np.abs(columns).max(axis=0)
-        solved = np.linalg.lstsq(columns / scale, live - matrix @ exact, rcond=None)[0] / scale[:, None]
+        solved = np.linalg.pinv(columns / scale) @ (live - matrix @ exact) / scale[:, None]
         highest = max(_degree(products[i]) for i in todo)
         step = _STEPS[highest]
         for row, i in enumerate(tuple(todo)):
