@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -142,6 +143,8 @@ def needs(extra: str, package: str) -> DependencyError:
     )
 
 
+INTERRUPTED = "interrupted; what was recorded is kept, run the same command to go on"
+"""What Ctrl-C is answered."""
 QUIET = "SDFIT_QUIET"
 """The environment variable that silences notes: any value but 0 and the empty one."""
 
@@ -195,6 +198,7 @@ def run_command(command: Any, arguments: Sequence[str] | None, program: str) -> 
     before = sys.stdout
     try:
         _streams()
+        _folder()
         return int(command.main(arguments, prog_name=program, standalone_mode=False) or 0)
     except SystemExit:
         if sys.stdout is before:
@@ -219,15 +223,45 @@ def _ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message()
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return 130, "interrupted; what was recorded is kept, run the same command to go on"
+        return 130, INTERRUPTED
+    if isinstance(error, MemoryError):
+        return 1, "there is not enough memory in this machine, or for this process, to do it"
     if isinstance(error, OSError):
-        _discard(sys.stdout)  # what it still holds would fail again when the process ends
-        what = f"'{error.filename}'" if error.filename else "the answer cannot be written"
+        what = f"'{error.filename}'" if error.filename else "the system refuses"
+        if _while_answering(error):
+            _discard(sys.stdout)  # what it still holds would fail again when the process ends
+            what = "the answer cannot be written"
         return 1, f"{what}: {error.strerror or error}"
     lacking = missing(error) if isinstance(error, ModuleNotFoundError) else None
     if lacking is None:
         raise error
     return lacking.exit_code, str(lacking)
+
+
+def _while_answering(error: BaseException) -> bool:
+    """Whether it was raised while something was printed."""
+    import click
+
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is click.echo.__code__:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _folder() -> None:
+    """See that the current folder is there: else nothing is where it is said to be, and PyTorch cannot be loaded.
+
+    Raises
+    ------
+    SdfitError
+        If it was deleted.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise SdfitError("the current folder was deleted; change to one that is there") from None
 
 
 def _streams() -> None:

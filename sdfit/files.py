@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from sdfit.errors import SdfitError
 
@@ -41,11 +41,9 @@ def read_bytes(path: Path | str, most_bytes: int) -> bytes:
     """
     with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(most_bytes + 1) if size <= most_bytes else b""
-    size = max(size, len(content))
-    if size > most_bytes:
-        raise OSError(errno.EFBIG, f"it has {size} bytes, and may have {most_bytes} at most", str(path))
-    return content
+        if size > most_bytes:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and may have {most_bytes} at most", str(path))
+        return file.read(size)  # and no more, where it grows meanwhile
 
 
 def open_regular(path: Path | str, flags: int) -> int:
@@ -56,18 +54,22 @@ def open_regular(path: Path | str, flags: int) -> int:
     OSError
         If it is none.
     """
+    with suppress(FileNotFoundError):  # some devices act when they are opened
+        _must_be_regular(Path(path).stat(), path)
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
-    there = os.fstat(handle)
-    if not stat.S_ISREG(there.st_mode):
+    try:
+        _must_be_regular(os.fstat(handle), path)
+    except OSError:
         os.close(handle)
-        raise _not_regular(there, path)
+        raise
     return handle
 
 
-def _not_regular(there: os.stat_result, path: Path | str) -> OSError:
+def _must_be_regular(there: os.stat_result, path: Path | str) -> None:
     if stat.S_ISDIR(there.st_mode):
-        return IsADirectoryError(errno.EISDIR, "it is a directory", str(path))
-    return OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", str(path))
+    if not stat.S_ISREG(there.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 class Kind(NamedTuple):
@@ -96,8 +98,8 @@ class Output(NamedTuple):
     kind: Kind
 
 
-MODEL = Kind("model", (".joblib",), b"provenance")
-CARD = Kind("card", (".md",), b"Made by `sdfit")
+MODEL = Kind("model", (".joblib",), b"}\x94(\x8c\x08baseline\x94}\x94(\x8c\x05terms\x94")  # how the pickle begins
+CARD = Kind("card", (".md",), b"Made by `sdfit fit`; do not edit.")
 FIGURE = Kind("figure", (".png", ".svg", ".pdf"), b"Matplotlib")  # matplotlib signs what it draws
 
 
@@ -145,8 +147,12 @@ def write(*outputs: Output, inputs: Iterable[Path] = ()) -> None:
     SdfitError
         If one of them may not be replaced, or cannot be written: all are on the disk before the first takes its place.
     """
+    targets = [_target(output) for output in outputs]
     sources = {path.resolve() for path in inputs}
-    targets = [_target(output, sources) for output in outputs]
+    for output, target in zip(outputs, targets, strict=True):
+        if target in sources:
+            raise _refused(output, "it is what this is made of")
+        _replaceable(output, target)
     if len(set(targets)) < len(targets):
         raise _refused(outputs[-1], "two outputs cannot be one file")
     partial: list[Path] = []
@@ -169,27 +175,42 @@ def write(*outputs: Output, inputs: Iterable[Path] = ()) -> None:
                 part.unlink(missing_ok=True)
 
 
-def _target(output: Output, sources: set[Path]) -> Path:
-    """The file that an output really goes to, if it may."""
+def _target(output: Output) -> Path:
+    """The file that an output really goes to, if it has a name that it may have."""
     path, _, kind = output
     try:
         target = path.resolve()
-        if {path.suffix.lower(), target.suffix.lower()} - set(kind.suffixes):
-            raise _refused(output, f"the name of a {kind.noun} ends in {' or '.join(kind.suffixes)}")
-        if target in sources:
-            raise _refused(output, "it is what this is made of")
-        there = target.stat()
-    except FileNotFoundError:
-        return target
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
         raise _refused(output, getattr(error, "strerror", None) or str(error)) from error
-    if not stat.S_ISREG(there.st_mode):
-        raise _refused(output, str(_not_regular(there, target).strerror))
+    if {path.suffix.lower(), target.suffix.lower()} - set(kind.suffixes):
+        raise _refused(output, f"the name of a {kind.noun} ends in {' or '.join(kind.suffixes)}")
+    return target
+
+
+def _replaceable(output: Output, target: Path) -> None:
+    """Refuse what is there and may not be replaced."""
+    kind = output.kind
+    try:
+        with os.fdopen(open_regular(target, os.O_RDONLY), "rb") as file:
+            ours = not os.fstat(file.fileno()).st_size or _holds(file, kind.mark)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # ValueError: a zero in the name
+        raise _refused(output, getattr(error, "strerror", None) or str(error)) from error
     if not os.access(target, os.W_OK):
         raise _refused(output, "it is write-protected")
-    if there.st_size and kind.mark not in target.read_bytes():
+    if not ours:
         raise _refused(output, f"there is a file of that name which is no {kind.noun} of sdfit's")
-    return target
+
+
+def _holds(file: BinaryIO, mark: bytes) -> bool:
+    """Whether a file has some bytes in it; read in pieces, for it may be of any size."""
+    before = b""
+    while piece := file.read(1 << 20):
+        if mark in before + piece:
+            return True
+        before = piece[1 - len(mark) :]
+    return False
 
 
 def _write_new(partial: Path, target: Path, content: bytes) -> None:

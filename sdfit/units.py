@@ -76,7 +76,7 @@ def parse_bytes(text: str | float) -> int:
     else:
         try:
             value = math.nan if isinstance(text, bool) else float(text)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # whatever anybody's __float__ raises
             value = math.nan
     if not (math.isfinite(value) and value >= 1):
         raise InvalidWorkload(

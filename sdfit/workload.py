@@ -114,7 +114,7 @@ def whole_number(name: str, value: object, low: int, high: int) -> int:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # whatever anybody's __index__ raises
         raise InvalidWorkload(
             f"{name} must be a whole number from {low} to {high}, not {shown(value)}", field=name, given=value
         ) from None
@@ -131,7 +131,7 @@ def real_number(name: str, value: object) -> float:
         if isinstance(value, bool | str):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # whatever anybody's __float__ raises
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
         raise InvalidWorkload(f"{name} must be a finite number >= 0, not {shown(value)}", field=name, given=value)

@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 try:
     import click
@@ -23,7 +27,7 @@ try:
     from sdfit.cli.sending import records
     from sdfit.cli.study import compare, derive, evaluate, explain, identify, report
     from sdfit.cli.weighing import curve, strategies
-    from sdfit.errors import QUIET, run_command
+    from sdfit.errors import INTERRUPTED, QUIET, run_command
 except KeyboardInterrupt:  # Ctrl-C while this is loaded: there is nothing to tell or to keep
     raise SystemExit(130) from None
 
@@ -50,6 +54,8 @@ Completion by the Tab key, for this shell or in its start-up file:
 
 Answers go to stdout, all else to stderr; --json gives plain values, in bytes.
 """
+SHOW_CURSOR = "\x1b[?25h"
+"""What a terminal is told after a bar that was not ended."""
 
 
 class _Whole(click.Group):
@@ -78,10 +84,10 @@ for _command in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     quiet_libraries()
-    _end_as_ctrl_c()
     before = os.environ.get(QUIET)
     try:
-        return run_command(cli, arguments, "sdfit")
+        with _signals():
+            return run_command(cli, arguments, "sdfit")
     finally:  # --quiet is of this run
         if before is None:
             os.environ.pop(QUIET, None)
@@ -89,10 +95,30 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ[QUIET] = before
 
 
-def _end_as_ctrl_c() -> None:
+@contextmanager
+def _signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that a sweep ends its workers; nohup keeps its meaning."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
-        if number and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+            if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(_: int, frame: FrameType | None) -> None:
+    """End the command: by an exception, or at once while something is imported.
+
+    An exception that comes through PyTorch's C++ while it is loaded ends the process with a message of its own. Nothing is
+    lost: what was recorded is on the disk, and the workers end with this process.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, (SHOW_CURSOR * os.isatty(2) + f"\nsdfit: {INTERRUPTED}\n").encode())
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -46,7 +46,6 @@ def calibrate(
     """
     from sdfit.backends.trace.tables import workspaces_of, write_table
     from sdfit.study.calibration.read import calibrated, named, told
-    from sdfit.study.calibration.report import report
 
     runs = []
     for path in snapshots:
@@ -63,6 +62,8 @@ def calibrate(
             raise
         note(f"{error}; there is no prior then")
     pairs = [calibrated(run, card) for run in runs]
+    from sdfit.study.calibration.report import report
+
     found = report(
         pairs,
         name=card,

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sdfit.cli.progress import Reporter
-from sdfit.errors import SimulatedModelWarning
+from sdfit.errors import RecordsError, SdfitError, SimulatedModelWarning
 from sdfit.files import fingerprint
 from sdfit.fit.card import fit_summary
 from sdfit.fit.files import fit_files
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.library import load
 from sdfit.predict.prediction import Prediction
-from sdfit.records import Record, read
+from sdfit.records import RECORDS, Record, read, read_rows
 from sdfit.sweep import grid
 from sdfit.sweep.grid import Plan
 from sdfit.sweep.run import sweep
@@ -135,14 +135,21 @@ def run_demo(folder: Path) -> Demo:
     ----------
     folder : Path
         The records, the model and its card are left there; those of an earlier demo are replaced.
+
+    Raises
+    ------
+    SdfitError
+        If there are other records, or another model, of that name.
     """
     started = time.monotonic()
-    for old in ("records.jsonl", "unseen.jsonl", "model.joblib", "model.md"):
-        (folder / old).unlink(missing_ok=True)
-    backend, options = _backend()
-    plan = grid.load("quick")
+    plan = replace(grid.load("quick"), name="demo")
     unseen = Plan("unseen", "not in the grid", 0, 2, UNSEEN, fingerprint([w.to_dict() for w in UNSEEN]), ())
-    for part, path in ((plan, folder / "records.jsonl"), (unseen, folder / "unseen.jsonl")):
+    parts = ((plan, folder / "records.jsonl"), (unseen, folder / "unseen.jsonl"))
+    earlier = [path for part, path in parts if _is_there(path, part)]
+    for path in earlier:
+        path.unlink()
+    backend, options = _backend()
+    for part, path in parts:
         with Reporter(f"{backend} {part.name}", len(part.workloads)) as reporter:
             sweep(part, backend, options, path, report=reporter)
     fitted = fit_files([folder / "records.jsonl"], None, folder / "model.joblib")
@@ -155,6 +162,17 @@ def run_demo(folder: Path) -> Demo:
         fits = f.fits(**w.to_dict(), memory=MEMORY, level=LEVEL)
         rows.append(Compared(record, f.predict_workload(w, level=LEVEL), bool(fits)))
     return Demo(fitted.artifact, tuple(rows), folder, time.monotonic() - started)
+
+
+def _is_there(path: Path, plan: Plan) -> bool:
+    """Whether an earlier demonstration left its records there; those of anything else are not touched."""
+    try:
+        grid_of_it = read_rows(path, RECORDS)[0].get("grid")
+    except RecordsError:
+        return False  # not there, cut short, or none: whoever writes there says so
+    if grid_of_it != plan.name:
+        raise SdfitError(f"'{path}' is there and is not of a demo; choose another folder with --out", path=str(path))
+    return True
 
 
 def _backend() -> tuple[str, dict[str, object]]:

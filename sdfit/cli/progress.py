@@ -44,8 +44,12 @@ class Reporter:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, failed="starting")
+            try:
+                self._bar.start()
+            except BaseException:  # a signal in the midst of it, when the cursor may be hidden already
+                self._bar.stop()
+                raise
         return self
 
     def __exit__(

@@ -46,6 +46,8 @@ aside on Windows and 400 MiB elsewhere, beyond what it finds in use."""
 MOST_NAMED = 12
 """Cards that a message names."""
 
+UNNAMED = "unnamed"
+"""The short name of a card of which only the maker is said."""
 _MAKERS = ("nvidia", "tesla", "geforce", "quadro", "grid", "amd", "intel", "graphics", "gpu")
 """Words that name a maker or a line of products; the model says enough without them."""
 _BUILT = ("generation", "with", "max", "q", "design", "blackwell", "workstation", "server", "edition")
@@ -174,7 +176,7 @@ def card_slug(name: str) -> str:
         ended = ended or bool(kept and _FORM.fullmatch(word))
         if not ended or word == "laptop":  # a "6GB Laptop GPU" is another card than one of 6 GB
             kept.append(word)
-    return "".join(kept) or "unnamed"
+    return "".join(kept) or UNNAMED
 
 
 @cache

@@ -175,7 +175,8 @@ def supported_level(scores: Scores) -> float:
 
 def check_level(level: float) -> float:
     """Check that a level lies strictly between 0 and 1."""
-    if isinstance(level, bool) or not isinstance(level, int | float) or not LEAST_LEVEL <= level < 1:
+    # by the type itself: what only says that it is a number need not compare as one
+    if isinstance(level, bool) or not issubclass(type(level), int | float) or not LEAST_LEVEL <= level < 1:
         raise InvalidWorkload(
             f"level is {shown(level)}; it must lie between 0 and 1, and be {LEAST_LEVEL} at least, for example 0.95",
             given=level,

@@ -8,9 +8,9 @@ from collections.abc import Container
 from difflib import get_close_matches
 from pathlib import Path
 
-from sdfit.errors import LocalModelWarning, SimulatedModelWarning, UnknownModel, listed
+from sdfit.errors import LocalModelWarning, SimulatedModelWarning, UnknownModel, listed, shown
 from sdfit.files import shipped
-from sdfit.predict.cards import KERNELS, Card, architecture_of, card_slug, find_card, table
+from sdfit.predict.cards import KERNELS, UNNAMED, Card, architecture_of, card_slug, find_card, table
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.nvml import Here, here
 from sdfit.predict.predictor import Predictor
@@ -60,6 +60,8 @@ def find_model(name: str | Path) -> tuple[Path, str | None, Card | None]:
     UnknownModel
         Naming those that exist and the command that measures the one asked for.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UnknownModel(f"a model is a name or a path, not {shown(name)}", given=name)
     text = str(name)
     if text.endswith(".joblib") or "/" in text or os.sep in text:
         return Path(name), None, None
@@ -126,10 +128,10 @@ def card_of(found: Here) -> Card:
 def _unknown(text: str, known: dict[str, Path], why: str = "") -> UnknownModel:
     slug = card_slug(text)
     close = get_close_matches(slug, [*known, *dict.fromkeys(card.slug for card in table())], n=3)
-    hint = f" Did you mean {' or '.join(close)}?" if close and close[0] != slug else ""
+    hint = f" Did you mean {' or '.join(close)}?" if close and close[0] != slug and slug != UNNAMED else ""
     return UnknownModel(
         f"no model for '{text}'; {why}there are: {listed(known)}, and those of the cards that sdfit cards lists.{hint} Measure "
-        f"one: sdfit sweep --gpu {slug}, then sdfit fit",
+        f"one: sdfit sweep --gpu {AUTO if slug == UNNAMED else slug}, then sdfit fit",
         given=text,
         known=list(known),
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 from sdfit.errors import InvalidWorkload, SdfitError, needs
 from sdfit.predict.advise import NothingFits, largest
+from sdfit.predict.conformal import check_level
 from sdfit.predict.torn import torn
 from sdfit.predict.verdict import FITS, Model, Verdict, verdict
 from sdfit.workload import Workload
@@ -184,6 +185,8 @@ def check(
     **options
         The workload's fields but height and width.
     """
+    if level is not None:
+        check_level(level)  # else it would be said of each picture, or of none
     known: dict[Any, tuple[int, int] | None] = {}
     quick = model.within(memory, exact=True)
     for picture in pictures:

@@ -35,6 +35,8 @@ MOST_TEXT = 300
 MOST_BYTES = 2.0**40
 """Of weights, and of a coefficient in the unit of its term: a terabyte, where an image of 16384² takes some 10^20 of them."""
 MOST_COUNT = 10**9
+MOST_NAMED = 10_000
+"""Files, variants or misses that an artifact names: a text in it may stand in many places at two bytes each."""
 MOST_ERROR = 1e9
 """Of relative errors and scores, either way."""
 LARGEST = 2**62
@@ -177,6 +179,14 @@ def _list(each: Check, least: int = 0, most: int = MOST_COUNT) -> Check:
         _must(type(value) is list and least <= len(value) <= most, value, what)
         for part in value:
             each(part)
+
+    return check
+
+
+def _each_once(texts: Check) -> Check:
+    def check(value: Any) -> None:
+        texts(value)
+        _must(len(set(value)) == len(value), value, "a list that names each once")
 
     return check
 
@@ -353,7 +363,7 @@ _PUBLISHED = _table({
     "rows": _count,
     "cards": _map(_text, _count),
     **_errors,
-    "misses": _list(_table({"id": _text, "size": _text, "error": _error, "reason": _text})),
+    "misses": _list(_table({"id": _text, "size": _text, "error": _error, "reason": _text}), most=MOST_NAMED),
 })  # fmt: skip
 
 
@@ -376,12 +386,12 @@ _ARTIFACT = _table({
     "name": _name,
     "provenance": _any_of(*RESTS_ON),
     "environment": _map(_text, _fact),
-    "sources": _list(_table({"name": _text, "sha256": _text, "rows": _count, "oom": _count, "grid": _text})),
+    "sources": _list(_table({"name": _text, "sha256": _text, "rows": _count, "oom": _count, "grid": _text}), most=MOST_NAMED),
     "components": _map(DTYPE_BYTES, _weights),
     "stages": _stages,
     "metrics": _map(METRICS[1:], _with_all(_group)),
     "scores": _map(METRICS, _with_all(_scores)),
-    "swept": _list(_variant),
+    "swept": _each_once(_list(_variant, most=MOST_NAMED)),
     "baseline": _BASELINE,
     "evaluation": _EVALUATION,
 }, {"prior": _any_value})  # fmt: skip

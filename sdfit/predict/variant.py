@@ -45,6 +45,8 @@ _WIDTH, _empty = len(TERMS), np.empty
 _pack = struct.Struct(f"{_WIDTH}d").pack_into
 MOST_BELOW = 2.0
 """How much wider an interval becomes below the swept domain, at most."""
+MOST_NEAR = 3
+"""Variants that a message names."""
 
 
 class Variant:
@@ -123,11 +125,14 @@ class Variant:
         return sum(weights[label] for label in labels)
 
     def _never_swept(self, what: str) -> NeverSwept:
-        name = self.artifact.name
+        name, swept = self.artifact.name, self.artifact.swept
+        words = set(variant_name(self.key).split())
+        near = sorted(swept, key=lambda other: len(words.symmetric_difference(other.split())))[:MOST_NEAR]
         return NeverSwept(
-            f"'{name}' {what}; swept: {listed(self.artifact.swept)}; to add one: sdfit sweep --gpu {name} --grid FILE, "
-            "then sdfit fit",
+            f"'{name}' {what}; nearest of the {len(swept)} that were: {listed(near)}; to add it: sdfit sweep --gpu {name} "
+            "--grid FILE, then sdfit fit",
             variant=self.key,
+            near=near,
         )
 
     # -- the peaks of the stages --

@@ -84,7 +84,7 @@ class Journal(Generic[Row]):
     def _resume(self, environment: Mapping[str, Any]) -> None:
         """Read what is there; only a file that proves to be one of ours is touched."""
         self._file.seek(0)
-        content = self._file.read(MOST_BYTES + 1)
+        content = self._file.read(min(os.fstat(self._file.fileno()).st_size, MOST_BYTES + 1))
         whole = content.rfind(b"\n") + 1
         if not whole or content.startswith(GZIP):  # nothing can be appended to a compressed file
             head = f'{{"{self.kind.key}":'.encode()
@@ -112,11 +112,11 @@ class Journal(Generic[Row]):
         line = json.dumps(values, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             self._is_there()
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(None, f"only {written} of {len(line)} bytes were taken")
+            rest = line
+            while rest:  # what is taken of it only in part: to write the rest says why
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
-            self._end += written
+            self._end += len(line)
         except OSError as error:
             self._file.close()  # a further row would stand behind half of this one
             raise self._unwritable(error) from error

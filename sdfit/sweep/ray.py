@@ -170,10 +170,14 @@ class RayPool:
             self.ray.init(
                 log_to_driver=False, logging_level=logging.ERROR, **({"address": address} if address else alone)
             )
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
-            why = str(error).strip().splitlines()[0].rstrip(".")
+        except (
+            Exception
+        ) as error:  # of whatever kind: Ray raises several, and bare ones where its processes do not start
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DeviceError(
-                f"cannot join the Ray cluster '{address}' ({why}); is it up, and has it this machine's Python and Ray?",
+                f"cannot join the Ray cluster '{address}' ({why}); is it up, and has it this machine's Python and Ray?"
+                if address
+                else f"Ray does not start on this machine ({why}); leave out --engine ray, or join a cluster with --address",
                 address=address,
             ) from error
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sdfit.backends.trace.tracer import Tracer
 from sdfit.errors import SdfitError, SnapshotError, listed
 from sdfit.predict.cards import card_slug
-from sdfit.study.calibration.calibrate import calibrate
-from sdfit.study.calibration.calibration import Calibration
-from sdfit.study.calibration.operations import TracedRun, operations_of
 from sdfit.study.calibration.snapshot import Snapshot, read
 from sdfit.workload import Workload
+
+if TYPE_CHECKING:
+    from sdfit.backends.trace.tracer import Tracer
+    from sdfit.study.calibration.calibration import Calibration
+    from sdfit.study.calibration.operations import TracedRun
 
 
 @dataclass
@@ -78,6 +80,10 @@ def calibrated(run: Told, card: str, tracer: Tracer | None = None) -> tuple[Cali
     SnapshotError
         If something else ran.
     """
+    from sdfit.backends.trace.tracer import Tracer  # PyTorch: not before the files were read
+    from sdfit.study.calibration.calibrate import calibrate
+    from sdfit.study.calibration.operations import operations_of
+
     assert run.workload is not None
     tracer = tracer or Tracer(num_inference_steps=run.num_inference_steps)
     traced = operations_of(tracer, run.workload)

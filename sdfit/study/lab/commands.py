@@ -11,7 +11,7 @@ import click
 
 from sdfit.backends.environment import a_card_is_there, quiet_libraries
 from sdfit.errors import GridError, listed, run_command
-from sdfit.files import shipped
+from sdfit.files import Kind, Output, shipped, write
 from sdfit.units import parse_bytes, parse_duration
 
 gpu_option = click.option(
@@ -219,9 +219,8 @@ def programs(out: Path | None) -> None:
     from sdfit.predict.simulation.library import FILE
     from sdfit.study.lab import programs as module
 
-    content = module.library().to_bytes()
-    path = out or FILE
-    path.write_bytes(content)
+    path, content = out or FILE, module.library().to_bytes()
+    write(Output(path, content, Kind("library", (".npz",), b"steps_ends.npy")))
     click.echo(f"wrote {path}: {len(content)} bytes")
 
 
