@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import stat
 import subprocess
@@ -134,6 +135,36 @@ def test_a_large_file_is_not_read(tmp_path: Path) -> None:
         read_bytes(path, 10)
 
 
+def test_a_file_that_grows_is_read_as_far_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep writes on while its records are read."""
+    path = tmp_path / "x"
+    path.write_bytes(b"first\n")
+    sizes = os.fstat
+
+    def fstat(handle: int) -> os.stat_result:
+        found = sizes(handle)
+        with path.open("ab") as file:
+            file.write(b"second\n")
+        return found
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    content = read_bytes(path, 1000)
+    assert path.read_bytes().startswith(content) and len(content) < path.stat().st_size
+
+
+def test_a_file_of_any_size_is_looked_through_for_its_mark(tmp_path: Path) -> None:
+    """In pieces, the mark across two of them: an old page of 3 MiB is replaced, and 200 MiB of zeros are not ours."""
+    out = tmp_path / "x.html"
+    out.write_bytes(bytes((2 << 20) - 4) + OLD + bytes(1 << 20))
+    write(Output(out, NEW, PAGE))
+    assert out.read_bytes() == NEW
+    with out.open("wb") as file:
+        file.truncate(200 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(out, "no page of sdfit's")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
 # -- fit --
 
 
@@ -143,7 +174,7 @@ def test_fit_replaces_nothing_but_its_own(fake_records: Path, tmp_path: Path, ou
     records = tmp_path / "records.jsonl"
     records.write_bytes(fake_records.read_bytes())
     (tmp_path / "README.md").write_text("# mine, made by hand")
-    (tmp_path / "theirs.joblib").write_bytes(b"\x80\x04K\x01.")
+    (tmp_path / "theirs.joblib").write_bytes(pickle.dumps({"provenance": "mine", "baseline": {"terms": 1}}))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SdfitError, match=r"cannot write the (model|card) to "):
         fit_files([records], None, tmp_path / out)

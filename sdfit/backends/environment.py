@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-from sdfit.errors import DeviceError, needs, quiet
+from sdfit.errors import DeviceError, LocalModelWarning, SimulatedModelWarning, SweepWarning, needs, quiet
 
 NO_CARD = "there is no CUDA card here; run this on a machine with one, or simulate: --backend trace"
 
@@ -63,6 +63,8 @@ def quiet_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of each start and stop
     warnings.showwarning = _note
+    for category in (LocalModelWarning, SimulatedModelWarning, SweepWarning):
+        warnings.simplefilter("always", category)  # also where others are errors
 
 
 @contextmanager

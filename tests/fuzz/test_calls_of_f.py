@@ -31,10 +31,31 @@ class Nasty:
         raise RuntimeError("no")
 
 
+class Failing:
+    """A number by its word, whose every conversion fails."""
+
+    __class__ = int  # type: ignore[assignment]
+
+    def __index__(self) -> int:
+        raise RuntimeError("no")
+
+    def __float__(self) -> float:
+        raise KeyError("no")
+
+
+class Agreeing(str):
+    """Text that is equal to everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = str.__hash__
+
+
 odd = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=5),
     st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-    st.sampled_from([HUGE, -HUGE, Nasty(), np.int64(512), np.float32(7.5), np.array([512]), np.ma.masked, 1j, float]),
+    st.sampled_from([HUGE, -HUGE, Nasty(), Failing(), Agreeing("x"), np.int64(512), np.float32(7.5), np.array([512]), np.ma.masked, 1j, float]),
 )  # fmt: skip
 likely = {
     "height": st.integers(64, 4096), "width": st.integers(64, 4096), "prompt_length": st.integers(1, 400),

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import sdfit
-from sdfit.errors import ArtifactError, LocalModelWarning, SdfitError
+from sdfit.errors import ArtifactError, LocalModelWarning, NeverSwept, SdfitError
 from sdfit.files import shipped
 from sdfit.predict.artifact import LARGEST_BYTES
 from sdfit.predict.loading import load_artifact
@@ -195,6 +195,21 @@ def test_a_long_string_shared_many_times_is_refused(tmp_path: Path) -> None:
     refused(path, "and may have 1048576 at most")
     path.write_bytes(PROTO + b"}(" + text(b"name") + text(b"x" * (1 << 19)) + b"\x94" + b"h\x00N" * 3000 + b"u.")
     refused(path, "no sdfit artifact")
+
+
+def test_a_variant_is_named_once_and_not_without_end(fields: dict[str, Any], tmp_path: Path) -> None:
+    """A text stands in many places at two bytes each: a list of 300,000 made a message of 90 MB."""
+    one = fields["swept"][0]
+    refused(written(tmp_path / "x.joblib", fields | {"swept": [one] * 2}), "a list that names each once")
+    refused(written(tmp_path / "x.joblib", fields | {"swept": [one] * 10_001}), "a list of 0 to 10000 values")
+
+
+def test_a_variant_that_was_never_swept_names_the_nearest() -> None:
+    """It was a list of all of them, of 5 KB."""
+    model = Predictor(load_artifact(shipped("models") / "sm75.joblib"))
+    with pytest.raises(NeverSwept, match=r"nearest of the \d+ that were: ") as caught:
+        model(512, 512, execution="compiled")
+    assert len(str(caught.value)) < 500 and caught.value.facts["near"][0] == "float16 sdpa"
 
 
 @pytest.mark.parametrize("keys", [[k * (2**61 - 1) for k in range(2_000)], list(range(10)), [0.5, 1.5], [None], [True]])

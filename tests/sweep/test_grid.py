@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_max_batch_pixels_bounds_every_kind(tmp_path: Path) -> None:
         """,
     )
     assert max(w.batch_size * w.pixels for w in plan.workloads) <= 600_000
+
+
+def test_draws_that_are_nearly_all_too_large_end_soon(tmp_path: Path) -> None:
+    """One in 5,000 is small enough: each found one once set the count of misses back, and 100,000 took an hour."""
+    started = time.process_time()
+    with pytest.raises(GridError, match="leaves no room"):
+        planned(
+            tmp_path, "[[block]]\nmax_batch_pixels = 4800\nrandom = {count = 100_000, min_side = 64, max_side = 16384}"
+        )
+    assert time.process_time() - started < 10
 
 
 def test_one_pipeline_after_the_other() -> None:

@@ -76,6 +76,24 @@ def test_actors_record_what_local_workers_do(cluster: Any, tmp_path: Path) -> No
     assert alone.path.read_bytes() == local.path.read_bytes()
 
 
+@pytest.mark.parametrize("address", [None, "10.0.0.1"])
+def test_a_cluster_that_does_not_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    """Ray raises errors of any kind, a bare Exception too; which cluster it was is said if there was one to join."""
+    import ray
+
+    def failing(**_: object) -> None:
+        raise Exception("The node timed out.\nmore")
+
+    monkeypatch.setattr(ray, "init", failing)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    what = r"cannot join the Ray cluster '10\.0\.0\.1'" if address else "Ray does not start on this machine"
+    with pytest.raises(DeviceError, match=rf"^{what} \(The node timed out\); [^\n]*$"):
+        RayPool("fake", {}, address=address)
+
+
 def test_without_a_card_it_is_refused_at_once(cluster: Any, tmp_path: Path) -> None:
     """No actor waits for a card that no machine has, or for a processor that another holds; the cluster stays."""
     import ray
