@@ -11,7 +11,6 @@ import json
 import math
 import pickle
 import random
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -27,7 +26,7 @@ from sdfit.files import shipped
 from sdfit.predict.loading import load_artifact, read_plain
 from sdfit.predict.predictor import Predictor
 from sdfit.records import RECORDS, Record, read
-from sdfit.study.comparison import published, residuals
+from sdfit.study.comparison import published, residuals, times
 from sdfit.sweep import grid
 from sdfit.sweep.journal import Journal
 from sdfit.workload import Workload
@@ -195,7 +194,8 @@ def words(content: bytes, rng: random.Random) -> bytes:
     return b" ".join(parts)
 
 
-def _records(path: Path) -> bytes:
+def _records(path: Path) -> list[bytes]:
+    """Three rows that are made here, and the first of a file that ships."""
     made = path.with_name("made.jsonl")
     card = FakeBackend(capacity_bytes=4 << 30)
     with Journal(made, card.environment(), RECORDS) as journal:
@@ -203,7 +203,8 @@ def _records(path: Path) -> bytes:
             (Workload(512, 512), Workload(768, 512, batch_size=2), Workload(2048, 2048, attention="eager"))
         ):
             journal.append(Record(i, w, **card.measure(w)))
-    return made.read_bytes()
+    there = next((shipped("data") / "sm75").glob("*default*.jsonl.gz"))
+    return [made.read_bytes(), b"".join(gzip.decompress(there.read_bytes()).splitlines(keepends=True)[:20])]
 
 
 def _zipped(content: bytes, rng: random.Random) -> bytes:
@@ -211,21 +212,21 @@ def _zipped(content: bytes, rng: random.Random) -> bytes:
     return bytewise(packed, rng) if rng.random() < 0.8 else gzip.compress(bytewise(content, rng))
 
 
-def _grid(path: Path) -> bytes:
-    content = (shipped("sweeps") / "quick.toml").read_bytes()
-    assert tomllib.loads(content.decode())
-    return content
+def _grids(path: Path) -> list[bytes]:
+    return [found.read_bytes() for found in sorted(shipped("sweeps").glob("*.toml"))]
 
 
-def _published(path: Path) -> bytes:
-    return (shipped("data/published") / "measurements.csv").read_bytes()
+def _published(*names: str) -> Callable[[Path], list[bytes]]:
+    return lambda path: [(shipped("data/published") / name).read_bytes() for name in names]
 
 
-KINDS: dict[str, tuple[str, Callable[[Path], bytes], Callable[[bytes, random.Random], bytes], Read]] = {
+KINDS: dict[str, tuple[str, Callable[[Path], list[bytes]], Callable[[bytes, random.Random], bytes], Read]] = {
     "records": (".jsonl", _records, lines, lambda path: [repr(r) for r in read(path).records] and None),
     "compressed records": (".jsonl.gz", _records, _zipped, lambda path: [repr(r) for r in read(path).records] and None),
-    "grids": (".toml", _grid, words, lambda path: grid.load(str(path)).summary() and None),
-    "published measurements": (".csv", _published, cells, lambda path: list(published.read(path)) and None),
+    "grids": (".toml", _grids, words, lambda path: grid.load(str(path)).summary() and None),
+    "published measurements": (".csv", _published("measurements.csv", "other.csv"), cells, lambda path: list(published.read(path)) and None),
+    "published times": (".csv", _published("times.csv"), cells, lambda path: list(times.read(path)) and None),
+    "residuals": (".csv", _published("residuals.csv"), cells, lambda path: [r.error for r in residuals.read(path)] and None),
 }  # fmt: skip
 
 
@@ -233,13 +234,12 @@ def damaged(kind: str, folder: Path, count: int) -> Counter[str]:
     """How so many mutations of a kind of file end."""
     suffix, make, structure, read_it = KINDS[kind]
     path, rng = folder / f"x{suffix}", random.Random(f"{SEED} {kind}")
-    content = make(path)
-    return Counter(
-        ended(
-            path, structure(content, rng) if i % 2 or kind.startswith("compressed") else bytewise(content, rng), read_it
-        )
-        for i in range(count)
-    )
+    contents, ends = make(path), Counter[str]()
+    for i in range(count):
+        content = contents[i // 2 % len(contents)]
+        how = structure if i % 2 or kind.startswith("compressed") else bytewise
+        ends[ended(path, how(content, rng), read_it)] += 1
+    return ends
 
 
 @pytest.mark.parametrize("kind", KINDS)

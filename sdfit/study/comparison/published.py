@@ -6,14 +6,15 @@ row comes from is written in ``data/published/README.md``.
 
 from __future__ import annotations
 
-import csv
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 from sdfit.errors import RecordsError, listed
 from sdfit.files import shipped
+from sdfit.study.comparison.csv_files import read_csv
 from sdfit.workload import Workload
 
 PIPELINES = ("txt2img", "img2img")
@@ -142,18 +143,7 @@ def read(file: Path | str) -> tuple[PublishedRow, ...]:
     RecordsError
         If the file is not there, has other columns, or holds a value of the wrong kind; the message names the line.
     """
-    try:
-        with Path(file).open(encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            if reader.fieldnames != COLUMNS:
-                given = ",".join(reader.fieldnames or ())
-                wanted = ",".join(COLUMNS)
-                raise RecordsError(f"{file} has the columns {given}; published rows have {wanted}", file=str(file))
-            return tuple(_typed(values, f"{file} line {reader.line_num}") for values in reader)
-    except OSError as error:
-        raise RecordsError(f"cannot read the published rows at {file}: {error.strerror}; reinstall sdfit") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise RecordsError(f"{file} is not a CSV file of published rows: {error}", file=str(file)) from error
+    return read_csv(file, "published rows", COLUMNS, _typed)
 
 
 @lru_cache(maxsize=1)
@@ -182,26 +172,23 @@ def row(id: str) -> PublishedRow:
     raise RecordsError(f"no published row '{id}'; the ids are the first column of {path()}", given=id)
 
 
-def _typed(values: dict[str, str], where: str) -> PublishedRow:
-    try:
-        return PublishedRow(
-            id=values["id"],
-            gpu=values["gpu"],
-            pipeline=values["pipeline"],
-            height=int(values["height"]),
-            width=int(values["width"]),
-            batch_size=int(values["batch_size"]),
-            guidance_scale=float(values["guidance_scale"]) if values["guidance_scale"] else None,
-            dtype=values["dtype"],
-            attention=values["attention"],
-            vae_tiling={"yes": True, "no": False}[values["vae_tiling"]],
-            offload=values["offload"],
-            safety_checker={"yes": True, "no": False}[values["safety_checker"]],
-            metric=values["metric"],
-            scope=values["scope"],
-            peak_bytes=int(values["peak_bytes"]),
-            confidence=values["confidence"],
-            source=values["source"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordsError(f"{where}: {error} is not a value of that column; see data/published/README.md") from error
+def _typed(values: Mapping[str, str]) -> PublishedRow:
+    return PublishedRow(
+        id=values["id"],
+        gpu=values["gpu"],
+        pipeline=values["pipeline"],
+        height=int(values["height"]),
+        width=int(values["width"]),
+        batch_size=int(values["batch_size"]),
+        guidance_scale=float(values["guidance_scale"]) if values["guidance_scale"] else None,
+        dtype=values["dtype"],
+        attention=values["attention"],
+        vae_tiling={"yes": True, "no": False}[values["vae_tiling"]],
+        offload=values["offload"],
+        safety_checker={"yes": True, "no": False}[values["safety_checker"]],
+        metric=values["metric"],
+        scope=values["scope"],
+        peak_bytes=int(values["peak_bytes"]),
+        confidence=values["confidence"],
+        source=values["source"],
+    )

@@ -10,12 +10,13 @@ independent; no published row holds required memory, and reserved memory was pub
 
 from __future__ import annotations
 
-import csv
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sdfit.files import shipped
 from sdfit.predict.conformal import scale
+from sdfit.study.comparison.csv_files import read_csv
 
 FILE = "residuals.csv"
 REASONS = {"COL-003": "see `T4_EXCESS` in sdfit/predict/simulation/workspaces.py"}
@@ -75,25 +76,24 @@ class Residual:
 def read(file: Path | None = None) -> tuple[Residual, ...]:
     """Read the shipped residuals, or another file of the same columns.
 
+    Raises
+    ------
+    RecordsError
+        As `sdfit.study.comparison.csv_files.read_csv`.
+
     Examples
     --------
     >>> next(r.error for r in read() if r.id == "OM-020")
     0.0
     """
     path = file or shipped("data/published") / FILE
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    return tuple(
-        Residual(
-            row["id"],
-            row["card"],
-            row["pipeline"],
-            int(row["height"]),
-            int(row["width"]),
-            int(row["batch_size"]),
-            int(row["published_bytes"]),
-            int(row["traced_bytes"]),
-            int(row["activation_bytes"]),
-        )
-        for row in rows
-    )
+    return read_csv(path, "residuals", [field.name for field in fields(Residual)], _typed)
+
+
+def _typed(values: Mapping[str, str]) -> Residual:
+    text, whole = ("id", "card", "pipeline"), ("height", "width", "batch_size")
+    amounts = ("published_bytes", "traced_bytes", "activation_bytes")
+    numbers = {name: int(values[name]) for name in (*whole, *amounts)}
+    if min(numbers.values()) < 1:
+        raise ValueError(min(numbers.values()))
+    return Residual(**{name: values[name] for name in text}, **numbers)  # type: ignore[arg-type]

@@ -5,17 +5,16 @@ Rows of one *series* come from one source, card and number of steps, and only th
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdfit.errors import RecordsError
 from sdfit.files import shipped
 from sdfit.predict.cards import card_slug
 from sdfit.records import Record
+from sdfit.study.comparison.csv_files import read_csv
 from sdfit.workload import Workload
 
 MATCHED = (
@@ -96,12 +95,12 @@ def published_times() -> tuple[Time, ...]:
     >>> sorted({t.card for t in published_times()})
     ['a100', 'gtx1070', 'p100', 'rtx4090', 't4']
     """
-    path = shipped("data/published") / "times.csv"
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as stream:
-            return tuple(_typed(values) for values in csv.DictReader(stream, strict=True))
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise RecordsError(f"cannot read the published times at {path}: {error}; reinstall sdfit") from error
+    return read(shipped("data/published") / "times.csv")
+
+
+def read(file: Path | str) -> tuple[Time, ...]:
+    """Read published times from a file of the same columns; otherwise as `published_times`."""
+    return read_csv(file, "published times", [field.name for field in fields(Time)], _typed)
 
 
 def _typed(values: Mapping[str, str]) -> Time:
