@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,13 @@ _BUILT = ("generation", "with", "max", "q", "design", "blackwell", "workstation"
 _FORM = re.compile(r"(sxm\d*|pcie|pci|nvl|hbm\d*e?|oam|ms|mig|\d+gb|\d+g\..*)$")
 """Words that tell how a card is built or how much memory it has; the first of them ends the name."""
 _AMOUNT = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
+_SLICE = re.compile(r"\bmig\s+(\d+g\.(\d+)gb)\S*", re.IGNORECASE)
+"""A part of a card (MIG), as in ``NVIDIA A100-SXM4-40GB MIG 1g.5gb``, and the memory in its name [GB]."""
+SLICE_SHARE = 0.88
+"""Of the memory in a slice's name, what CUDA is taken to report: ``nvidia-smi mig -lgip`` lists 4.75 GiB for 1g.5gb of an A100,
+16.00 for 1g.18gb of an H200, the least found."""
+_OTHERS = re.compile(r"(rx|mi|arca|arcb)\d+\w*|radeon.*|instinct.*|gaudi\d*|tpu.*|m[1-5](pro|max|ultra)?|mps|cpu|xpu")
+"""Short names of what runs no CUDA."""
 _ARCHITECTURE = re.compile(r"sm_?(\d{2,3})")
 
 KERNELS = {
@@ -108,7 +115,14 @@ class Card:
     @property
     def typed(self) -> str:
         """What to type to mean this card and no other: with its memory where cards of one short name differ in it."""
+        if self.slice:
+            return self.name
         return f"{self.slug}-{self.memory_gib}gb" if also_sold(self) else self.slug
+
+    @property
+    def slice(self) -> bool:
+        """Whether it is a part of a card (MIG)."""
+        return _SLICE.search(self.name) is not None
 
     @property
     def architecture(self) -> str:
@@ -167,7 +181,7 @@ def card_slug(name: str) -> str:
     >>> card_slug("NVIDIA RTX 6000 Ada Generation"), card_slug("NVIDIA GH200 480GB")
     ('rtx6000ada', 'gh200')
     """
-    words = re.split(r"[^a-z0-9.]+", name.lower())
+    words = re.split(r"[^a-z0-9.]+", _AMOUNT.sub(r"\1gb", name.lower()))
     kept: list[str] = []
     ended = False
     for word in words:
@@ -215,7 +229,8 @@ def architecture_of(text: str) -> str | None:
 def find_card(text: str) -> Card | None:
     """The card that a name stands for: as the driver writes it, as people do, or its number alone; None if there is none.
 
-    Of cards that share the name and differ in memory the one with the least is meant, unless an amount is named too.
+    Of cards that share the name and differ in memory the one with the least is meant, unless an amount is named too. A slice
+    of a card (MIG) is that card with the slice's memory.
 
     Raises
     ------
@@ -228,15 +243,23 @@ def find_card(text: str) -> Card | None:
     (8, 12)
     >>> find_card("4090").name, find_card("a100 80gb").memory_gib
     ('NVIDIA GeForce RTX 4090', 80)
+    >>> find_card("NVIDIA A100-SXM4-40GB MIG 1g.5gb").memory_gib
+    5
     """
+    part = _SLICE.search(text)
+    if part is not None:
+        whole = find_card(text[: part.start()])
+        return whole and _slice(whole, part[1].lower(), int(part[2]))
     cards = _named(text)
     amount = _AMOUNT.search(text.lower().replace("-", " "))
-    if amount and len(cards) > 1:
+    if amount and not any(_whole(text) == _whole(card.name) for card in cards):  # a GH200 480GB has 96 on its GPU
         known = sorted({card.memory_gib for card in cards})
         cards = [card for card in cards if card.memory_gib == int(amount[1])]
-        if not cards:
+        if known and not cards:
             raise UnknownModel(
-                f"there is no '{text}' in the table of cards; there are those of {listed(known)} GiB", given=text
+                f"there is no '{text}' in the table of cards; there are those of {listed(known)} GiB; of another one give the "
+                "memory beside the card (--memory)",
+                given=text,
             )
     if not cards:
         return None
@@ -249,6 +272,23 @@ def find_card(text: str) -> Card | None:
             known=list(slugs),
         )
     return min(cards, key=lambda card: card.memory_bytes - DESKTOP_BYTES * card.drives_screen)
+
+
+def _slice(card: Card, name: str, gib: int) -> Card:
+    """A part of a card; that its kernels are the whole one's is assumed: it has fewer processors."""
+    least = int(gib * 1024 * SLICE_SHARE) * MIB
+    return replace(card, name=f"{card.name} MIG {name}", memory_gib=gib, memory_bytes=least, found=False, also=())
+
+
+def no_cuda(text: str) -> bool:
+    """Whether a name is known to be of something that runs no CUDA.
+
+    Examples
+    --------
+    >>> [no_cuda(name) for name in ("MI210", "RX 7900 XTX", "Intel Arc A770", "cpu", "MX450", "M40")]
+    [True, True, True, True, False, False]
+    """
+    return bool(_OTHERS.fullmatch(card_slug(text)))
 
 
 def matching(pattern: str) -> list[Card]:
@@ -302,6 +342,8 @@ def also_sold(card: Card) -> list[int]:
     >>> also_sold(find_card("rtx3060")), also_sold(find_card("rtx3060 12gb")), also_sold(find_card("t4"))
     ([12], [8], [])
     """
+    if card.slice:
+        return []
     return sorted({other.memory_gib for other in table() if other.slug == card.slug} - {card.memory_gib})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdfit.errors import LocalModelWarning, SimulatedModelWarning, UnknownModel, listed, shown
 from sdfit.files import shipped
-from sdfit.predict.cards import KERNELS, UNNAMED, Card, architecture_of, card_slug, find_card, table
+from sdfit.predict.cards import KERNELS, UNNAMED, Card, architecture_of, card_slug, find_card, no_cuda, table
 from sdfit.predict.loading import load_artifact
 from sdfit.predict.nvml import Here, here
 from sdfit.predict.predictor import Predictor
@@ -70,7 +70,7 @@ def find_model(name: str | Path) -> tuple[Path, str | None, Card | None]:
         return _model_of(_card_here(known), known)
     own = next((t for t in (text, text.lower(), card_slug(text)) if t in known), None)
     if own is not None:
-        return known[own], own, _row_of(own)
+        return known[own], own, _row_of(text)
     architecture = architecture_of(text)
     if architecture is not None:
         model = KERNELS[architecture]
@@ -127,11 +127,24 @@ def card_of(found: Here) -> Card:
 
 def _unknown(text: str, known: dict[str, Path], why: str = "") -> UnknownModel:
     slug = card_slug(text)
+    if no_cuda(text):
+        return UnknownModel(
+            f"'{text}' runs no CUDA, and sdfit knows no other kernels' memory; it answers for the cards that sdfit cards lists",
+            given=text,
+            known=list(known),
+        )
+    if slug == UNNAMED or slug.startswith("cuda") or slug.isdigit():
+        return UnknownModel(
+            f"'{text}' names no card; write its name as nvidia-smi prints it, as 'RTX 3060' or 4090 (sdfit cards lists them), "
+            f"or {AUTO} for the card in this machine",
+            given=text,
+            known=list(known),
+        )
     close = get_close_matches(slug, [*known, *dict.fromkeys(card.slug for card in table())], n=3)
-    hint = f" Did you mean {' or '.join(close)}?" if close and close[0] != slug and slug != UNNAMED else ""
+    hint = f" Did you mean {' or '.join(close)}?" if close and close[0] != slug else ""
     return UnknownModel(
         f"no model for '{text}'; {why}there are: {listed(known)}, and those of the cards that sdfit cards lists.{hint} Measure "
-        f"one: sdfit sweep --gpu {AUTO if slug == UNNAMED else slug}, then sdfit fit",
+        f"one: sdfit sweep --gpu {slug}, then sdfit fit",
         given=text,
         known=list(known),
     )

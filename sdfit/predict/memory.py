@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sdfit.errors import InvalidWorkload, listed
 from sdfit.predict.cards import DESKTOP_BYTES, LEAST_SHARE, Card, also_sold, context_bytes
 from sdfit.predict.nvml import Here, here
-from sdfit.units import MIB, format_bytes, parse_bytes
+from sdfit.units import GIB, MIB, format_bytes, parse_bytes
 
 FREE = "free"
 
@@ -60,7 +60,7 @@ def available(memory: str | float | None, card: Card | None = None) -> Memory:
         amount = parse_bytes(memory)
         return Memory(amount, f"{format_bytes(amount)} as given")
     found = here(card.slug if card else None)
-    if found is not None:
+    if found is not None and not (card and card.slice and found.total_bytes > card.memory_gib * GIB):  # the whole card
         return _free(found)
     if memory is not None:
         which = f"no {card.name}" if card else "no card"

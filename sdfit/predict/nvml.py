@@ -136,13 +136,41 @@ def _of_nvml() -> list[Here] | None:
     if library is None:
         return None
     found = []
-    for handle in _visible(Nvml._handles()):
+    for card, handle in _visible(_seen_by_cuda(library)):
         memory = _memory(library, handle)
-        major, minor = library.nvmlDeviceGetCudaComputeCapability(handle)
+        major, minor = library.nvmlDeviceGetCudaComputeCapability(card)
         kept = int(getattr(memory, "reserved", 0))
         name = library.nvmlDeviceGetName(handle)
         name = name.decode() if isinstance(name, bytes) else str(name)
         found.append(Here(name, f"{major}.{minor}", int(memory.total) - kept, int(memory.free)))
+    return found
+
+
+def _seen_by_cuda(library: Any) -> dict[str, tuple[Any, Any]]:
+    """What a CUDA process may run on, by uuid: a card's handle twice, or of a card in slices (MIG) its and the slice's."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for uuid, card in Nvml._handles().items():
+        slices = _slices(library, card)
+        found |= {uuid: (card, card)} if slices is None else {name: (card, part) for name, part in slices.items()}
+    return found
+
+
+def _slices(library: Any, card: Any) -> dict[str, Any] | None:
+    """The slices of a card, by uuid; None where it is whole."""
+    try:
+        if library.nvmlDeviceGetMigMode(card)[0] != 1:
+            return None
+        most = library.nvmlDeviceGetMaxMigDeviceCount(card)
+    except (library.NVMLError, AttributeError):  # most cards have no such mode
+        return None
+    found = {}
+    for index in range(most):
+        try:
+            part = library.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
+        except library.NVMLError:  # places may be empty
+            continue
+        uuid = library.nvmlDeviceGetUUID(part)
+        found[uuid.decode() if isinstance(uuid, bytes) else uuid] = part
     return found
 
 

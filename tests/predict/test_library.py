@@ -107,6 +107,11 @@ def test_without_a_card_auto_says_what_to_type() -> None:
         load()
     with pytest.raises(UnknownModel, match=r"no model for 'rtx3065'; .* Did you mean rtx30\d\d"):
         load("rtx3065")
+    for name in ("nvidia", "cuda:0", "0"):
+        with pytest.raises(UnknownModel, match=f"'{name}' names no card; .* or auto for the card in this machine"):
+            load(name)
+    with pytest.raises(UnknownModel, match="'MI210' runs no CUDA"):
+        load("MI210")
     with pytest.raises(UnknownModel, match="'6000' fits several cards: "):
         load("6000")
 

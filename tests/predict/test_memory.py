@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -123,6 +124,52 @@ def test_the_card_that_cuda_would_see_is_asked(
         assert found.total_bytes % GIB == 576 * MIB and found.total_bytes - found.free_bytes == GIB
     only = nvml.here("a100")
     assert only is None or only.compute_capability == "8.0"
+
+
+class Sliced(Library):
+    """pynvml on a machine with one A100, of which two slices are made."""
+
+    CARDS = Library.CARDS[1:]
+    PARTS: ClassVar = {3: (b"MIG-a", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, 5 * GIB),
+                       6: (b"MIG-b", "NVIDIA A100-SXM4-40GB MIG 2g.10gb", None, 10 * GIB)}  # fmt: skip
+
+    def nvmlDeviceGetMigMode(self, handle: Any) -> list[int]:
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, index: int) -> Any:
+        if index not in self.PARTS:
+            raise RuntimeError("not found")
+        return self.PARTS[index]
+
+
+@pytest.mark.parametrize(("visible", "gib"), [(None, 5), ("MIG-b", 10), ("MIG-c", None)])
+def test_a_slice_of_a_card_has_its_own_memory(
+    visible: str | None, gib: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card in slices is none that a process could take whole."""
+    monkeypatch.setattr(nvml, "_library", Sliced)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = nvml.here("a100")
+    assert (found and -(-found.total_bytes // GIB)) == gib
+    assert found is None or found.compute_capability == "8.0"
+
+
+def test_the_memory_of_a_slice_that_is_named_is_the_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the whole card is in this machine; a slice here is asked."""
+    part = find_card("NVIDIA A100-SXM4-80GB MIG 1g.10gb")
+    assert part and "10 GiB" in available(None, part).words
+    whole = Here("NVIDIA A100-SXM4-80GB", "8.0", 79 * GIB, 79 * GIB)
+    monkeypatch.setattr(memory, "here", lambda slug=None: whole)
+    assert available(None, part).memory_bytes < 10 * GIB
+    monkeypatch.setattr(memory, "here", lambda slug=None: replace(whole, total_bytes=9 * GIB, free_bytes=6 * GIB))
+    assert available(None, part).memory_bytes == 6 * GIB - part.context_bytes
 
 
 def test_a_process_that_uses_pytorch_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
