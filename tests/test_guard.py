@@ -179,6 +179,15 @@ def replaced_on_a_class(pipe: Any) -> None:
     BasicTransformerBlock.forward = forward
 
 
+def weights_in_pieces(pipe: Any) -> None:
+    weight = torch.empty(4, 320, 3, 3, dtype=torch.float16, device="meta").transpose(0, 1)
+    pipe.unet.conv_in.weight = torch.nn.Parameter(weight)
+
+
+class Steps:
+    """A scheduler that people write."""
+
+
 class Quantised(torch.nn.Parameter):
     """As torchao's weights are: of another class, with the dtype that they stand for."""
 
@@ -313,6 +322,23 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         done(lambda pipe: pipe.vae.set_attn_processor(AttnProcessor())),
         "attention in the VAE of another kind",
     ),
+    "seamless pictures": (
+        done(lambda pipe: setattr(pipe.unet.conv_in, "padding_mode", "circular")),
+        r"pad in circles or otherwise than with zeros \(seamless pictures\) in the unet",
+    ),
+    "dilated convolutions": (
+        done(lambda pipe: setattr(pipe.unet.mid_block.resnets[0].conv1, "dilation", (2, 2))),
+        "dilated convolutions in the unet",
+    ),
+    "weights in pieces": (done(weights_in_pieces), "weights of the unet that do not lie in one piece"),
+    "a scheduler of one's own": (
+        done(lambda pipe: setattr(pipe, "scheduler", Steps())),
+        r"a scheduler of class test_guard\.Steps",
+    ),
+    "a replaced step of the scheduler": (
+        done(lambda pipe: setattr(pipe.scheduler, "step", print)),
+        "a replaced PNDMScheduler.step",
+    ),
     "other tiles": (
         done(lambda pipe: (pipe.vae.enable_tiling(), setattr(pipe.vae, "tile_sample_min_size", 256))),
         "VAE tiles of another size",
@@ -407,7 +433,8 @@ def test_forced_math_attention_is_read_as_what_it_is(pipe: Any, f: Predictor) ->
 
 @pytest.mark.parametrize("kind", ["FreeU", "a hook", "a replaced forward", "a replaced forward of a block", "a replaced decode",
                                   "replaced on a class", "a block compiled in place", "one block channels last", "a hook before",
-                                  "weights of another kind", "offload of the UNet", "a replaced step", "buffers"])  # fmt: skip
+                                  "weights of another kind", "offload of the UNet", "a replaced step", "buffers",
+                                  "seamless pictures", "dilated convolutions", "a scheduler of one's own", "a replaced step of the scheduler"])  # fmt: skip
 def test_what_is_done_to_a_pipeline_after_it_was_read_is_seen(pipe: Any, f: Predictor, kind: str) -> None:
     """The reading that is kept is dropped, so that the pipeline of now is refused."""
     guarded = sdfit.guard(pipe, f, memory="80 GiB")
@@ -516,6 +543,11 @@ def test_sliced_attention_leaves_the_vae_to_the_kernels(pipe: Any, f: Predictor)
         guarded.workload(image=PICTURE, prompt="a")
 
 
+@functools.wraps(torch.nn.functional.silu)
+def print_it(*args: Any, **kwargs: Any) -> None:
+    """What says that it is PyTorch's."""
+
+
 def allocator(text: str) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: text)
 
@@ -529,6 +561,16 @@ PROCESS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "another allocator": (allocator("backend:cudaMallocAsync"), "backend:cudaMallocAsync"),
     "rounded": (allocator("a:1, roundup_power2_divisions:[256:1,>:4]"), "roundup_power2_divisions"),
     "cuBLAS": (lambda p: p.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), "CUBLAS_WORKSPACE_CONFIG is set"),
+    "another library": (lambda p: p.setenv("TORCH_BLAS_PREFER_CUBLASLT", "1"), "products by cuBLASLt"),
+    "chosen library": (
+        lambda p: p.setattr(torch.backends.cuda, "preferred_blas_library", lambda: SimpleNamespace(name="Cublaslt")),
+        "products by Cublaslt",
+    ),
+    "another attention": (
+        lambda p: p.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: None),
+        "a replaced torch.nn.functional.scaled_dot_product_attention",
+    ),
+    "another activation": (lambda p: p.setattr(torch.nn.functional, "silu", print_it), r"functional\.silu"),
     "no cache": (lambda p: p.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"), "no caching of memory"),
     "sums in 16 bits": (
         lambda p: (
@@ -569,12 +611,17 @@ def test_tf32_is_named_where_it_matters(pipe: Any, f: Predictor, monkeypatch: py
         guarded.workload(image=PICTURE, prompt="a")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert guarded.workload(image=PICTURE, prompt="a").dtype == "float32"
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        with pytest.raises(NotCovered, match="float32 matrix products in TF32"):
-            guarded.workload(image=PICTURE, prompt="a")
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    products = torch.backends.cuda.matmul
+    for name, on, off in (("allow_tf32", True, False), ("fp32_precision", "tf32", "none")):
+        setattr(products, name, on)  # the second way makes PyTorch refuse to answer by the first
+        try:
+            with pytest.raises(NotCovered, match="float32 matrix products in TF32"):
+                guarded.workload(image=PICTURE, prompt="a")
+        finally:
+            setattr(products, name, off)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(NotCovered, match="NVIDIA_TF32_OVERRIDE"):
+        guarded.workload(image=PICTURE, prompt="a")
 
 
 def test_expandable_segments_are_told_of(pipe: Any, f: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,6 +656,10 @@ CALLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"image": picture(64, 72, "RGBA"), "prompt": "a"}, {"height": 512, "width": 576}),
     ({"image": np.zeros((64, 72, 4)), "prompt": "a"}, {"height": 512, "width": 576}),
     ({"image": [PICTURE, picture(64, 64)], "prompt": ["a", "b"]}, {"height": 520, "width": 776}),
+    (
+        {"image": PICTURE, "prompt": "a", "strength": np.float32(0.5), "num_images_per_prompt": np.int64(2)},
+        {"batch_size": 2},
+    ),
     ({"image": PICTURE, "prompt": "a", "strength": 0.4, "num_inference_steps": 30, "eta": 0.1}, {"batch_size": 1}),
 ]
 

@@ -22,9 +22,12 @@ from sdfit.predict.parts import CHANGED, home, is_channels_last
 from sdfit.predict.pipelines import TILES, Reading, components, read
 
 _HOOKS = ("_hf_hook", "_diffusers_hook", "forward", "_old_forward")
-_WATCHED = {*CHANGED, *_HOOKS, "_internal_dict", "processor", "peft_config"}
+_OF_CONVOLUTIONS = ("padding_mode", "dilation")
+_WATCHED = {*CHANGED, *_HOOKS, "_internal_dict", "processor", "peft_config"} - {*_OF_CONVOLUTIONS}
 """What is found on a module, of what was put there."""
 _FLAGS = ("use_slicing", "use_tiling", *TILES)
+_STEPS = ("step", "scale_model_input", "add_noise", "set_timesteps")
+"""Methods of a scheduler that may be replaced on it."""
 _METHODS = ("forward", "encode", "decode", "_encode", "_decode", "tiled_encode", "tiled_decode")
 _DTYPE = attrgetter("dtype")
 _WEIGHTS, _CHILDREN, _BUFFERS = map(itemgetter, ("_parameters", "_modules", "_buffers"))
@@ -49,7 +52,7 @@ class Reader:
         self._lock = threading.Lock()
         self._parts: dict[str, Any] = {}
         self._modules: list[Any] = []
-        self._weighted = self._parents = _those([])
+        self._weighted = self._parents = self._convolving = _those([])
         self._hooked = False
         self._hooks_made: Any = None
         self._marked: list[tuple[int, str]] = []
@@ -81,9 +84,10 @@ class Reader:
         if not all(whole):
             return [None]
         weights = list(chain.from_iterable(map(dict.values, map(_WEIGHTS, self._weighted(owns)))))
-        vae = pipe.get("vae")
+        vae, steps = pipe.get("vae"), getattr(pipe.get("scheduler"), "__dict__", {})
         return [
             type(self.pipe), len(pipe), bool(pipe.get("_all_hooks")), *(getattr(vae, name, None) for name in _FLAGS),
+            *map(steps.get, _STEPS),
             list(map(type, modules)),
             list(map(len, owns)),
             list(map(id, chain.from_iterable(map(dict.values, map(_CHILDREN, self._parents(owns)))))),
@@ -92,6 +96,7 @@ class Reader:
             list(map(id, weights)),
             [_DTYPE(p) for p in weights if p is not None],
             [is_channels_last(owns[at]["_parameters"][name]) for at, name in self._convolutions],
+            list(map(itemgetter(*_OF_CONVOLUTIONS), self._convolving(owns))),
             [owns[at].get(name) for at, name in self._plain],
             [_mark(name, owns[at].get(name)) for at, name in self._marked],
             [getattr(cls, name) for cls, name in self._methods],
@@ -119,6 +124,7 @@ class Reader:
         self._marked = [(at, name) for at, name in found if name in _HOOKS]
         self._weighted = _those([at for at, own in enumerate(owns) if own["_parameters"]])
         self._parents = _those([at for at, own in enumerate(owns) if own["_modules"]])
+        self._convolving = _those([at for at, own in enumerate(owns) if own.keys() >= {*_OF_CONVOLUTIONS}])
         self._convolutions = [
             (at, name)
             for at, own in enumerate(owns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from sdfit.errors import InvalidWorkload
@@ -102,9 +103,9 @@ def _denoises(call: Mapping[str, Any], scheduler: str) -> None:
     for name in ("timesteps", "sigmas"):
         if call.get(name) is not None:
             steps = len(call[name])
-    if not (isinstance(strength, int | float) and 0 <= strength <= 1):
+    if not (isinstance(strength, Real) and 0 <= strength <= 1):
         raise InvalidWorkload(f"strength is {strength!r}; diffusers takes a number from 0 to 1")
-    if not (isinstance(steps, int) and steps > 0):
+    if not (isinstance(steps, Integral) and steps > 0):
         raise InvalidWorkload(f"num_inference_steps is {steps!r}; diffusers takes a whole number from 1")
     if int(steps * strength) == 0 and scheduler not in ONE_STEP_MORE:
         raise InvalidWorkload(
@@ -158,9 +159,9 @@ def _prompts(call: Mapping[str, Any], guided: bool) -> tuple[int, int]:
 def _batch(call: Mapping[str, Any], prompts: int, image: Input) -> int:
     """Images that come out: those of the prompts, to which the images given are repeated where they go into them."""
     each = call.get("num_images_per_prompt", 1)
-    if not (isinstance(each, int) and each > 0):
+    if not (isinstance(each, Integral) and each > 0):
         raise InvalidWorkload(f"num_images_per_prompt is {each!r}; diffusers takes a whole number from 1")
-    batch = prompts * each
+    batch = prompts * int(each)
     generators: Any = call.get("generator")
     one_by_one = isinstance(generators, list) and not image.latents
     if one_by_one and len(generators) != batch:

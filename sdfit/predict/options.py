@@ -142,7 +142,8 @@ def options_that_fit(
         Empty if it fits as it is, or nothing helps. Variants that the model does not know are left out.
     """
     limit = parse_bytes(memory)
-    now = _Search(predictor, workload, limit, metric, level).upper({})
+    alone = _Search(predictor, workload, limit, metric, level)
+    now = alone.upper({})
     search = _Search(predictor.within(limit), workload, limit, metric, level)
     if now is None or now <= limit:
         return []
@@ -152,8 +153,8 @@ def options_that_fit(
         if not any(no_dearer(option.change, change) for option in found):
             sufficient = search.sufficient(change, found)
             if sufficient is not None:
-                prediction = search.predict(sufficient)
-                if prediction is not None and prediction.upper < now:
+                prediction = alone.predict(sufficient)  # the number that the changed run gets when it is asked about
+                if prediction is not None and prediction.upper <= min(limit, now):
                     found.append(Option(sufficient, prediction, now - prediction.upper))
     return sorted(found, key=lambda option: (option.cost, len(option.change), option.upper_bytes))
 

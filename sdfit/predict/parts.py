@@ -52,7 +52,7 @@ FREE = (
     "force_upcast", "flip_sin_to_cos", "freq_shift", "norm_eps",
 )  # fmt: skip
 """Settings that change values and not amounts. The VAE's sample size sets its tiles, which are compared by themselves."""
-LIBRARIES = ("torch.nn.modules.", "diffusers.models.", "diffusers.pipelines.", "transformers.")
+LIBRARIES = ("torch.nn.modules.", "diffusers.models.", "diffusers.pipelines.", "diffusers.schedulers.", "transformers.")
 """Where the modules of an unchanged pipeline come from."""
 _CODE = ("torch.", "diffusers.", "transformers.")
 _HOOKS = ("accelerate.hooks", "diffusers.hooks.")
@@ -65,6 +65,8 @@ CHANGED = {
     "upcast_attention": (False, "attention in float32"),
     "upcast_softmax": (False, "attention in float32"),  # True in the VAE
     "_compiled_call_impl": (None, "torch.compile"),
+    "padding_mode": ("zeros", "convolutions that pad in circles or otherwise than with zeros (seamless pictures)"),
+    "dilation": ((1, 1), "dilated convolutions"),
 }  # fmt: skip
 """Attributes that diffusers' and PyTorch's own switches set on modules of a pipeline that is built already."""
 MOST_BUFFERS = 4096
@@ -99,6 +101,8 @@ def unlike(part: str, module: Any) -> list[str]:
         found.append("an IP-Adapter")
     if any(is_channels_last(p) for p in module.parameters()):
         found.append(f"a {part} in channels-last memory format")
+    elif not all(p.is_contiguous() for p in module.parameters()):
+        found.append(f"weights of the {part} that do not lie in one piece: kernels copy them")
     return found
 
 

@@ -97,6 +97,7 @@ def read(pipe: Any) -> Reading:
     for part, module in parts.items():
         if part in CLASSES:
             unknown += unlike(part, module)
+    unknown += _scheduler(getattr(pipe, "scheduler", None))
     dtype, mixed = _dtype(parts)
     attention, odd = _attention(parts)
     offload, hooks = _offload(pipe, parts)
@@ -119,6 +120,15 @@ def read(pipe: Any) -> Reading:
         to_rgb=to_rgb,
         scheduler=type(getattr(pipe, "scheduler", None)).__name__,
     )
+
+
+def _scheduler(scheduler: Any) -> list[str]:
+    """What of a scheduler is not diffusers' own: it runs between the UNet's passes, and may take anything."""
+    cls = type(scheduler)
+    if not cls.__module__.startswith("diffusers.schedulers."):
+        return [f"a scheduler of class {cls.__module__}.{cls.__name__}"]
+    methods = [*replaced(scheduler), *foreign(cls)]
+    return [f"a replaced {cls.__name__}.{name}" for name in methods]
 
 
 def _image_processor(pipe: Any) -> tuple[bool, list[str]]:

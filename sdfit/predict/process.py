@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from types import BuiltinFunctionType
 from typing import Any
+
+from sdfit.predict.parts import home
 
 MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
 """PyTorch's numbers of the attention kernels (`torch.nn.attention.SDPBackend`)."""
@@ -24,8 +27,15 @@ VARIABLES = {
     "TORCH_CUDNN_V8_API_DISABLED": "cuDNN's old interface",
     "TORCH_CUDNN_USE_HEURISTIC_MODE_B": "cuDNN's other heuristic",
     "CUDNN_CONV_WSCAP_DBG": "a cap on cuDNN's workspaces",
+    "PYTORCH_TUNABLEOP_ENABLED": "matrix products by PyTorch's search for the fastest kernel",
+    "TORCH_BLAS_PREFER_CUBLASLT": "matrix products by cuBLASLt",
+    "DISABLE_ADDMM_CUDA_LT": "linear layers by cuBLAS alone",
 }
 """Environment variables that change how much a run takes, and what they do."""
+FUNCTIONS = (
+    "scaled_dot_product_attention", "conv2d", "linear", "group_norm", "layer_norm", "silu", "gelu", "softmax", "interpolate", "pad",
+)  # fmt: skip
+"""What the modules call of `torch.nn.functional`; other attention kernels are often put there (SageAttention)."""
 ALLOCATOR = ("backend", "max_split_size_mb", "roundup_power2_divisions", "max_non_split_rounding_mb")
 """Settings of PyTorch's allocator under which blocks are cut otherwise than the models assume."""
 
@@ -90,10 +100,22 @@ def unknown(dtype: str) -> list[str]:
         )
     if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
         found.append("deterministic kernels only (use_deterministic_algorithms, or cudnn.deterministic=True)")
-    if dtype == "float32" and not _tf32(cudnn):
+    if dtype == "float32" and _tf32(cudnn) is not True:
         found.append("float32 convolutions without TF32 (torch.backends.cudnn)")
-    if dtype == "float32" and _tf32(torch.backends.cuda.matmul):
+    if dtype == "float32" and _tf32(torch.backends.cuda.matmul) is not False:
         found.append("float32 matrix products in TF32 (torch.backends.cuda.matmul)")
+    if dtype == "float32" and os.environ.get("NVIDIA_TF32_OVERRIDE"):
+        found.append("TF32 as the driver is told (NVIDIA_TF32_OVERRIDE is set)")
+    ask = getattr(torch.backends.cuda, "preferred_blas_library", None)
+    if ask is not None and ask().name not in ("Default", "Cublas"):
+        found.append(f"matrix products by {ask().name} (torch.backends.cuda.preferred_blas_library)")
+    found += [
+        f"a replaced torch.nn.functional.{name}"
+        for name in FUNCTIONS
+        if not (
+            isinstance(own := getattr(torch.nn.functional, name), BuiltinFunctionType) or home(own).startswith("torch.")
+        )
+    ]
     if torch.nn.modules.module._has_any_global_hook():
         found.append("hooks on all modules (register_module_forward_hook)")
     settings = allocator()
@@ -124,9 +146,9 @@ def _matters(name: str, settings: dict[str, str]) -> bool:
     return name in settings and (name, settings[name]) != ("backend", "native")
 
 
-def _tf32(library: Any) -> bool:
-    """Whether TF32 is used, as by default in convolutions alone; asking fails where two ways of setting it were mixed."""
+def _tf32(library: Any) -> bool | None:
+    """Whether TF32 is used, as by default in convolutions alone; None where two ways of setting it were mixed: asking fails."""
     try:
         return bool(library.allow_tf32)
     except RuntimeError:
-        return False
+        return None
