@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sdfit.equation.metrics import REPLAYED_FAMILY
 from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Array, Sizes
 from sdfit.equation.stages import STAGE
@@ -297,12 +298,13 @@ def evidence_lines(artifact: Artifact) -> list[str]:
         if metric == "allocated":
             lines.append(f"{metric}: {count} published whole runs beside their traces")
         else:
-            without = " (but for one whose excess is likeliest an optional workspace)" * (
-                metric in ("required", "minimum")
-            )
+            caps = REPLAYED_FAMILY in artifact.scores[metric]
+            without = " (but for one whose excess is likeliest an optional workspace)" * caps
+            whose = artifact.scores[metric][REPLAYED_FAMILY] if caps else artifact.scores["allocated"][""]
             lines.append(
-                f"{metric}: every sum of one published error of allocated memory{without} and one error of the regression "
-                "against the simulated allocator; nobody has published this metric of whole runs"
+                f"{metric}: by the equation, every sum of one published error of allocated memory{without} and one error of the "
+                f"regression against the simulated allocator; of a simulated run, those {whose['count']} published errors alone, "
+                "the furthest of them at a level that so few do not reach; nobody has published this metric of whole runs"
             )
     return lines
 

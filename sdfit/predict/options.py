@@ -142,47 +142,46 @@ def options_that_fit(
         Empty if it fits as it is, or nothing helps. Variants that the model does not know are left out.
     """
     limit = parse_bytes(memory)
-    alone = _Search(predictor, workload, limit, metric, level)
-    now = alone.upper({})
-    search = _Search(predictor.within(limit), workload, limit, metric, level)
-    if now is None or now <= limit:
+    search = _Search(predictor, workload, limit, metric, level)
+    asked = search.predict({})
+    if asked is None or asked.upper <= limit:
         return []
+    now = asked.upper
     found: list[Option] = []
     for change in search.changes():
         # what contains a sufficient change has something that could be left out
         if not any(no_dearer(option.change, change) for option in found):
             sufficient = search.sufficient(change, found)
             if sufficient is not None:
-                prediction = alone.predict(sufficient)  # the number that the changed run gets when it is asked about
+                prediction = search.predict(sufficient)
                 if prediction is not None and prediction.upper <= min(limit, now):
                     found.append(Option(sufficient, prediction, now - prediction.upper))
     return sorted(found, key=lambda option: (option.cost, len(option.change), option.upper_bytes))
 
 
 class _Search:
-    """Predictions of one workload with changes."""
+    """Predictions of one workload with changes: quickly whether they suffice, and then the number that they get when asked about."""
 
     def __init__(
         self, predictor: Model, workload: Workload, limit: float, metric: str | None, level: float | None
     ) -> None:
         self.predictor, self.workload, self.limit, self.metric, self.level = predictor, workload, limit, metric, level
+        self._quick = predictor.within(limit)
 
     def predict(self, change: Mapping[str, Any]) -> Prediction | None:
         """The changed run; None if the model does not know it."""
-        try:
-            return bound(self.predictor, replace(self.workload, **change), self.metric, self.level)
-        except UnknownVariant:
-            return None
-
-    def upper(self, change: Mapping[str, Any]) -> float | None:
-        """What the changed run needs at most [bytes]."""
-        prediction = self.predict(change)
-        return None if prediction is None else prediction.upper
+        return self._asked(self.predictor, change)
 
     def fits(self, change: Mapping[str, Any]) -> bool:
         """Whether the changed run fits."""
-        upper = self.upper(change)
-        return upper is not None and upper <= self.limit
+        prediction = self._asked(self._quick, change)
+        return prediction is not None and prediction.upper <= self.limit
+
+    def _asked(self, model: Model, change: Mapping[str, Any]) -> Prediction | None:
+        try:
+            return bound(model, replace(self.workload, **change), self.metric, self.level)
+        except UnknownVariant:
+            return None
 
     def changes(self) -> Iterator[dict[str, Any]]:
         """All combinations of single changes, the cheap before the dear, none before a part of it; last a smaller size."""
@@ -243,4 +242,9 @@ class _Search:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.fits(scaled(middle * VAE_SCALE)) else (low, middle - 1)
+        while low * VAE_SCALE > 64:  # one in a hundred bounds of the equation is too low
+            asked = self.predict(scaled(low * VAE_SCALE))
+            if asked is not None and asked.upper <= self.limit:
+                break
+            low -= 1
         return scaled(low * VAE_SCALE)

@@ -38,11 +38,12 @@ def predict_table(
     level: float | None = None,
     *,
     alone: Callable[..., Prediction] | None = None,
+    own: bool = False,
 ) -> tuple[Array, Array]:
     """Predict each row; with a level also how far below and above the ends of its interval lie.
 
     ``find`` gives the `Variant` of a key (`sdfit.predict.predictor.Predictor.variant`); where it was never swept,
-    ``alone(workload, metric=, level=)`` predicts its rows one by one, if it is given.
+    ``alone(workload, metric=, level=)`` predicts its rows one by one, if it is given; ``own`` as in `Variant.margin`.
 
     Returns
     -------
@@ -57,7 +58,7 @@ def predict_table(
     for key, where in _groups(columns, rows):
         part = {name: v if where is None else v[where] for name, v in numbers.items()}
         try:
-            got = _one_variant(find(key), part, metric, level)
+            got = _one_variant(find(key), part, metric, level, own)
         except NeverSwept:
             if alone is None:
                 raise
@@ -69,7 +70,9 @@ def predict_table(
     return value, margins
 
 
-def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: float | None) -> tuple[Array, Array]:
+def _one_variant(
+    found: Variant, part: dict[str, Array], metric: str, level: float | None, own: bool
+) -> tuple[Array, Array]:
     rows = len(part["height"])
     value, margins = np.empty(rows), np.zeros((2, rows))
     for start in range(0, rows, BLOCK_ROWS):
@@ -81,7 +84,7 @@ def _one_variant(found: Variant, part: dict[str, Array], metric: str, level: flo
         value[cut] = found.metric(peaks, metric, sizes)
         if level is not None:
             for end in (0, 1):
-                margins[end, cut] = found.margin(peaks, sizes, metric, (1 + level) / 2, upper=bool(end))
+                margins[end, cut] = found.margin(peaks, sizes, metric, (1 + level) / 2, upper=bool(end), own=own)
     return value, margins
 
 

@@ -8,6 +8,7 @@ for one workload as for a million.
 
 from __future__ import annotations
 
+import math
 import struct
 from bisect import bisect
 from collections.abc import Mapping
@@ -255,8 +256,17 @@ class Variant:
         """The conformal scores for a place of `place_codes`: of the narrowest family that supports the level."""
         return conformal.best(self._scores.get(self._basis(metric), {}), families(place_of(self.key, code)), level)
 
-    def margin(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, *, upper: bool) -> Any:
-        """How far above a prediction its one-sided bound lies, or below it [bytes]; numbers or arrays."""
+    def knows(self, metric: str, code: int) -> bool:
+        """Whether runs at a place of `place_codes` have conformal scores of their own, not those of a wider family alone."""
+        return families(place_of(self.key, code))[0] in self._scores.get(self._basis(metric), {})
+
+    def margin(
+        self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, *, upper: bool, own: bool = False
+    ) -> Any:
+        """How far above a prediction its one-sided bound lies, or below it [bytes]; numbers or arrays.
+
+        ``own``: of arrays infinite where it does not `knows` the place, and outside the swept domain.
+        """
         if isinstance(sizes.A, int):
             code, unit = self.standing(peaks, sizes)
             return self.quantile(metric, code, level, upper=upper) * unit
@@ -264,8 +274,9 @@ class Variant:
         codes = place_codes(peaks, sizes)
         found = np.empty(np.shape(codes))
         for code in np.unique(codes):
-            found[codes == code] = self.quantile(metric, int(code), level, upper=upper)
-        return found * unit
+            known = not own or self.knows(metric, int(code))
+            found[codes == code] = self.quantile(metric, int(code), level, upper=upper) if known else math.inf
+        return np.where(self.stretch(sizes) > 1, math.inf, found * unit) if own else found * unit
 
     def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
         """The chance that a run needs no more than ``spare_bytes`` above its prediction."""
