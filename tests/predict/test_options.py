@@ -98,3 +98,15 @@ def test_the_time_of_sequential_offload_is_the_published_one() -> None:
         times = f"{seconds[card, 'sequential'] / seconds[card, 'none']:.1f} times"
         assert times in COSTS["offload=sequential"][1] and name in COSTS["offload=sequential"][1]
     assert cost_of("offload", "model") == COSTS["offload"] and "slowest" in cost_of("offload", "sequential")[1]
+
+
+def test_an_option_has_the_number_that_its_run_gets_when_it_is_asked_about() -> None:
+    """A simulated one, where the equation would do to know that it suffices; what it is wrong about is not advised."""
+    f, memory = sdfit.load("t4"), 14.5 * GIB
+    w = Workload(2048, 2048, batch_size=2)
+    found = options_that_fit(f, w, memory=memory)
+    assert len(found) > 4
+    for option in found:
+        there = f.verdict(**(w.to_dict() | option.change), memory=memory)
+        assert there.answer == "fits" and there.prediction.upper == option.upper_bytes, option.change
+    assert {"vae_slicing": True, "offload": "model"} not in [option.change for option in found]
