@@ -100,6 +100,7 @@ def test_the_time_of_sequential_offload_is_the_published_one() -> None:
     assert cost_of("offload", "model") == COSTS["offload"] and "slowest" in cost_of("offload", "sequential")[1]
 
 
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
 def test_an_option_has_the_number_that_its_run_gets_when_it_is_asked_about() -> None:
     """A simulated one, where the equation would do to know that it suffices; what it is wrong about is not advised."""
     f, memory = sdfit.load("t4"), 14.5 * GIB
