@@ -7,6 +7,7 @@ A run that diffusers itself fails on has no memory: it is an `InvalidWorkload` w
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -103,15 +104,20 @@ def _denoises(call: Mapping[str, Any], scheduler: str) -> None:
     for name in ("timesteps", "sigmas"):
         if call.get(name) is not None:
             steps = len(call[name])
-    if not (isinstance(strength, Real) and 0 <= strength <= 1):
+    if not _between(strength, Real, 0, 1):
         raise InvalidWorkload(f"strength is {strength!r}; diffusers takes a number from 0 to 1")
-    if not (isinstance(steps, Integral) and steps > 0):
+    if not _between(steps, Integral, 1, math.inf):
         raise InvalidWorkload(f"num_inference_steps is {steps!r}; diffusers takes a whole number from 1")
     if int(steps * strength) == 0 and scheduler not in ONE_STEP_MORE:
         raise InvalidWorkload(
             f"strength {strength:g} of {steps} steps leaves no step to run, on which diffusers fails with a {scheduler}; "
             f"give a strength of at least {1 / steps:.2g}, or more steps"
         )
+
+
+def _between(value: Any, kind: type, low: float, high: float) -> bool:
+    """Whether a value is a number of a kind, NumPy's too, within limits."""
+    return isinstance(value, kind) and low <= value <= high  # type: ignore[operator]
 
 
 def _prompts(call: Mapping[str, Any], guided: bool) -> tuple[int, int]:
@@ -159,7 +165,7 @@ def _prompts(call: Mapping[str, Any], guided: bool) -> tuple[int, int]:
 def _batch(call: Mapping[str, Any], prompts: int, image: Input) -> int:
     """Images that come out: those of the prompts, to which the images given are repeated where they go into them."""
     each = call.get("num_images_per_prompt", 1)
-    if not (isinstance(each, Integral) and each > 0):
+    if not _between(each, Integral, 1, math.inf):
         raise InvalidWorkload(f"num_images_per_prompt is {each!r}; diffusers takes a whole number from 1")
     batch = prompts * int(each)
     generators: Any = call.get("generator")
