@@ -122,4 +122,4 @@ def test_a_maker_is_no_card(capfd: pytest.CaptureFixture[str]) -> None:
     """What is advised can be typed."""
     assert main(["predict", "--gpu", "nvidia", "--height", "64", "--width", "64"]) == 1
     told = capfd.readouterr().err
-    assert "sdfit sweep --gpu auto" in told and "unnamed" not in told
+    assert "or auto for the card in this machine" in told and "unnamed" not in told
