@@ -167,9 +167,10 @@ class RayPool:
         try:
             if address:
                 _knock(address)
-            self.ray.init(
-                log_to_driver=False, logging_level=logging.ERROR, **({"address": address} if address else alone)
-            )
+            where = {"address": address} if address else alone
+            if not (address or "").startswith("ray://"):
+                where["job_config"] = _job()
+            self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
         except (
             Exception
         ) as error:  # of whatever kind: Ray raises several, and bare ones where its processes do not start
@@ -309,6 +310,17 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _job() -> Any:
+    """What Ray is told of the job: that its actors import nothing from the current folder, where anybody's ``numpy.py`` may lie."""
+    from ray.job_config import JobConfig
+
+    job = JobConfig()
+    job._runtime_env_has_working_dir = lambda: (
+        True
+    )  # asked before that folder goes on their path; nothing else prevents it
+    return job
 
 
 def _last_line(error: BaseException) -> str:

@@ -182,22 +182,27 @@ def test_rows_of_different_cards_go_to_the_files_of_their_own_cards(
 
 
 def test_the_command_joins_a_cluster(cluster: Any, tmp_path: Path) -> None:
-    """`--address`: the rows of a sequential run; and what cannot be joined is one sentence, at once."""
+    """`--address`: the rows of a sequential run; what cannot be joined is one sentence, at once.
+
+    Its actors import nothing from the folder that the command runs in.
+    """
 
     def command(backend: str, address: str) -> subprocess.CompletedProcess[str]:
         words = ["sweep", "--backend", backend, "--gpu", "t4", "--grid", str(tmp_path / "g.toml"), "--out", "r.jsonl"]
         return subprocess.run(
-            [sys.executable, "-m", "sdfit.cli", *words, "--engine", "ray", "--address", address],
+            [sys.executable, "-P", "-m", "sdfit.cli", *words, "--engine", "ray", "--address", address],
             cwd=tmp_path, text=True, capture_output=True, check=False,
         )  # fmt: skip
 
     (tmp_path / "g.toml").write_text("[[block]]\nshapes = [256]\n")
+    (tmp_path / "numpy.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
     for address in ("127.0.0.1:1", "nonsense"):
         ran = command("fake", address)
         assert ran.returncode == 1 and ran.stderr.startswith(f"sdfit: cannot join the Ray cluster '{address}' (")
         assert ran.stderr.count("\n") == 1
     ran = command("trace", cluster.address)
     assert ran.returncode == 0 and "1 of 1 done, 0 out of memory, 0 crashed" in ran.stderr, ran.stderr
+    assert not (tmp_path / "imported").exists()
     from sdfit.sweep import grid
 
     local = sweep(grid.load(str(tmp_path / "g.toml")), "trace", {"gpu": "t4", "workspaces": True}, tmp_path / "l.jsonl", workers=1)  # fmt: skip
