@@ -105,7 +105,9 @@ def check(
     _shown([answer.to_dict() for answer in answers], head, lines, kind)
     if kind == "text":
         taken = "pictures: as diffusers' load_image gives them: first frame, turned, RGB"
-        click.echo("\n".join([f"memory: {there.words}", taken, *wrongly(f, fields["dtype"])]))
+        quick = "required: simulated where the verdict hangs on it, else the equation's; sdfit fits simulates a size"
+        said = [quick] * (replay and f is not f.equation)
+        click.echo("\n".join([f"memory: {there.words}", taken, *said, *wrongly(f, fields["dtype"])]))
     return 3 if any(a.verdict is None or a.verdict.answer == "does not fit" for a in answers) else 0
 
 

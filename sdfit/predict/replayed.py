@@ -309,8 +309,8 @@ class Replayed(Predictor):
     def _settled(self, found: Prediction) -> bool:
         if self.limit_bytes is None or math.isinf(found.upper):
             return False
-        if found > FAR * self.limit_bytes:
-            return True
+        if found > FAR * self.limit_bytes and (not self.exact or found.lower > self.limit_bytes):
+            return True  # a lower end within the limit would make it one that may fit
         if not found.of_its_kind:
             return FAR * found.upper <= self.limit_bytes
         surest = Prediction(float(found), found._facts[0], found.workload, found.metric, max(SURE, found.level))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 image = pytest.importorskip("PIL.Image")
 
+import sdfit  # noqa: E402
 from sdfit.errors import SdfitError  # noqa: E402
 from sdfit.predict.pictures import Picture, check, find, look  # noqa: E402
 from sdfit.predict.predictor import Predictor  # noqa: E402
@@ -154,3 +156,15 @@ def test_each_picture_gets_an_answer(noisy: Predictor) -> None:
     assert other.largest is not None and other.largest[1] > other.largest[0]
     assert tiny.picture.problem.startswith("height is 40") and tiny.verdict is None
     assert torn.to_dict()["problem"] == "torn" and torn.to_dict()["answer"] is None
+
+
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
+def test_a_picture_and_its_run_get_one_answer() -> None:
+    """Also where the equation's bounds are so wide that they would let a run of twice the memory fit perhaps."""
+    f, memory = sdfit.load("t4"), 24 * GIB
+    options: dict[str, Any] = {"dtype": "float32", "attention": "sliced", "batch_size": 8, "guidance_scale": 1.0}
+    alone = f.equation(1728, 896, metric="required", level=0.99, **options)
+    assert alone.lower < memory < alone / 2
+    (answer,) = check(f, [Picture(Path("a"), 1728, 896)], memory=memory, **options)
+    there = f.verdict(1728, 896, memory=memory, **options)
+    assert answer.verdict and answer.verdict.answer == there.answer == "does not fit"
