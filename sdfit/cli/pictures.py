@@ -106,8 +106,8 @@ def check(
     if kind == "text":
         taken = "pictures: as diffusers' load_image gives them: first frame, turned, RGB"
         quick = "required: simulated where the verdict hangs on it, else the equation's; sdfit fits simulates a size"
-        said = [quick] * (replay and f is not f.equation)
-        click.echo("\n".join([f"memory: {there.words}", taken, *said, *wrongly(f, fields["dtype"])]))
+        whose = [quick] * (f is not f.equation)
+        click.echo("\n".join([f"memory: {there.words}", taken, *whose, *wrongly(f, fields["dtype"])]))
     return 3 if any(a.verdict is None or a.verdict.answer == "does not fit" for a in answers) else 0
 
 
