@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,9 +115,9 @@ def _end(_: int, frame: FrameType | None) -> None:
     """End the command: by an exception, or at once while something is imported.
 
     An exception that comes through PyTorch's C++ while it is loaded ends the process with a message of its own. Nothing is
-    lost: what was recorded is on the disk, and the workers end with this process.
+    lost: what was recorded is on the disk, and the workers end with this process. Ray's do not, so that it hears of it.
     """
-    while frame is not None:
+    while frame is not None and "ray" not in sys.modules:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, (SHOW_CURSOR * os.isatty(2) + f"\nsdfit: {INTERRUPTED}\n").encode())
             os._exit(130)

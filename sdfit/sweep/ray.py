@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,10 +173,9 @@ class RayPool:
             where = {"address": address} if address else alone
             if not (address or "").startswith("ray://"):
                 where["job_config"] = _job()
-            self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-        except (
-            Exception
-        ) as error:  # of whatever kind: Ray raises several, and bare ones where its processes do not start
+            with _signals_kept():
+                self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+        except Exception as error:  # Ray raises several kinds, and bare ones where its processes do not start
             why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DeviceError(
                 f"cannot join the Ray cluster '{address}' ({why}); is it up, and has it this machine's Python and Ray?"
@@ -310,6 +312,18 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Take back what Ray makes of SIGTERM: it ends the process in the midst of Ray's C++, with a dump and the rows under way."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if mine and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _job() -> Any:

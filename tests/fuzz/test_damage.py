@@ -21,7 +21,7 @@ import pytest
 
 from sdfit.backends.fake import FakeBackend
 from sdfit.equation.metrics import METRICS
-from sdfit.errors import ArtifactError, SdfitError, UnknownVariant
+from sdfit.errors import SdfitError, UnknownVariant
 from sdfit.files import shipped
 from sdfit.predict.loading import load_artifact, read_plain
 from sdfit.predict.predictor import Predictor
@@ -253,8 +253,3 @@ def test_some_damaged_files(kind: str, tmp_path: Path) -> None:
 def test_many_damaged_files(kind: str, tmp_path: Path, record_property: Told) -> None:
     """Records, grids, the table of published measurements."""
     told(record_property, kind, MANY, damaged(kind, tmp_path, MANY))
-
-
-def test_the_readers_are_the_ones_in_use() -> None:
-    """What is fuzzed is what the commands read with."""
-    assert residuals.read() and issubclass(ArtifactError, SdfitError)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdfit.errors import InvalidWorkload
 from sdfit.predict.conformal import Scores
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import ANSWERS, DOES_NOT_FIT, FITS, MAY_FIT
@@ -80,5 +81,5 @@ def test_a_verdict_as_plain_values(noisy: Predictor) -> None:
 )
 def test_odd_questions_are_refused(noisy: Predictor, args: tuple[Any, ...], kwargs: dict[str, Any], words: str) -> None:
     """One sentence each."""
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(InvalidWorkload, match=words):
         noisy.verdict(*args, memory="8 GiB", level=0.9, **kwargs)

@@ -12,7 +12,7 @@ import pytest
 from worlds import run as measured
 
 from sdfit.backends.fake import FakeBackend
-from sdfit.errors import DeviceError, SweepWarning
+from sdfit.errors import DeviceError, SdfitError, SweepWarning
 from sdfit.files import fingerprint
 from sdfit.records import RECORDS, Record, latest, read, read_rows
 from sdfit.sweep import workers
@@ -91,7 +91,7 @@ def test_a_card_that_is_gone_from_the_start_is_one_sentence(tmp_path: Path) -> N
     """No file is made."""
     (tmp_path / "gone").write_bytes(b"x" * 1000)
     with pytest.raises(
-        Exception, match=r"the backend 'fake' does not start \(RuntimeError: CUDA error: no CUDA"
+        SdfitError, match=r"the backend 'fake' does not start \(RuntimeError: CUDA error: no CUDA"
     ) as caught:
         sweep(PLAN, "fake", {"gone": str(tmp_path / "gone")}, tmp_path / "r.jsonl")
     assert "\n" not in str(caught.value) and not (tmp_path / "r.jsonl").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -84,14 +85,17 @@ def test_a_cluster_that_does_not_start_is_one_sentence(
     import ray
 
     def failing(**_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray puts one of its own there, which ends in a dump
         raise Exception("The node timed out.\nmore")
 
     monkeypatch.setattr(ray, "init", failing)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
     what = r"cannot join the Ray cluster '10\.0\.0\.1'" if address else "Ray does not start on this machine"
     with pytest.raises(DeviceError, match=rf"^{what} \(The node timed out\); [^\n]*$"):
         RayPool("fake", {}, address=address)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_without_a_card_it_is_refused_at_once(cluster: Any, tmp_path: Path) -> None:
