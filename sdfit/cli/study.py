@@ -193,7 +193,8 @@ def evaluate(
 ) -> None:
     """Judge a model on records: errors, coverage, width, by stage, variant and size; or the decisions it leads to.
 
-    Decisions without records are judged beside simulated runs of the sizes that `sdfit largest` searches, in a few minutes.
+    Decisions without records are judged beside simulated runs of the sizes that `sdfit largest` searches, in a few minutes; with
+    --no-replay it takes several times as long, for the equation's answers lie lower and all above them is simulated.
     """
     from sdfit.fit.files import fitted_on, read_pooled
     from sdfit.judging.evaluate import evaluate as judged
