@@ -321,6 +321,8 @@ def _signals_kept() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:  # that answer, in the midst of it
+        raise KeyboardInterrupt from None
     finally:
         if mine and before is not None:
             signal.signal(signal.SIGTERM, before)

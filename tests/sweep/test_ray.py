@@ -98,6 +98,16 @@ def test_a_cluster_that_does_not_start_is_one_sentence(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_while_ray_starts_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own handler, which is there by then, exits with 15 and no word."""
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        RayPool("fake", {})
+
+
 def test_without_a_card_it_is_refused_at_once(cluster: Any, tmp_path: Path) -> None:
     """No actor waits for a card that no machine has, or for a processor that another holds; the cluster stays."""
     import ray
