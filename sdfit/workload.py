@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "vae_tiling": (False, True),
     "offload": ("none", "model", "sequential", "group_block", "group_leaf"),
     "safety_checker": (True, False),
-    "execution": ("default", "channels_last", "tf32", "compiled"),
+    "execution": ("default", "channels_last", "tf32", "compiled", "int8"),
 }
 """The discrete fields and what each may be; the first is the default."""
 SLICES = {"sliced": 4, "sliced_max": 1, "sliced_2": 2, "sliced_8": 8}
@@ -46,15 +46,17 @@ SLICES = {"sliced": 4, "sliced_max": 1, "sliced_2": 2, "sliced_8": 8}
 STREAMED = {"sequential": "leaf", "group_block": "block", "group_leaf": "leaf"}
 """Kinds of offload that bring weights to the card module by module, of which only what runs is there: in leaves, or whole
 blocks at a time."""
+ON_A_CARD = ("channels_last", "tf32", "compiled")
+"""Executions of which no trace has a number."""
 CARD_ALONE = "which kernels then run, and what memory they hold, a card alone can tell; a trace has no number for it"
-"""Of every execution but the default."""
+"""Why, of each of them."""
 TINY_BLOCKS = "fails in diffusers itself: of AutoencoderTiny no block is a group, and its weights stay in host memory"
 TINY_TILES = "fails in diffusers itself: AutoencoderTiny blends its tiles in float32 and decodes none in 16 bits"
 QUANTISED = ("int8", "uint8", "int4", "nf4", "fp4", "fp8", "float8_e4m3fn", "float8_e5m2")
 """Weights that people ask for as a dtype, and that none of `CHOICES` is."""
 NOT_QUANTISED = (
-    "quantised weights are not covered: diffusers leaves them to bitsandbytes, torchao or quanto, and what their kernels "
-    "widen a card alone can tell"
+    "of quantised weights those of execution='int8' alone are known, the UNet's linear layers by optimum-quanto, and no guard "
+    "reads them; bitsandbytes refuses to quantise without a card, what torchao, SDNQ and others widen is not worked out"
 )
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 VARIANT_FIELDS = tuple(CHOICES)
@@ -176,9 +178,10 @@ class Workload:
         ``model``: `enable_model_cpu_offload`; ``sequential``: `enable_sequential_cpu_offload`; ``group_block`` and
         ``group_leaf``: `enable_group_offload` of one block a group, or of leaves, without streams.
     safety_checker : bool
-    execution : {'default', 'channels_last', 'tf32', 'compiled'}
-        How the UNet's kernels are chosen: its weights in channels-last format, TF32 for float32 matrix products, or
-        ``unet.compile()``. Which kernels run then, and what they hold, a card alone can tell.
+    execution : {'default', 'channels_last', 'tf32', 'compiled', 'int8'}
+        How the UNet is run: its weights in channels-last format, TF32 for float32 matrix products, or ``unet.compile()``; which
+        kernels run then, and what they hold, a card alone can tell. ``int8``: the weights of its linear layers, a third of all,
+        are whole numbers of 8 bits, as diffusers' ``QuantoConfig(weights_dtype="int8")`` makes them; each is widened while it runs.
 
     Raises
     ------

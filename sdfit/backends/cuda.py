@@ -29,7 +29,9 @@ from sdfit.backends.environment import software
 from sdfit.backends.history import packed
 from sdfit.backends.kernels import kernels_noted
 from sdfit.backends.pipeline import ARCHITECTURE, build_pipeline, call_arguments, place, variant_applied
+from sdfit.backends.quantised import in_int8, stored
 from sdfit.backends.run import Run, is_out_of_memory
+from sdfit.backends.schedulers import guidance_until, scheduler_of
 from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
@@ -54,6 +56,10 @@ class CudaBackend:
     histories : sequence of dict
         Workloads, as plain values, that are run once more after they were measured, with the allocator's history recorded:
         their results have a ``history``, the content of a file (`sdfit.backends.history`).
+    scheduler : str, optional
+        A name of `sdfit.backends.schedulers.SCHEDULERS`; None: the pipeline's own.
+    guidance_share : float, optional
+        End guidance after this share of the steps, 0 to 1; None: it lasts.
     warm_up_side : int
         Side of the image [pixels] on which each variant is run once before its first workload; 0: it is not. With
         tiling a quarter more, so that a tile of 512 is not all.
@@ -79,6 +85,8 @@ class CudaBackend:
         capacity_bytes: int | None = None,
         bisect: bool = False,
         histories: Sequence[Mapping[str, Any]] = (),
+        scheduler: str | None = None,
+        guidance_share: float | None = None,
         warm_up_side: int = 512,
         seed: int = 0,
         settings: dict[str, dict[str, Any]] | None = None,
@@ -88,6 +96,7 @@ class CudaBackend:
         self.weights, self.num_inference_steps, self.capacity_bytes = weights, num_inference_steps, capacity_bytes
         self.bisect, self.warm_up_side, self.seed, self.settings = bisect, warm_up_side, seed, settings
         self.histories = frozenset(Workload.from_dict(values) for values in histories)
+        self.scheduler, self.guidance_share = scheduler, guidance_share
         self.tainted = False
         self._facts = self.counters.facts()
         self._pipe: Any = None
@@ -175,6 +184,7 @@ class CudaBackend:
     def _run(self, pipe: Any, workload: Workload) -> Run:
         run = Run(self.counters)
         steps, width = self.num_inference_steps, pipe.text_encoder.config.hidden_size
+        beside = {} if self.guidance_share is None else guidance_until(self.guidance_share)
         troubles = self.counters.troubles()
         try:
             with (
@@ -183,7 +193,10 @@ class CudaBackend:
                 kernels_noted(pipe, run.kernels),
                 watched(pipe, run.enter, streamed=workload.offload in STREAMED),
             ):
-                pipe(**call_arguments(workload, num_inference_steps=steps, device=self.counters.device, width=width))
+                arguments = call_arguments(
+                    workload, num_inference_steps=steps, device=self.counters.device, width=width
+                )
+                pipe(**arguments, **beside)
                 run.leave()
         except Exception as error:
             if not is_out_of_memory(error, self.counters.troubles()[1] - troubles[1]):
@@ -272,7 +285,11 @@ class CudaBackend:
                 seed=self.seed,
                 settings=self.settings,
             )
+            if workload.execution == "int8":
+                in_int8(self._pipe.unet)
             self._component_bytes = component_bytes(self._pipe)
+            if self.scheduler is not None:
+                self._pipe.scheduler = scheduler_of(self.scheduler, self._pipe.scheduler.config)
             place(self._pipe, workload, self.counters.device)
         self.counters.settle()
         self._baseline_bytes = self.counters.allocated()
@@ -301,10 +318,7 @@ class _StateLost(Exception):
 def component_bytes(pipe: Any) -> dict[str, int]:
     """Bytes of each component's parameters and buffers, every tensor rounded up as the allocator rounds it."""
     parts = {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name) is not None}
-    return {
-        name: sum(rounded(t.untyped_storage().nbytes()) for t in (*part.parameters(), *part.buffers()))
-        for name, part in parts.items()
-    }
+    return {name: sum(rounded(t.untyped_storage().nbytes()) for t in stored(part)) for name, part in parts.items()}
 
 
 def _convolutions(workload: Workload) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ _CHOICES = {
     "vae_tiling": "Decode in tiles where the image is larger than one.",
     "offload": "Weights wait on the host: by component (model), or by module or block.",
     "safety_checker": "Whether it is loaded.",
-    "execution": "How PyTorch runs it; all but the default are known only where a card was swept so.",
+    "execution": "How the UNet is run. int8: linear layers by optimum-quanto. What the others but the default take is known only where a card was swept so.",
 }
 """What each discrete field of a Workload means."""
 

@@ -22,6 +22,9 @@ Source: counted on diffusers' own classes built from the settings of stable-diff
 (`UNet2DConditionModel`, `AutoencoderKL`, `AutoencoderTiny`, `CLIPTextModel`, `StableDiffusionSafetyChecker`). Buffers
 (position ids, a few kB) are not parameters and are not counted, nor is the allocator's rounding.
 """
+INT8_WEIGHTS, INT8_SCALES = 270_049_280, 234_880
+"""Of the UNet's parameters those that ``execution="int8"`` keeps in 8 bits, the weights of its linear layers; and the scales
+that it keeps beside them in the run's dtype, one for each output."""
 COMPONENT_BYTES = {
     dtype: {name: count * size for name, count in PARAMETERS.items()} for dtype, size in DTYPE_BYTES.items()
 }
@@ -48,7 +51,7 @@ def component_bytes(workload: Workload) -> dict[str, int]:
     Parameters
     ----------
     workload : Workload
-        ``dtype``, ``vae`` and ``safety_checker`` matter.
+        ``dtype``, ``vae``, ``safety_checker`` and ``execution`` matter.
 
     Returns
     -------
@@ -66,6 +69,8 @@ def component_bytes(workload: Workload) -> dict[str, int]:
         "vae": sizes["vae" if workload.vae == "kl" else "vae_tiny"],
         "text_encoder": sizes["text_encoder"],
     }
+    if workload.execution == "int8":
+        parts["unet"] += INT8_WEIGHTS + (INT8_SCALES - INT8_WEIGHTS) * DTYPE_BYTES[workload.dtype]
     if workload.safety_checker:
         parts["safety_checker"] = sizes["safety_checker"]
     return parts
@@ -107,6 +112,20 @@ def with_both_baselines(weights: Mapping[str, int]) -> dict[str, int]:
         if unchecked in weights:
             found.setdefault(checked, weights[unchecked] + checker)
     return found
+
+
+def weights_table(dtype: str, execution: str) -> str:
+    """Which of an artifact's component tables holds a run's weights: its dtype's, and another where the UNet has 8 bits.
+
+    Examples
+    --------
+    >>> weights_table("float16", "compiled"), weights_table("float16", "int8")
+    ('float16', 'float16/int8')
+    """
+    return f"{dtype}/int8" if execution == "int8" else dtype
+
+
+WEIGHTS_TABLES = tuple(weights_table(dtype, execution) for dtype in DTYPE_BYTES for execution in ("default", "int8"))
 
 
 def baseline_label(vae: str, safety_checker: bool) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import sdfit
 from sdfit.equation.sizes import Array, domain_columns
 from sdfit.equation.stages import StageKey
-from sdfit.equation.weights import baseline_label
+from sdfit.equation.weights import baseline_label, weights_table
 from sdfit.errors import FitError
 from sdfit.fit.baseline import baseline
 from sdfit.fit.folds import error_summary
@@ -181,7 +181,7 @@ def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for record in ok:
         w = record.workload
-        table = found.setdefault(w.dtype, {})
+        table = found.setdefault(weights_table(w.dtype, w.execution), {})
         for component, size in record.component_bytes.items():
             label = f"vae/{w.vae}" if component == "vae" else component
             if table.setdefault(label, size) != size:

@@ -16,11 +16,11 @@ from sdfit.equation.regimes import REGIMES
 from sdfit.equation.sizes import domain_columns
 from sdfit.equation.stages import COMPONENTS, is_stage_key
 from sdfit.equation.terms import terms_of
-from sdfit.equation.weights import baseline_label
+from sdfit.equation.weights import WEIGHTS_TABLES, baseline_label
 from sdfit.errors import ArtifactError, SdfitError
 from sdfit.files import file_name
 from sdfit.predict.conformal import kept_ranks
-from sdfit.workload import CHOICES, DTYPE_BYTES, LIMITS, VARIANT_FIELDS
+from sdfit.workload import CHOICES, LIMITS, VARIANT_FIELDS
 
 FORMAT = 2
 RESTS_ON = {
@@ -387,7 +387,7 @@ _ARTIFACT = _table({
     "provenance": _any_of(*RESTS_ON),
     "environment": _map(_text, _fact),
     "sources": _list(_table({"name": _text, "sha256": _text, "rows": _count, "oom": _count, "grid": _text}), most=MOST_NAMED),
-    "components": _map(DTYPE_BYTES, _weights),
+    "components": _map(WEIGHTS_TABLES, _weights),
     "stages": _stages,
     "metrics": _map(METRICS[1:], _with_all(_group)),
     "scores": _map(METRICS, _with_all(_scores)),

@@ -33,7 +33,7 @@ from sdfit.equation.regimes import edges, regime
 from sdfit.equation.sizes import Sizes, domain_columns
 from sdfit.equation.stages import resident, stage_key, stages_of
 from sdfit.equation.terms import COLUMN, TERMS, products, terms_of
-from sdfit.equation.weights import baseline_label, with_both_baselines
+from sdfit.equation.weights import baseline_label, weights_table, with_both_baselines
 from sdfit.errors import NeverSwept, UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
@@ -110,7 +110,9 @@ class Variant:
     def _resident(self, stage: str, values: Mapping[str, Any]) -> int:
         """Bytes of weights in a stage."""
         vae, checker, offload = str(values["vae"]), bool(values["safety_checker"]), str(values["offload"])
-        weights = with_both_baselines(self.artifact.components.get(str(values["dtype"]), {}))
+        weights = with_both_baselines(
+            self.artifact.components.get(weights_table(str(values["dtype"]), str(values["execution"])), {})
+        )
         parts = [c for c in resident(stage, offload) if c != "safety_checker" or checker]
         labels = [f"vae/{vae}" if c == "vae" else c for c in parts]
         if offload == "none" and baseline_label(vae, checker) in weights:

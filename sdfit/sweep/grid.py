@@ -17,7 +17,7 @@ from typing import Any
 
 from sdfit.errors import GridError, SdfitError, listed, nearest, shown
 from sdfit.files import fingerprint, read_bytes, shipped
-from sdfit.workload import MAX_SIDE, VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
+from sdfit.workload import MAX_SIDE, ON_A_CARD, VAE_SCALE, WORKLOAD_FIELDS, Workload, variant_name
 
 TOP_KEYS = ("description", "seed", "num_inference_steps", "block")
 AXES = WORKLOAD_FIELDS[2:]
@@ -47,7 +47,7 @@ class Plan:
 
     def for_the_trace(self) -> Plan:
         """The same without the runs that a card alone can tell about (`sdfit.workload.CARD_ALONE`)."""
-        left = tuple(w for w in self.workloads if w.execution == "default")
+        left = tuple(w for w in self.workloads if w.execution not in ON_A_CARD)
         if len(left) == len(self.workloads):
             return self
         digest = fingerprint([[w.to_dict() for w in left], self.num_inference_steps])

@@ -536,3 +536,23 @@ def test_the_counters_of_a_card_ask_pytorch_and_nvml(monkeypatch, tmp_path):
         assert snapshot()["of"] == 0
     assert calls == [(("all",), {"context": "alloc", "stacks": "python"}), ((None,), {})]
     made._claim.close()
+
+
+def test_a_scheduler_and_guidance_that_ends_early_run_on_the_card_too():
+    """Each keeps its latents, and no peak rises where the UNet's batch halves after two of five steps."""
+    w = job(batch_size=2)
+    whole, ddim, cut = (
+        CudaBackend(**OPTIONS, num_inference_steps=5, **extra)
+        for extra in ({}, {"scheduler": "ddim"}, {"guidance_share": 0.4})
+    )
+    first, second = whole.measure(w), ddim.measure(w)
+    latents = rounded(2 * 4 * 16 * 16 * 4)  # of both images, in float32
+    kept = first["stage_peaks_bytes"]["vae_decoder_blocks"] - second["stage_peaks_bytes"]["vae_decoder_blocks"]
+    assert kept == pytest.approx(3 * latents, abs=4096) and type(ddim._pipe.scheduler).__name__ == "DDIMScheduler"
+    samples = []
+    pipe = cut._prepared(w)
+    hook = pipe.unet.register_forward_pre_hook(lambda module, given: samples.append(len(given[0])))
+    third = cut.measure(w)
+    hook.remove()
+    assert samples[:3] == [4, 4, 4] and set(samples[3:]) == {2} and len(samples) == 6
+    assert all(peak <= first["stage_peaks_bytes"][stage] for stage, peak in third["stage_peaks_bytes"].items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,13 +13,18 @@ from accelerate import cpu_offload
 from tiny import TINY
 
 from sdfit.backends.pipeline import build_pipeline, call_arguments, place
+from sdfit.backends.quantised import in_int8
+from sdfit.backends.schedulers import SCHEDULERS, guidance_until
 from sdfit.backends.trace.backend import TraceBackend
-from sdfit.backends.trace.tracer import SCHEDULERS, Tracer
+from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import UNET_STAGES, resident, stages_of
-from sdfit.errors import InvalidWorkload
+from sdfit.equation.weights import component_bytes
+from sdfit.errors import InvalidWorkload, SdfitError
 from sdfit.predict.pipelines import read
+from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.replay import replay
 from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
+from sdfit.predict.simulation.simulate import Simulator
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.study.comparison import published
 from sdfit.study.lab.published import others, trace_published
@@ -189,6 +197,50 @@ def test_a_trace_has_no_number_for_what_a_card_alone_can_tell(execution: str) ->
         TraceBackend("t4").measure(Workload(512, 512, execution=execution))
 
 
+@pytest.mark.parametrize("options", [{}, {"attention": "eager", "offload": "model", "batch_size": 2}])
+def test_linear_layers_in_int8_save_what_they_weigh_less(tracer: Tracer, options: dict[str, Any]) -> None:
+    """In every stage that the UNet is on the card in: a widened weight never stands at a peak. Simulated, event by event alike."""
+    w = Workload(520, 392, execution="int8", **options)
+    plain, traced = tracer.run(replace(w, execution="default")), tracer.run(w, keep_events=True)
+    saved = plain.component_bytes["unet"] - traced.component_bytes["unet"]
+    assert saved == pytest.approx(270_049_280, rel=0.003)
+    assert traced.component_bytes["unet"] == pytest.approx(component_bytes(w)["unet"], rel=0.001)
+    assert plain.stage_peaks["unet"] - traced.stage_peaks["unet"] == pytest.approx(saved, rel=0.005)  # and remainders
+    simulator = Simulator(workspaces_for("t4"))
+    simulated = simulator.run(w, keep_events=True)
+    assert simulated.events == traced.events and simulated.stage_peaks == traced.stage_peaks
+    assert simulator.run(replace(w, execution="default")).stage_peaks == plain.stage_peaks
+
+
+def test_a_card_without_optimum_quanto_says_what_int8_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run whose weights come module by module is not simulated."""
+    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
+    with pytest.raises(SdfitError, match="pip install optimum-quanto"):
+        in_int8(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+    with pytest.raises(NotSimulated, match="module by module"):
+        Simulator().run(Workload(512, 512, execution="int8", offload="sequential"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_trace_of_int8_does_what_optimum_quanto_does_on_a_card(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own layers, frozen, with what it runs on CUDA in the place of its operation, which a trace cannot look into."""
+    quanto = pytest.importorskip("optimum.quanto")
+    on_cuda = import_module("optimum.quanto.library.qbytes_mm").qbytes_mm
+    monkeypatch.setattr(torch.ops.quanto, "qbytes_mm", on_cuda)
+
+    def theirs(linear: torch.nn.Linear) -> torch.nn.Module:
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        made = quanto.QLinear.from_module(torch.nn.Linear(*sizes, dtype=linear.weight.dtype), weights=quanto.qint8)
+        made.freeze()
+        return made.to("meta")  # type: ignore[no-any-return]
+
+    w = Workload(128, 192, execution="int8", batch_size=2, dtype=dtype)
+    ours = Tracer(settings=TINY).run(w, keep_events=True)
+    monkeypatch.setattr("sdfit.backends.quantised.WidenedLinear", theirs)
+    real = Tracer(settings=TINY).run(w, keep_events=True)
+    assert ours.events == real.events and ours.component_bytes == real.component_bytes
+
+
 # -- what changes nothing, or latents only --
 
 
@@ -233,16 +285,17 @@ def test_steps_and_strength_change_nothing_from_five_steps_on(bare: Tracer) -> N
 def test_guidance_that_is_cut_off_late_never_raises_the_peak(tracer: Tracer) -> None:
     """After two of five steps the UNet's batch halves; live and reserved memory stay where they were, or below."""
 
-    def cut(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if step == 2:
-            pipe._guidance_scale = 0.0
-            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
-        batches.append(kwargs["latents"].shape[0] * (1 + pipe.do_classifier_free_guidance))
-        return kwargs
-
     batches: list[int] = []
     w = Workload(512, 512, batch_size=2)
-    call = {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    call = guidance_until(0.4)
+    cut = call["callback_on_step_end"]
+
+    def noted(pipe: Any, *args: Any) -> dict[str, Any]:
+        found: dict[str, Any] = cut(pipe, *args)
+        batches.append(found["latents"].shape[0] * (1 + pipe.do_classifier_free_guidance))
+        return found
+
+    call["callback_on_step_end"] = noted
     whole = tracer.run(w, num_inference_steps=5, keep_events=True)
     halved = tracer.run(w, num_inference_steps=5, keep_events=True, call=call)
     assert batches[:2] == [4, 4] and set(batches[2:]) == {2}

@@ -60,7 +60,7 @@ def test_what_changes_nothing_is_said(p100: Predictor) -> None:
     assert all(f"{name}: {words}" in table for name, words in CHANGES_NOTHING)
     assert (
         "gradient checkpointing: belongs to training" in table
-        and "int8 weights of the UNet: quantised weights are not covered" in table
+        and "other quantised weights: of quantised weights those of execution='int8' alone are known" in table
     )
 
 

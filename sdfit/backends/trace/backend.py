@@ -25,7 +25,7 @@ from sdfit.predict.simulation.library import NotSimulated, shipped_library
 from sdfit.predict.simulation.replay import replay, smallest_cap, without
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import Workspaces, workspaces_for
-from sdfit.workload import CARD_ALONE, Workload
+from sdfit.workload import CARD_ALONE, ON_A_CARD, Workload
 
 SEED = 20261128
 """Of the workloads whose simulation is checked."""
@@ -87,7 +87,7 @@ class TraceBackend:
         InvalidWorkload
             If only a card can tell.
         """
-        if workload.execution != "default":
+        if workload.execution in ON_A_CARD:
             raise InvalidWorkload(f"execution={workload.execution}: {CARD_ALONE}", given=workload.execution)
         with uncollected():
             traced = self._run(workload)

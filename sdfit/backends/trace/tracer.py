@@ -17,20 +17,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sdfit.backends.boundaries import watched
 from sdfit.backends.pipeline import build_pipeline, call_arguments, variant_applied
+from sdfit.backends.quantised import in_int8, stored
+from sdfit.backends.schedulers import scheduler_of
 from sdfit.backends.trace.follow import AsOnACard, FollowStorages, Operation
 from sdfit.backends.trace.repeats import skipped
 from sdfit.backends.trace.streaming import streamed
@@ -49,28 +43,9 @@ Workspace = Callable[[Workload, Any, tuple[Any, ...], Any], int]
 """``workspace(workload, func, args, out) -> bytes`` that a kernel holds while it runs."""
 
 
-SCHEDULERS: dict[str, Any] = {
-    "pndm": PNDMScheduler,
-    "ddim": DDIMScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "lcm": LCMScheduler,
-}
-"""diffusers' schedulers by short names; the checkpoint's own comes first."""
-
-
 def scheduled(name: str, config: Any) -> Any:
-    """A scheduler of `SCHEDULERS`, fresh, with its timesteps in host memory, where they have values.
-
-    Raises
-    ------
-    InvalidWorkload
-        If there is none of that name.
-    """
-    if name not in SCHEDULERS:
-        raise InvalidWorkload(f"there is no scheduler '{name}'{nearest(name, tuple(SCHEDULERS))}", given=name)
-    scheduler = SCHEDULERS[name].from_config(config)
+    """A scheduler of `sdfit.backends.schedulers.SCHEDULERS`, fresh, with its timesteps in host memory, where they have values."""
+    scheduler = scheduler_of(name, config)
     set_timesteps = scheduler.set_timesteps
 
     def on_the_host(num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
@@ -120,16 +95,18 @@ class Tracer:
         settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.workspace, self.num_inference_steps, self.settings = workspace, num_inference_steps, settings
-        self._pipes: dict[tuple[str, str, bool], Any] = {}
+        self._pipes: dict[tuple[str, str, bool, bool], Any] = {}
         self._weights: dict[int, dict[str, _Weights]] = {}
         self._unsplit: dict[int, dict[tuple[str, ...], int]] = {}
 
     def pipeline(self, workload: Workload) -> Any:
         """The meta pipeline that a workload runs on."""
-        key = (workload.dtype, workload.vae, workload.safety_checker)
+        key = (workload.dtype, workload.vae, workload.safety_checker, workload.execution == "int8")
         if key not in self._pipes:
-            dtype, vae, checker = key
+            dtype, vae, checker, int8 = key
             pipe = build_pipeline(dtype=dtype, device="meta", vae=vae, safety_checker=checker, settings=self.settings)
+            if int8:
+                in_int8(pipe.unet)
             pipe.image_processor = ShapesOnly(**pipe.image_processor.config)
             self._pipes[key] = pipe
             self._weights[id(pipe)] = {
@@ -168,7 +145,7 @@ class Tracer:
         full : bool
             Run every denoising step, slice and tile, though repeats add nothing new (see `sdfit.backends.trace.repeats`).
         scheduler : str
-            A name of `SCHEDULERS`.
+            A name of `sdfit.backends.schedulers.SCHEDULERS`.
         num_inference_steps : int, optional
             Of this run; None: the tracer's own.
         call : mapping, optional
@@ -267,7 +244,7 @@ class _Weights:
     """The weights and buffers of a component, and their sizes as the allocator rounds them [bytes]."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.tensors = [*module.parameters(), *module.buffers()]
+        self.tensors = list(stored(module))
         self.sizes = [rounded(tensor.untyped_storage().nbytes()) for tensor in self.tensors]
 
 

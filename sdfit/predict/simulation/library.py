@@ -40,13 +40,16 @@ LARGEST_BYTES = 1 << 20
 DTYPES = ("float16", "float32")
 """bfloat16 takes what float16 takes; which modules' programs are equal is seen when they are found."""
 ATTENTIONS, VAES = CHOICES["attention"], CHOICES["vae"]
+INT8 = "unet_int8"
+"""The UNet whose linear layers have 8 bits."""
+WEIGHTS = (*PARAMETERS, INT8)
 _WORDS = {
     "kinds": KINDS,
     "dtypes": DTYPES,
     "attentions": ATTENTIONS,
     "vaes": VAES,
     "stages": STAGES,
-    "weights": PARAMETERS,
+    "weights": WEIGHTS,
     "offloads": tuple(STREAMED),
 }
 """What numbers in the file stand for. The file holds these words too: a stage that is added later shifts no number."""
@@ -70,6 +73,7 @@ class Key(NamedTuple):
     vae: str = "kl"
     single: bool = True
     even: bool = True
+    int8: bool = False
 
     @classmethod
     def of(cls, kind: str, workload: Workload, lengths: Lengths) -> Key:
@@ -84,7 +88,8 @@ class Key(NamedTuple):
             attention = "sdpa"
         vae = workload.vae if kind in (ENCODER, DECODER) else "kl"
         even = kind != UNET or lengths.height % VAE_SCALE == lengths.width % VAE_SCALE == 0
-        return cls(kind, _dtype(workload), attention if vae == "kl" else "sdpa", vae, lengths.batch == 1, even)
+        int8 = kind == UNET and workload.execution == "int8"
+        return cls(kind, _dtype(workload), attention if vae == "kl" else "sdpa", vae, lengths.batch == 1, even, int8)
 
 
 class Library:
@@ -95,7 +100,7 @@ class Library:
     programs : dict of Key to Program
     weights : dict of (str, str) to tuple of int
         Sizes of a component's weights and buffers, rounded as the allocator rounds [bytes], by dtype and by a name of
-        `sdfit.equation.weights.PARAMETERS`.
+        `WEIGHTS`.
     brought : dict of (str, str) to dict
         Of a component under an offload of `sdfit.workload.STREAMED`: which of its weights come and go with which module
         (see `sdfit.predict.simulation.streaming.Moves`). None of a component that diffusers cannot offload like that.
@@ -172,12 +177,12 @@ class Library:
                 ATTENTIONS.index(key.attention),
                 VAES.index(key.vae),
             )
-            rows.append([*choices, key.single, key.even, *numbers])
+            rows.append([*choices, key.single, key.even, key.int8, *numbers])
         stored: dict[str, Any] = {"programs": np.array(rows, dtype=np.int16)}
         for name, pool in pools.items():
             _store(stored, name, [values for _, values in pool.values()])
-        _store(stored, "weights", [np.array(self.weights[d, n], dtype=np.int32) for d in DTYPES for n in PARAMETERS])
-        rows = [[list(PARAMETERS).index(name), list(STREAMED).index(offload)] for name, offload in self.brought]
+        _store(stored, "weights", [np.array(self.weights[d, n], dtype=np.int32) for d in DTYPES for n in WEIGHTS])
+        rows = [[WEIGHTS.index(name), list(STREAMED).index(offload)] for name, offload in self.brought]
         stored["brought"] = np.array(rows, dtype=np.int16)
         each = [[(m, w) for m, which in brought.items() for w in which] for brought in self.brought.values()]
         _store(stored, "moves", [np.array(pairs, dtype=np.int16).T.ravel() for pairs in each])
@@ -196,11 +201,13 @@ class Library:
         kinds, dtypes, attentions, vaes, stages, weights, offloads = (words[name] for name in _WORDS)
         pools = {name: _restored(stored, name) for name in _POOLS}
         programs = {}
-        for kind, dtype, attention, vae, single, even, *numbers in stored["programs"].tolist():
+        for kind, dtype, attention, vae, single, even, int8, *numbers in stored["programs"].tolist():
             steps, products, layers, marks, made, calls, modules, loops = (
                 pools[name][n] for name, n in zip(_POOLS, numbers, strict=True)
             )
-            key = Key(kinds[kind], dtypes[dtype], attentions[attention], vaes[vae], bool(single), bool(even))
+            key = Key(
+                kinds[kind], dtypes[dtype], attentions[attention], vaes[vae], bool(single), bool(even), bool(int8)
+            )
             programs[key] = Program(
                 key.kind,
                 steps.astype(np.int64),
@@ -236,8 +243,9 @@ def _dtype(workload: Workload) -> str:
 
 
 def _names(workload: Workload) -> dict[str, str]:
-    """Of a workload's components, in the order in which its pipeline holds them, the names of `PARAMETERS`."""
-    names = {"vae": "vae" if workload.vae == "kl" else "vae_tiny", "text_encoder": "text_encoder", "unet": "unet"}
+    """Of a workload's components, in the order in which its pipeline holds them, the names of `WEIGHTS`."""
+    unet = INT8 if workload.execution == "int8" else "unet"
+    names = {"vae": "vae" if workload.vae == "kl" else "vae_tiny", "text_encoder": "text_encoder", "unet": unet}
     return names | ({"safety_checker": "safety_checker"} if workload.safety_checker else {})
 
 

@@ -2,7 +2,7 @@
 
 **Covered**: every dtype and resolution, batches of any size, prompts of any length, guidance on and off, both VAEs, VAE
 slicing and tiling, the safety checker, every kind of attention and of offload. **Not covered** (`Simulator.run` raises
-`NotSimulated`): what diffusers fails on, other executions than the default, an image or a tile so small that a feature map has
+`NotSimulated`): what diffusers fails on, executions that a card alone can tell, int8 weights that come module by module, an image or a tile so small that a feature map has
 one pixel (64x64, and a corner of 8x8), workspaces of measured kernels, and runs of slices and tiles by the thousand. Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
 """
 
@@ -20,7 +20,7 @@ from sdfit.predict.simulation.modules import Modules
 from sdfit.predict.simulation.pipeline import Img2Img
 from sdfit.predict.simulation.programs import ALL_SLICES, Convolution
 from sdfit.predict.simulation.workspaces import Workspaces
-from sdfit.workload import Workload, why_it_fails
+from sdfit.workload import ON_A_CARD, STREAMED, Workload, why_it_fails
 
 
 @contextmanager
@@ -79,15 +79,17 @@ class Simulator:
         fails = why_it_fails(workload.variant)
         if fails:
             raise NotSimulated(fails)
-        if workload.execution != "default":
+        if workload.execution in ON_A_CARD:
             raise NotSimulated(f"a run with execution={workload.execution} is not written out")
+        if workload.execution == "int8" and workload.offload in STREAMED:
+            raise NotSimulated("weights of 8 bits that come module by module are not written out")
         if self.workspace is not None and not self.workspace.convolutions_only:
             raise NotSimulated("workspaces of measured kernels go by operations, which programs do not have")
         library = self._library or shipped_library()
         weights = library.weights_of(workload)
         meter = Meter(keep_events=keep_events)
         standing = self.workspace.standing_bytes if self.workspace is not None else 0
-        unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae), {})
+        unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae, workload.execution), {})
         card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
         modules = Modules(workload, card, library, self._convolution(workload), self.most_slices)
         pipeline = Img2Img(modules, self.num_inference_steps)

@@ -18,7 +18,7 @@ from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import best_metric, verdict
 from sdfit.study.comparison.times import Time, best_series
 from sdfit.units import aligned, format_bytes
-from sdfit.workload import CARD_ALONE, CHOICES, NOT_QUANTISED, Workload
+from sdfit.workload import CARD_ALONE, CHOICES, NOT_QUANTISED, ON_A_CARD, Workload
 
 ASKED = "as asked"
 TOGETHER: tuple[dict[str, Any], ...] = (
@@ -51,7 +51,7 @@ CHANGES_NOTHING: tuple[tuple[str, str], ...] = (
     ("guidance cut off late", "callback_on_step_end: the first steps set the peak; it never rises (traced)"),
 )
 """What is often tried and moves the peak by nothing, or next to nothing; ``tests/backends/test_strategies.py`` holds it."""
-INT8 = ("int8 weights of the UNet", NOT_QUANTISED)
+QUANTISED_OTHERWISE = ("other quantised weights", NOT_QUANTISED)
 COMPILED = "; published: allocated memory is the same to the byte at 512x512 (open-muse; T4, A100, RTX 4090)"
 
 
@@ -215,7 +215,9 @@ def strategies(f: Predictor, workload: Workload, *, memory_bytes: int, times: Se
     known = _with_frontier([row for row in rows if row.prediction is not None])
     known.sort(key=lambda row: float(row.prediction or 0))
     unknown = [row for row in rows if row.prediction is None]
-    unknown += [Strategy(name, {}, None, "", None, None, None, words) for name, words in (INT8, *CHANGES_NOTHING)]
+    unknown += [
+        Strategy(name, {}, None, "", None, None, None, words) for name, words in (QUANTISED_OTHERWISE, *CHANGES_NOTHING)
+    ]
     notes = [
         f"peak: {best_metric(f)} memory; saved: less than as asked; fits: in {format_bytes(memory_bytes)}"
         + ("; *: no other takes both less memory and less time" if any(row.frontier for row in known) else ""),
@@ -267,7 +269,7 @@ def _row(
     try:
         answer = verdict(f, run, memory=memory_bytes)
     except UnknownVariant as error:
-        if run.execution != "default":
+        if run.execution in ON_A_CARD:
             why = CARD_ALONE + (COMPILED if run.execution == "compiled" else "")
         elif "fails in diffusers" in str(error):
             why = str(error)

@@ -10,15 +10,18 @@ from sdfit.backends.trace.streaming import moved
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.weights import PARAMETERS, rounded
 from sdfit.errors import SdfitError
-from sdfit.predict.simulation.library import ATTENTIONS, DTYPES, VAES, Brought, Key, Library
+from sdfit.predict.simulation.library import ATTENTIONS, DTYPES, INT8, VAES, WEIGHTS, Brought, Key, Library
 from sdfit.predict.simulation.programs import CHECKER, DECODER, ENCODER, KINDS, TEXT, UNET, Program
 from sdfit.workload import SLICES, STREAMED, Workload
+
+EXECUTION = ("default", "int8")
+"""Of a UNet, and of one whose linear layers have 8 bits."""
 
 
 def keys() -> list[Key]:
     """Every program that is shipped."""
     return [
-        Key(kind, dtype, str(attention), str(vae), single, even)
+        Key(kind, dtype, str(attention), str(vae), single, even, int8)
         for kind in KINDS
         for dtype in DTYPES
         for attention in ATTENTIONS
@@ -27,6 +30,7 @@ def keys() -> list[Key]:
         if vae == "kl" or attention == "sdpa"
         for single in (True, False)
         for even in ((True, False) if kind == UNET else (True,))
+        for int8 in ((False, True) if kind == UNET else (False,))
     ]
 
 
@@ -38,7 +42,9 @@ def found(tracer: Tracer, key: Key, dtype: str | None = None) -> Program:
     SdfitError
         If it has none.
     """
-    workload = Workload(512, 512, dtype=dtype or key.dtype, attention=key.attention, vae=key.vae)
+    workload = Workload(
+        512, 512, dtype=dtype or key.dtype, attention=key.attention, vae=key.vae, execution=EXECUTION[key.int8]
+    )
     runs = [(at, record(tracer, workload, key.kind, at)) for at in probes(key.kind, single=key.single, even=key.even)]
     program = find(key.kind, runs, SLICES.get(key.attention, 0))
     if program is None:
@@ -51,9 +57,10 @@ def found(tracer: Tracer, key: Key, dtype: str | None = None) -> Program:
 def weights(tracer: Tracer) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
     """Sizes of each component's weights and buffers, by dtype and name."""
     for dtype in DTYPES:
-        for name in PARAMETERS:
-            pipe = tracer.pipeline(Workload(512, 512, dtype=dtype, vae="tiny" if name == "vae_tiny" else "kl"))
-            part = getattr(pipe, "vae" if name == "vae_tiny" else name)
+        for name in WEIGHTS:
+            vae, execution = "tiny" if name == "vae_tiny" else "kl", EXECUTION[name == INT8]
+            pipe = tracer.pipeline(Workload(512, 512, dtype=dtype, vae=vae, execution=execution))
+            part = getattr(pipe, {"vae_tiny": "vae", INT8: "unet"}.get(name, name))
             tensors = [*part.parameters(), *part.buffers()]
             yield (dtype, name), tuple(rounded(tensor.untyped_storage().nbytes()) for tensor in tensors)
 

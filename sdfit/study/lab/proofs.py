@@ -41,6 +41,8 @@ class Condition:
         Of the environment, in which the workers start.
     fresh : bool
         A new process for each workload; otherwise one for all.
+    card_alone : bool
+        Only with `sdfit.backends.cuda.CudaBackend`: the options are nothing to another.
     """
 
     name: str
@@ -48,14 +50,31 @@ class Condition:
     options: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     fresh: bool = False
+    card_alone: bool = False
 
 
+_SCHEDULERS = ("ddim", "euler_ancestral", "dpmpp_2m", "unipc", "lcm")
 CONDITIONS = (
     Condition(REFERENCE, "one process, one workload after the other"),
     Condition("again", "does a second sweep give the same bytes?"),
     Condition("fresh process", "does a process that lives long measure as a new one does?", fresh=True),
     Condition(
         "5 steps", "how much does the scheduler keep? PNDM holds four answers from here on", {"num_inference_steps": 5}
+    ),
+    *(
+        Condition(
+            name,
+            "latents that it keeps: PNDM's less or more",
+            {"scheduler": name, "num_inference_steps": 5},
+            card_alone=True,
+        )
+        for name in _SCHEDULERS
+    ),
+    Condition(
+        "guidance cut off",
+        "the UNet's batch halves after two of five steps and its kernels run anew: does the peak stay?",
+        {"guidance_share": 0.4, "num_inference_steps": 5},
+        card_alone=True,
     ),
     Condition("50 steps", "do two steps reach the peak of fifty?", {"num_inference_steps": 50}),
     Condition("second seed", "does the peak depend on the values of the weights?", {"seed": 1}),
@@ -108,7 +127,7 @@ def prove(
         If the file is no file of proofs, or its rows are of another card or other versions.
     """
     with Journal(path, {"backend": backend}, PROOFS) as journal:
-        for condition in conditions:
+        for condition in (c for c in conditions if backend == "cuda" or not c.card_alone):
             done = _done(journal.rows, condition.name)
             left = [i for i in range(len(workloads)) if i not in done]
             if not left:

@@ -172,7 +172,7 @@ const sdfit = (() => {
     /** Bytes of weights in a stage; refuses what was never swept. */
     resident(stage) {
       const { facts, artifact } = this.model, { vae, safety_checker: checker, offload, dtype } = this.values;
-      const weights = this.model.weightsOf(dtype);
+      const weights = this.model.weightsOf(this.values.execution === "int8" ? `${dtype}/int8` : dtype);
       const streamed = facts.resident_when_streamed[offload];
       const parts = (streamed ?? (offload === "none" ? facts.components : facts.resident_when_offloaded[stage.name]))
         .filter((part) => part !== "safety_checker" || checker);
