@@ -282,7 +282,7 @@ def test_steps_and_strength_change_nothing_from_five_steps_on(bare: Tracer) -> N
     assert five == fifty == bare.run(w, num_inference_steps=50, call={"strength": 0.5}).stage_peaks
 
 
-def test_guidance_that_is_cut_off_late_never_raises_the_peak(tracer: Tracer) -> None:
+def test_guidance_that_is_cut_off_after_two_steps_raises_no_peak(tracer: Tracer) -> None:
     """After two of five steps the UNet's batch halves; live and reserved memory stay where they were, or below."""
 
     batches: list[int] = []
@@ -301,3 +301,15 @@ def test_guidance_that_is_cut_off_late_never_raises_the_peak(tracer: Tracer) -> 
     assert batches[:2] == [4, 4] and set(batches[2:]) == {2}
     assert all(halved.stage_peaks[stage] <= peak for stage, peak in whole.stage_peaks.items())
     assert replay(halved.events or []).reserved_bytes <= replay(whole.events or []).reserved_bytes
+
+
+def test_all_that_a_late_cut_off_adds_is_what_the_callback_holds(small: Tracer) -> None:
+    """Two latents in the UNet's peak from the third step on, and a segment or two of reserved memory."""
+    w = Workload(128, 128, attention="eager")
+    whole, cut = (
+        small.run(w, num_inference_steps=8, keep_events=True, full=True, call=call)
+        for call in ({}, guidance_until(0.8))
+    )
+    latent = 4 * 16 * 16 * 2
+    assert {cut.stage_peaks[stage] - peak for stage, peak in whole.stage_peaks.items()} == {0, 2 * latent, -latent}
+    assert 0 <= replay(cut.events or []).reserved_bytes - replay(whole.events or []).reserved_bytes <= 4 * 2**20
