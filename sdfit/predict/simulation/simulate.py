@@ -20,7 +20,7 @@ from sdfit.predict.simulation.modules import Modules
 from sdfit.predict.simulation.pipeline import Img2Img
 from sdfit.predict.simulation.programs import ALL_SLICES, Convolution
 from sdfit.predict.simulation.workspaces import Workspaces
-from sdfit.workload import ON_A_CARD, STREAMED, Workload, why_it_fails
+from sdfit.workload import CARD_ALONE, ON_A_CARD, STREAMED, Workload, why_it_fails
 
 
 @contextmanager
@@ -80,7 +80,7 @@ class Simulator:
         if fails:
             raise NotSimulated(fails)
         if workload.execution in ON_A_CARD:
-            raise NotSimulated(f"a run with execution={workload.execution} is not written out")
+            raise NotSimulated(f"execution={workload.execution}: {CARD_ALONE}")
         if workload.execution == "int8" and workload.offload in STREAMED:
             raise NotSimulated("weights of 8 bits that come module by module are not written out")
         if self.workspace is not None and not self.workspace.convolutions_only:
