@@ -300,10 +300,10 @@ def evidence_lines(artifact: Artifact) -> list[str]:
         else:
             caps = REPLAYED_FAMILY in artifact.scores[metric]
             without = " (but for one whose excess is likeliest an optional workspace)" * caps
-            whose = artifact.scores[metric][REPLAYED_FAMILY] if caps else artifact.scores["allocated"][""]
+            scored = artifact.scores[metric][REPLAYED_FAMILY] if caps else artifact.scores["allocated"][""]
             lines.append(
                 f"{metric}: by the equation, every sum of one published error of allocated memory{without} and one error of the "
-                f"regression against the simulated allocator; of a simulated run, those {whose['count']} published errors alone, "
+                f"regression against the simulated allocator; of a simulated run, those {scored['count']} published errors alone, "
                 "the furthest of them at a level that so few do not reach; nobody has published this metric of whole runs"
             )
     return lines
