@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+import sdfit
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.cli import main
 from sdfit.errors import InvalidWorkload, SdfitError
@@ -149,3 +151,15 @@ def test_levels_are_those_of_the_settings() -> None:
     ]
     assert peak_bar("unet.up_blocks.3.attentions.0", "unet", _unet()) == 8
     assert peak_bar("vae.decoder.conv_norm_out", "vae.decoder", _decoder()) == 4
+
+
+@pytest.mark.filterwarnings("ignore::sdfit.errors.SimulatedModelWarning")
+def test_a_curve_has_the_numbers_that_its_runs_get_where_the_equation_knows_none_of_their_kind() -> None:
+    """Slices of the VAE under model offload require a quarter more than the equation says; what is usual stays its own."""
+    f = sdfit.load("t4")
+    for options, simulated in (({"vae_slicing": True, "offload": "model"}, True), ({}, False)):
+        w = Workload(1024, 1024, **options)  # type: ignore[arg-type]
+        found = curve(f, w, over="batch", at=(2, 3), metric="required", level=0.99, name="t4", memory_bytes=None)
+        alone = f.predict_workload(replace(w, batch_size=2), metric="required", level=0.99)
+        assert found.simulated is simulated and (found.peak_bytes[0] == alone) is simulated
+        assert not simulated or found.high_bytes[0] == alone.interval.high

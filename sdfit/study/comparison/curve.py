@@ -59,7 +59,8 @@ class Curve:
         What PyTorch may take on that card.
     provenance : str
     simulated : bool
-        Whether every point is a simulated run, because the equation has no coefficients for the options; else it is the equation's.
+        Whether every point is a simulated run, because the equation has no coefficients for the options or, of what hangs on
+        packing, no runs of their kind; else it is the equation's.
     """
 
     name: str
@@ -230,14 +231,23 @@ def curve(
     columns: dict[str, Any] = {k: np.full(len(at), v) for k, v in workload.to_dict().items() if k in LIMITS}
     columns |= {k: v for k, v in workload.to_dict().items() if k not in LIMITS}
     columns |= {field: np.array(at) for field in OVER[over]}
-    peak = f.predict(columns, metric=metric)
-    band = f.predict_interval(columns, metric=metric, level=level)
-    low, high = (tuple(float(v) for v in side) for side in band.T)
     try:
         f.equation.variant(workload.variant)
         simulated = False
     except NeverSwept:
         simulated = True
+    moved: list[dict[str, Any]] = [dict.fromkeys(OVER[over], place) for place in at]
+    runs = [replace(workload, **fields) for fields in moved]
+    if not simulated and metric != "allocated" and f is not f.equation:
+        ends = [f.equation.predict_workload(run, metric=metric) for run in (runs[0], runs[len(runs) // 2], runs[-1])]
+        simulated = not all(one.of_its_kind or one.extrapolated for one in ends)
+    if simulated:
+        found = [f.predict_workload(run, metric=metric, level=level) for run in runs]
+        peak, band = np.array(found, dtype=float), np.array([one.interval for one in found])
+    else:
+        peak = f.predict(columns, metric=metric)
+        band = f.predict_interval(columns, metric=metric, level=level)
+    low, high = (tuple(float(v) for v in side) for side in band.T)
     return Curve(name, tuple(at), tuple(float(p) for p in peak), low, high, memory_bytes, f.provenance, simulated)
 
 
