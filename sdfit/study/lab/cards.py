@@ -8,6 +8,7 @@ those of `sdfit.predict.simulation.workspaces` as a new card might; they are sim
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import stages_of
 from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.meter import Meter, Span
-from sdfit.predict.simulation.workspaces import ARCHITECTURES, Architecture, Rule, convolution_bytes
+from sdfit.predict.simulation.workspaces import ARCHITECTURES, HALF, Architecture, Rule, convolution_bytes
 from sdfit.records import Record
 from sdfit.workload import Workload
 
@@ -249,3 +250,45 @@ MADE_UP: dict[str, MadeUp] = {
     )
 }  # fmt: skip
 """Cards that differ from a T4 as the trace has it."""
+
+
+def drawn(seed: int) -> MadeUp:
+    """A card drawn at random: its operands copied so and so often, by kernels that hold for some layers, sizes or batches.
+
+    Some draws are of what a table of copies can say, some of what it cannot: workspaces of a fixed size for every layer, plans
+    that change with the size or with the batch, a larger plan that is taken while there is room.
+    """
+    rng = random.Random(seed)
+    rules = [*_drawn_rules(rng, HALF), *_drawn_rules(rng, ("float32",))]
+    larger = None
+    if rng.random() < 0.15:
+        tenths, room = rng.randint(12, 30), rng.uniform(8, 40) * (1 << 30)
+        larger = lambda one, live, held: tenths * held // 10 if live + tenths * held // 10 <= room else held  # noqa: E731
+    constant = rng.choice((0, rng.randint(1, 400))) << 19
+    return MadeUp(f"drawn {seed}", "drawn at random", Architecture("made up", (), tuple(rules), CUBLAS_BYTES), constant, larger)
+
+
+def _drawn_rules(rng: random.Random, dtypes: tuple[str, ...]) -> list[Rule]:
+    found = []
+    if rng.random() < 0.3:
+        found.append(Rule(dtypes, ("winograd",), "drawn", only="heavy"))
+    if rng.random() < 0.5:
+        found.append(Rule(dtypes, (), "drawn", min_batch=2, channels=(256, 256)))
+    copies = tuple(name for name in ("input", "output", "weight") for _ in range(rng.choice((0, 1, 1, 2))))
+    main = Rule(
+        dtypes, copies, "drawn", only=rng.choice(("all", "aligned")),
+        element_bytes=rng.choice((None, None, 4)),
+    )  # fmt: skip
+    odd = rng.choice(("", "", "", "pixels", "strided", "one", "several", "pad"))
+    if odd == "pixels":
+        other = replace(main, copies=(*copies, "output"), max_pixels=rng.choice((256, 512, 1024)) ** 2)
+        found.append(other)
+    elif odd == "strided":
+        main = replace(main, strided=False)
+    elif odd == "one":
+        main = replace(main, max_batch=1)
+    elif odd == "several":
+        main = replace(main, min_batch=2)
+    elif odd == "pad":
+        main = replace(main, pad_bytes=rng.randint(1, 128) << 20)
+    return [*found, main]
