@@ -8,8 +8,11 @@ a constant. So two coefficients of each stage and regime are corrected, the cons
 it shares with others (`SLOPE_SHARES`), so a run tells most of its own stage and regime, something of those that are like
 them, and nothing of the rest. S follows from the standard deviations of the effects.
 
-With the prior's equation for each stage, and a misfit that is taken for granted (`MISFIT`), the posterior is linear
-algebra: `correct` works it out from records, `sdfit.fit.planning` from workloads that have not run yet.
+Before that `sdfit.fit.kernels` finds which kernels the runs show. Where the prior can be simulated, runs are held against their
+simulation with these, not against an equation: what it misses of its own card is no correction.
+
+With a misfit that is taken for granted (`MISFIT`) the posterior is linear algebra: `correct` works it out from records,
+`sdfit.fit.planning` from workloads that have not run yet.
 
 The standard deviations are a judgement. They span what the kernels known so far do to each other's models (`models/`: from
 V100 to Pascal the slopes of the VAE's blocks differ by a third to three quarters, within one dtype by much less), and
@@ -18,6 +21,7 @@ V100 to Pascal the slopes of the VAE's blocks differ by a third to three quarter
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +35,7 @@ from sdfit.equation.stages import STAGE, UNET_STAGES, StageKey, stage_key, stage
 from sdfit.equation.terms import COLUMN, products
 from sdfit.errors import FitError, UnknownVariant, listed
 from sdfit.fit.folds import Indices
+from sdfit.fit.kernels import Kernels, kernels_of_prior, recognise
 from sdfit.predict.artifact import Artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.variant import Variant
@@ -117,10 +122,12 @@ class Prior:
         Their standard deviations.
     kept : array of bool, shape (effects,)
         Those that become part of a corrected model; the others are misfit.
+    kernels : Architecture or None
+        Those that it was simulated with; None: it cannot be simulated.
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.predictor = artifact, Predictor(artifact)
+        self.artifact, self.predictor, self.kernels = artifact, Predictor(artifact), kernels_of_prior(artifact)
         self.effects: dict[tuple[object, ...], int] = {}
         found: list[float] = []
         self._slopes: dict[StageKey, list[float]] = {}
@@ -139,6 +146,12 @@ class Prior:
                     self._at[key, which, size] = both
         self.sd = np.array(found)
         self.kept = np.array([name[0] != "kind, regime, size" for name in self.effects])
+
+    def with_stages_of(self, artifact: Artifact) -> Prior:
+        """The same effects, on top of another model's equation."""
+        twin = copy.copy(self)
+        twin.artifact, twin.predictor = artifact, Predictor(artifact)
+        return twin
 
     def variant(self, workload: Workload) -> Variant:
         """What the prior has of a workload's variant."""
@@ -217,7 +230,10 @@ class Posterior:
     degrees : float
         Of freedom, of Student's distribution that the corrections then have.
     left_out : dict
-        Place of a run among those that succeeded -> the peak of allocated memory that the others predict for it [bytes].
+        Place of a run among those that succeeded -> by how much the others correct each of its stages [bytes]; NaN where the run
+        told nothing of it.
+    found : Kernels or None
+        The kernels that the runs show; corrections are of a model with these. None: the prior cannot be simulated.
     """
 
     prior: Prior
@@ -225,7 +241,8 @@ class Posterior:
     covariance: Array
     scale: float
     degrees: float
-    left_out: dict[int, float]
+    left_out: dict[int, Array]
+    found: Kernels | None
 
 
 def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
@@ -256,7 +273,12 @@ def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
     rows = prior.rows([r.workload for r in ok])
     stages = [(i, stage) for i, r in enumerate(ok) for stage in stages_of(r.workload.variant)]
     seen = np.array([ok[i].stage_peaks_bytes.get(s, np.nan) - ok[i].weights_bytes(s) for i, s in stages])
-    error, told = seen - (rows.prior_bytes - rows.weights_bytes), np.isfinite(seen)
+    kernels = recognise(prior.kernels, ok) if prior.kernels is not None else None
+    expected = rows.prior_bytes - rows.weights_bytes
+    if kernels is not None:
+        held = np.concatenate([kernels.held_bytes(r.workload) for r in ok])
+        expected = np.where(np.isfinite(held), held, expected + kernels.constant_bytes)
+    error, told = seen - expected, np.isfinite(seen)
     X, error, noise, place = rows.X[told], error[told], rows.misfit_bytes[told], rows.place[told]
     half = X * prior.sd
     inverse = np.linalg.inv(half @ half.T + np.diag(noise**2))
@@ -270,11 +292,12 @@ def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
         miss = variance @ solved[mine]
         peaks = seen[told][mine] - miss + rows.weights_bytes[told][mine]
         top = int(np.argmax(peaks))
-        left_out[i] = float(peaks[top])
+        left_out[i] = np.full(np.count_nonzero(rows.place == i), np.nan)
+        left_out[i][told[rows.place == i]] = error[mine] - miss
         z.append((max(record.stage_peaks_bytes.values()) - peaks[top]) / np.sqrt(variance[top, top]))
     degrees = float(PRIOR_RUNS + len(z))
     scale = float(np.sqrt(max((PRIOR_RUNS + np.sum(np.square(z))) / degrees, 1.0)))
-    return Posterior(prior, prior.sd * (half.T @ solved), covariance, scale, degrees, left_out)
+    return Posterior(prior, prior.sd * (half.T @ solved), covariance, scale, degrees, left_out, kernels)
 
 
 def _slopes(artifact: Artifact, key: StageKey) -> list[float]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from sdfit.fit.correction import MAIN_TERM, Posterior, Prior, correct, regimes_o
 from sdfit.fit.few_metrics import correct_metrics, sample
 from sdfit.fit.fit import components_of, provenance
 from sdfit.fit.folds import Indices, error_summary
+from sdfit.fit.kernels import Kernels, differences, model_of
 from sdfit.fit.scores import by_family, kept
 from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.conformal import scale
@@ -73,10 +75,10 @@ def fit_few(
     FitError
         If no run succeeded, or the prior lacks a variant that ran.
     """
-    known = Prior(prior)
-    posterior = correct(known, data.records)
+    memory = float(data.environment.get("total_memory_bytes") or math.inf)
+    posterior = with_kernels(correct(Prior(prior), data.records), memory)
     ok = [r for r in data.records if r.outcome == "ok"]
-    stages, told = _stages(posterior, ok)
+    stages, told = _stages(posterior, prior, ok)
     environment = dict(data.environment)
     components = {dtype: dict(table) for dtype, table in prior.components.items()}
     for dtype, table in components_of(ok).items():
@@ -100,7 +102,8 @@ def fit_few(
             "rows": len(ok),
             "scale": posterior.scale,
             "stages": told,
-        },
+        }
+        | _kernels(posterior.found),
     )
     metrics, stretched = correct_metrics(corrected, ok)
     drawn, repacked = drawn_scores(posterior, corrected)
@@ -109,8 +112,20 @@ def fit_few(
     return Artifact(**canonical(fields | {"metrics": metrics, "scores": kept(scores)}))
 
 
-def _stages(posterior: Posterior, ok: Sequence[Record]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Corrected stages; and of each its prior's coefficients and the share that the runs told."""
+def with_kernels(posterior: Posterior, memory_bytes: float = math.inf) -> Posterior:
+    """The same corrections, on top of the prior with the kernels that the runs show, on a card of so much memory."""
+    if posterior.found is None:
+        return posterior
+    base = posterior.prior
+    return replace(posterior, prior=base.with_stages_of(model_of(base.artifact, posterior.found, memory_bytes)))
+
+
+def _kernels(found: Kernels | None) -> dict[str, Any]:
+    return {"kernels": found.words, "constant_bytes": found.constant_bytes} if found is not None else {}
+
+
+def _stages(posterior: Posterior, given: Artifact, ok: Sequence[Record]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Corrected stages; and of each the coefficients of the prior that was given, and the share that the runs told."""
     prior = posterior.prior
     rows = [(stage_key(s, r.workload.variant)) for r in ok for s in stages_of(r.workload.variant)]
     stages, told = {}, {}
@@ -122,7 +137,7 @@ def _stages(posterior: Posterior, ok: Sequence[Record]) -> tuple[dict[str, Any],
         regimes, of_prior, shares = [], [], []
         for which in range(len(REGIMES)):
             own = min(which, len(regimes_of(key)) - 1)
-            before = stage["regimes"][own]
+            before, of_given = stage["regimes"][own], given.stages[name]["regimes"][own]
             values, low, high = (list(stage[part][before]) for part in ("coef", "low", "high"))
             share = []
             for column, term in zip(at, terms, strict=True):
@@ -133,10 +148,10 @@ def _stages(posterior: Posterior, ok: Sequence[Record]) -> tuple[dict[str, Any],
                 low[column] = max(values[column] - 1.96 * sd * posterior.scale, 0.0) or 0
                 high[column] = values[column] + 1.96 * sd * posterior.scale
                 share.append(round(1 - sd**2 / float(effects @ effects), 4))
-            row = (tuple(values), tuple(low), tuple(high), tuple(share), before)
+            row = (tuple(values), tuple(low), tuple(high), tuple(share), before, of_given)
             if row not in found:
                 found[row] = len(found)
-                of_prior.append([stage["coef"][before][column] for column in at])
+                of_prior.append([given.stages[name]["coef"][of_given][column] for column in at])
                 shares.append(share)
             regimes.append(found[row])
         stages[name] = stage | {
@@ -158,7 +173,8 @@ def _evaluation(
     peaks = rows.highest(rows.prior_bytes + (rows.X * prior.kept) @ posterior.mean)
     actual = np.array([r.allocated_bytes for r in ok], dtype=float)
     weights = np.array([r.baseline_bytes or 0 for r in ok]) - _baselines(prior, ok)
-    left_out = np.array([posterior.left_out[i] for i in range(len(ok))])
+    moved = np.concatenate([posterior.left_out[i] for i in range(len(ok))])
+    left_out = rows.highest(np.where(np.isfinite(moved), rows.prior_bytes + moved, -np.inf)) + weights
     relative = left_out / actual - 1
     worst = int(np.argmax(np.abs(relative)))
     return {
@@ -201,12 +217,15 @@ def drawn_scores(posterior: Posterior, corrected: Artifact) -> tuple[dict[str, A
     root = prior.sd[:, None] * _root(posterior.covariance)
     known = prior.artifact.evaluation.get("cross_validated", prior.artifact.evaluation["fitted"])
     changed = REPACKED * np.abs(peaks - before) / units
+    others = differences(posterior.found, workloads) if posterior.found is not None else []
+    shifts = [np.zeros(rows.place.size), *others]
     drawn = np.empty((DRAWS, len(workloads)))
     for row in drawn:
         tail = posterior.scale / np.sqrt(rng.chisquare(posterior.degrees) / posterior.degrees)
         effects = posterior.mean + root @ rng.standard_normal(root.shape[1]) * tail
         apart = rows.apart_bytes * rng.standard_normal(rows.apart_bytes.size)
-        real = rows.highest(rows.prior_bytes + rows.X @ effects + apart)
+        other = shifts[rng.integers(len(shifts))]
+        real = rows.highest(rows.prior_bytes + other + rows.X @ effects + apart)
         row[:] = (real - peaks + peaks * _equation_errors(known, len(workloads), rng)) / units
     repacked = drawn + changed * rng.uniform(-1, 1, drawn.shape)
     return by_family(zip(places, drawn.T, strict=True)), by_family(zip(places, repacked.T, strict=True))

@@ -105,7 +105,7 @@ def fit(
                 "environment": environment | {"sdfit": sdfit.__version__},
                 "sources": list(sources),
                 "components": components_of(ok),
-                "stages": {"|".join(key): _stage(models[key], obs) for key, obs in seen.items()},
+                "stages": {"|".join(key): stage_facts(models[key], obs) for key, obs in seen.items()},
                 "metrics": metrics,
                 "scores": kept(scores),
                 "swept": sorted({variant_name(v) for v in {r.workload.variant for r in ok}}),
@@ -195,7 +195,8 @@ def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _stage(model: StageModel, seen: Observations) -> dict[str, Any]:
+def stage_facts(model: StageModel, seen: Observations) -> dict[str, Any]:
+    """A fitted stage, as `sdfit.predict.artifact.Artifact` has it."""
     rows = seen.where(counted(model, seen))
     low, high = model.bounds(rows.X, rows.activation_bytes, rows.peak_bytes, rows.weight, groups=rows.groups)
     certain = seen.X if seen.at_least.all() else seen.X[~seen.at_least]

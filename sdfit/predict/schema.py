@@ -289,6 +289,9 @@ def _prior(stages: Mapping[str, Any]) -> Check:
         "rows": _number(1, MOST_COUNT, int),
         "scale": _number(1, MOST_ERROR, int, float),
         "stages": _table(parts),
+    }, {
+        "kernels": _map(DTYPE_BYTES, _text),
+        "constant_bytes": _number(-MOST_BYTES, MOST_BYTES, int),
     })  # fmt: skip
 
     def check(value: Any) -> None:

@@ -265,7 +265,9 @@ def drawn(seed: int) -> MadeUp:
         tenths, room = rng.randint(12, 30), rng.uniform(8, 40) * (1 << 30)
         larger = lambda one, live, held: tenths * held // 10 if live + tenths * held // 10 <= room else held  # noqa: E731
     constant = rng.choice((0, rng.randint(1, 400))) << 19
-    return MadeUp(f"drawn {seed}", "drawn at random", Architecture("made up", (), tuple(rules), CUBLAS_BYTES), constant, larger)
+    return MadeUp(
+        f"drawn {seed}", "drawn at random", Architecture("made up", (), tuple(rules), CUBLAS_BYTES), constant, larger
+    )
 
 
 def _drawn_rules(rng: random.Random, dtypes: tuple[str, ...]) -> list[Rule]:

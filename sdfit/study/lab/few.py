@@ -19,7 +19,7 @@ import numpy as np
 from sdfit.equation.sizes import Array
 from sdfit.files import shipped
 from sdfit.fit.correction import Posterior, Prior, Rows, correct
-from sdfit.fit.few import fit_few
+from sdfit.fit.few import fit_few, with_kernels
 from sdfit.fit.held_out import fit_stage, predict_stages
 from sdfit.fit.observations import Runs, observe
 from sdfit.fit.planning import Few
@@ -27,14 +27,14 @@ from sdfit.predict.loading import load_artifact
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.simulation.workspaces import ARCHITECTURES
 from sdfit.records import Record, RecordsFile
-from sdfit.study.lab.cards import MADE_UP, MadeUp, Skeleton, skeletons
+from sdfit.study.lab.cards import MADE_UP, MadeUp, Skeleton, drawn, skeletons
 from sdfit.sweep import grid
 from sdfit.units import aligned, percent
 
 COUNTS = (2, 4, 8, 16, 32)
 """Numbers of runs."""
 WANTED = 16
-DRAWS = 5
+DRAWS = 3
 """Random choices of each number of runs; the median of their worst errors is shown."""
 TIMES, LEAST = 1.5, 0.005
 """Sixteen runs are to reach so many times the worst error of the full grid, or this error."""
@@ -42,6 +42,8 @@ TRACED = {"sm61": "sm75", "sm70": "sm75", "sm75": "sm70", "sm90": "sm75"}
 """Traced cards, and the prior that each is corrected from: a model of other kernels."""
 PRIOR = "sm75"
 """Of the made-up cards."""
+DRAWN = range(100, 106)
+"""Seeds of cards drawn at random, which were looked at only when all was done."""
 HEADROOM = 0.97
 """A card holds runs whose peak is at most this share of its memory."""
 
@@ -99,20 +101,23 @@ class Line:
 class _Judged:
     """Workloads whose truth is known, through the eyes of a prior."""
 
-    def __init__(self, prior: Prior, records: Sequence[Record]) -> None:
-        self.prior, self.records = prior, records
+    def __init__(self, prior: Prior, records: Sequence[Record], memory_bytes: float) -> None:
+        self.prior, self.records, self.memory_bytes = prior, records, float(int(memory_bytes))
         self.rows: Rows = prior.rows([r.workload for r in records])
         self.actual = np.array([r.allocated_bytes for r in records], dtype=float)
 
     def worst(self, posterior: Posterior) -> float:
         """The worst error of a corrected model."""
-        moved = (self.rows.X * self.prior.kept) @ posterior.mean
-        return _worst(self.rows.highest(self.rows.prior_bytes + moved), self.actual)
+        return _worst(self.predicted(posterior), self.actual)
+
+    def predicted(self, posterior: Posterior) -> Array:
+        """The peaks by a corrected model [bytes]."""
+        rows = with_kernels(posterior, self.memory_bytes).prior.rows([r.workload for r in self.records])
+        return rows.highest(rows.prior_bytes + (rows.X * self.prior.kept) @ posterior.mean)
 
     def worst_at(self, posterior: Posterior) -> str:
         """Where that is: size, images, stage."""
-        moved = (self.rows.X * self.prior.kept) @ posterior.mean
-        predicted = self.rows.highest(self.rows.prior_bytes + moved)
+        predicted = self.predicted(posterior)
         record = self.records[int(np.argmax(np.abs(predicted / self.actual - 1)))]
         w, peaks = record.workload, record.stage_peaks_bytes
         return f"{w.height}x{w.width} x{w.batch_size} {max(peaks, key=peaks.__getitem__)}"
@@ -141,6 +146,7 @@ def study(
     unseen = skeletons(grid.load("holdout").for_the_trace().workloads, cache)
     cards = [(card, PRIOR) for card in MADE_UP.values()]
     cards += [(MadeUp(name, "traced", ARCHITECTURES[name]), prior) for name, prior in TRACED.items()]
+    cards += [(drawn(seed), PRIOR) for seed in DRAWN]
     priors: dict[str, tuple[Prior, Few]] = {}
     lines = []
     for card, name in cards:
@@ -166,7 +172,7 @@ def _line(
         for records in (swept, card.records(unseen))
     )
     held = {r.index for r in grid_}
-    judged, fresh = _Judged(prior, grid_), _Judged(prior, hold)
+    judged, fresh = _Judged(prior, grid_, memory_bytes), _Judged(prior, hold, memory_bytes)
     planned = [swept[step.index] for step in few.steps if step.index in held]
     rng = random.Random(7)
     drawn = {count: [correct(prior, rng.sample(grid_, count)) for _ in range(DRAWS)] for count in COUNTS}
