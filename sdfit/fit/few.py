@@ -1,16 +1,21 @@
 """A few records and a prior to an Artifact: the prior's model, corrected by what the runs tell.
 
 Sixteen runs cannot tell a model's some four hundred coefficients. They do tell how a card departs from a model of its kernels
-(`sdfit.fit.correction`): two coefficients of each stage and regime are corrected, as far as runs reach them, and the
-artifact says of each how much of it is the card's (``prior`` in `sdfit.predict.artifact.Artifact`).
+in two ways. Which operands its kernels copy is discrete: `sdfit.fit.kernels` tries tables until a simulation gives what the runs
+show, and the prior's equation is fitted again to runs that are simulated so. What is left over is corrected
+(`sdfit.fit.correction`): two coefficients of each stage and regime, as far as runs reach them. The artifact says of each how much
+of it is the card's (``prior`` in `sdfit.predict.artifact.Artifact`).
 
 Where the intervals come from
 -----------------------------
 Runs that a plan chose are too few, and too far from random, for conformal scores of their own. So the scores are drawn: what
 the runs leave open of the corrections (a draw from their posterior, with Student's tails and the spread that the runs
-themselves show), what no term of the equation tells where images run one by one, and on top an error of the prior's equation on
-resolutions that it had not seen, over the workloads of the default grid that the card holds. They hold as far as the card departs from its prior in the ways that the corrections allow; tests and
-``python -m sdfit.study.lab few`` hold them against made-up cards that depart in others too. Metrics beside allocated
+themselves show), what other kernels that the runs match as well would hold, what no term of the equation tells where images run
+one by one, and on top an error of the prior's equation on resolutions that it had not seen, over the workloads of the default grid
+that the card holds. Kernels that are found make them no narrower: that a table holds where no run was is not shown by runs. They
+hold as far as the card departs from its prior in the ways that the corrections allow; tests and ``python -m sdfit.study.lab few``
+hold them against made-up cards that depart in others too. Errors that each run has by the others are with the kernels that all of
+them show. Metrics beside allocated
 memory keep the prior's regressions, moved by what the runs show, and the prior's scores are added to those drawn.
 """
 

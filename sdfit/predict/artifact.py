@@ -63,7 +63,9 @@ class Artifact:
         Empty, unless few runs corrected another model: its ``name`` and ``provenance``, the ``rows`` that did, the ``scale`` of
         `sdfit.fit.correction.Posterior`, and ``stages``: as in that field -> ``terms`` that were corrected, and for each
         row of ``coef`` the ``prior``'s coefficients of these terms and ``told``, the share of each one's variance that the runs
-        removed. The other terms are the prior's. Left out of the file where it is empty.
+        removed. If the prior could be simulated, also ``kernels``: dtype -> in words what the runs show of them, and
+        ``constant_bytes`` that are held all the time besides. The other terms follow from these kernels, without any they are the
+        prior's. Left out of the file where it is empty.
     """
 
     name: str
