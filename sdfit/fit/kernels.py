@@ -35,7 +35,7 @@ from sdfit.records import Record
 from sdfit.sweep import grid
 from sdfit.workload import Workload
 
-GROUPS = (HALF, ("float32",))
+GROUPS: tuple[tuple[str, ...], ...] = (HALF, ("float32",))
 """Dtypes that run the same plans."""
 OPERANDS = ("input", "output", "weight")
 MOST_COPIES = 2
@@ -241,7 +241,8 @@ def recognise(own: Architecture, records: Sequence[Record]) -> Kernels:
     records : sequence of Record
         Runs that succeeded.
     """
-    found, others = {}, {}
+    found: dict[tuple[str, ...], tuple[Table, tuple[Rule, ...]]] = {}
+    others: dict[tuple[str, ...], list[tuple[Rule, ...]]] = {}
     misses: list[Array] = []
     for dtypes in GROUPS:
         runs = [r for r in records if r.workload.dtype in dtypes]

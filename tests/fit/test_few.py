@@ -18,6 +18,8 @@ from sdfit.equation.sizes import Sizes
 from sdfit.equation.stages import STAGES, stages_of
 from sdfit.errors import ArtifactError, FitError, SimulatedModelWarning
 from sdfit.fit.card import coefficients, fit_summary, model_card
+from sdfit.fit import few as few_module
+from sdfit.fit import kernels
 from sdfit.fit.correction import MISFIT, Prior, correct, misfit_bytes
 from sdfit.fit.few import fit_few
 from sdfit.fit.planning import Few
@@ -219,6 +221,8 @@ def test_failed_runs_and_foreign_variants_are_said(prior: Artifact) -> None:
 def test_which_prior_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows of a card or its trace correct the model of its kernels, never one that was itself corrected."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels, "GRIDS", ("quick",))
+    monkeypatch.setattr(few_module, "REFERENCE", "quick")
     few_rows = measured([Workload(512, 512)])
     of_card = replace(few_rows, environment={"backend": "cuda", "name": "t4"})
     assert prior_of("auto", few_rows) is None and prior_of("none", of_card) is None
