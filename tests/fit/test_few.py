@@ -17,9 +17,9 @@ from sdfit.cli import main
 from sdfit.equation.sizes import Sizes
 from sdfit.equation.stages import STAGES, stages_of
 from sdfit.errors import ArtifactError, FitError, SimulatedModelWarning
-from sdfit.fit.card import coefficients, fit_summary, model_card
 from sdfit.fit import few as few_module
 from sdfit.fit import kernels
+from sdfit.fit.card import coefficients, fit_summary, model_card
 from sdfit.fit.correction import MISFIT, Prior, correct, misfit_bytes
 from sdfit.fit.few import fit_few
 from sdfit.fit.planning import Few
