@@ -10,7 +10,7 @@ Where the intervals come from
 -----------------------------
 Runs that a plan chose are too few, and too far from random, for conformal scores of their own. So the scores are drawn: what
 the runs leave open of the corrections (a draw from their posterior, with Student's tails and the spread that the runs
-themselves show), what other kernels that the runs match as well would hold, what no term of the equation tells where images run
+themselves show), what a simulation has beside the equation, with the kernels found or others that the runs match as well, what no term of the equation tells where images run
 one by one, and on top an error of the prior's equation on resolutions that it had not seen, over the workloads of the default grid
 that the card holds. Kernels that are found make them no narrower: that a table holds where no run was is not shown by runs. They
 hold as far as the card departs from its prior in the ways that the corrections allow; tests and ``python -m sdfit.study.lab few``
@@ -38,7 +38,7 @@ from sdfit.fit.correction import MAIN_TERM, Posterior, Prior, correct, regimes_o
 from sdfit.fit.few_metrics import correct_metrics, sample
 from sdfit.fit.fit import components_of, provenance
 from sdfit.fit.folds import Indices, error_summary
-from sdfit.fit.kernels import Kernels, differences, model_of
+from sdfit.fit.kernels import Kernels, model_of, simulations
 from sdfit.fit.scores import by_family, kept
 from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.conformal import scale
@@ -222,15 +222,16 @@ def drawn_scores(posterior: Posterior, corrected: Artifact) -> tuple[dict[str, A
     root = prior.sd[:, None] * _root(posterior.covariance)
     known = prior.artifact.evaluation.get("cross_validated", prior.artifact.evaluation["fitted"])
     changed = REPACKED * np.abs(peaks - before) / units
-    others = differences(posterior.found, workloads) if posterior.found is not None else []
-    shifts = [np.zeros(rows.place.size), *others]
+    expected = rows.prior_bytes - rows.weights_bytes
+    simulated = simulations(posterior.found, workloads) if posterior.found is not None else [expected]
+    bent = [np.nan_to_num(held - expected) for held in simulated]
     drawn = np.empty((DRAWS, len(workloads)))
     for row in drawn:
         tail = posterior.scale / np.sqrt(rng.chisquare(posterior.degrees) / posterior.degrees)
         effects = posterior.mean + root @ rng.standard_normal(root.shape[1]) * tail
         apart = rows.apart_bytes * rng.standard_normal(rows.apart_bytes.size)
-        other = shifts[rng.integers(len(shifts))]
-        real = rows.highest(rows.prior_bytes + other + rows.X @ effects + apart)
+        misses = bent[rng.integers(len(bent))]
+        real = rows.highest(rows.prior_bytes + misses + rows.X @ effects + apart)
         row[:] = (real - peaks + peaks * _equation_errors(known, len(workloads), rng)) / units
     repacked = drawn + changed * rng.uniform(-1, 1, drawn.shape)
     return by_family(zip(places, drawn.T, strict=True)), by_family(zip(places, repacked.T, strict=True))

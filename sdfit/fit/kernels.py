@@ -293,18 +293,17 @@ def _of_stages(workloads: Sequence[Workload], architecture: Architecture) -> Ite
         yield from held_bytes(w, architecture)
 
 
-def differences(kernels: Kernels, workloads: Sequence[Workload]) -> list[Array]:
-    """What each of the other tables that runs match would change in the stages of some workloads [bytes]."""
-    known = np.array([*_of_stages(workloads, kernels.architecture)])
-    found = []
+def simulations(kernels: Kernels, workloads: Sequence[Workload]) -> list[Array]:
+    """What each stage of some workloads holds above its weights [bytes]: with the table found, then with each of the others."""
+    found = [np.array([*_of_stages(workloads, kernels.architecture)])]
     for dtypes, some in kernels.others.items():
         mine = np.array([w.dtype in dtypes for w in workloads for _ in stages_of(w.variant)])
         asked = [w for w in workloads if w.dtype in dtypes]
         for rules in some:
-            moved = np.zeros(len(known))
-            moved[mine] = np.array([*_of_stages(asked, kernels.having({dtypes: rules}))]) - known[mine]
-            found.append(np.nan_to_num(moved))
-    return found
+            held = found[0].copy()
+            held[mine] = [*_of_stages(asked, kernels.having({dtypes: rules}))]
+            found.append(held)
+    return [held + kernels.constant_bytes for held in found]
 
 
 def model_of(prior: Artifact, kernels: Kernels, memory_bytes: float) -> Artifact:
