@@ -61,8 +61,8 @@ class Line:
         Number of runs -> worst error over the holdout.
     planned_grid : dict
         Number of runs -> worst error over the grid.
-    at_random_grid : float
-        The same for `WANTED` runs at random.
+    at_random_grid : float or None
+        The same for `WANTED` runs at random; None if none were drawn.
     worst_at : str
         Where on the grid `WANTED` planned runs are off most.
     full, full_grid : float
@@ -79,7 +79,7 @@ class Line:
     planned: dict[int, float]
     at_random: dict[int, float]
     planned_grid: dict[int, float]
-    at_random_grid: float
+    at_random_grid: float | None
     worst_at: str
     full: float
     full_grid: float
@@ -129,7 +129,11 @@ class _Judged:
 
 
 def study(
-    memory_bytes: float, cache: Path | None = None, report: Callable[[str], None] = lambda words: None
+    memory_bytes: float,
+    cache: Path | None = None,
+    report: Callable[[str], None] = lambda words: None,
+    counts: Sequence[int] = COUNTS,
+    draws: int = DRAWS,
 ) -> list[Line]:
     """Hold few runs against every card.
 
@@ -141,6 +145,10 @@ def study(
         A file to keep traces in: there are some 900, two or three a second.
     report : callable
         Called with each card's name.
+    counts : sequence of int
+        Numbers of runs, `WANTED` among them.
+    draws : int
+        Random choices of each; 0: none.
     """
     seen = skeletons(grid.load("default").for_the_trace().workloads, cache)
     unseen = skeletons(grid.load("holdout").for_the_trace().workloads, cache)
@@ -153,8 +161,8 @@ def study(
         report(card.name)
         if name not in priors:
             prior = Prior(load_artifact(shipped("models") / f"{name}.joblib"))
-            priors[name] = prior, Few(prior, [s.workload for s in seen], max(COUNTS), memory_bytes)
-        lines.append(_line(card, *priors[name], seen, unseen, memory_bytes))
+            priors[name] = prior, Few(prior, [s.workload for s in seen], max(counts), memory_bytes)
+        lines.append(_line(card, *priors[name], seen, unseen, memory_bytes, counts, draws))
     return lines
 
 
@@ -165,6 +173,8 @@ def _line(
     seen: Sequence[Skeleton],
     unseen: Sequence[Skeleton],
     memory_bytes: float,
+    counts: Sequence[int],
+    draws: int,
 ) -> Line:
     swept = card.records(seen)
     grid_, hold = (
@@ -175,8 +185,8 @@ def _line(
     judged, fresh = _Judged(prior, grid_, memory_bytes), _Judged(prior, hold, memory_bytes)
     planned = [swept[step.index] for step in few.steps if step.index in held]
     rng = random.Random(7)
-    drawn = {count: [correct(prior, rng.sample(grid_, count)) for _ in range(DRAWS)] for count in COUNTS}
-    posteriors = {count: correct(prior, planned[:count]) for count in COUNTS}
+    drawn = {count: [correct(prior, rng.sample(grid_, count)) for _ in range(draws)] for count in counts if draws}
+    posteriors = {count: correct(prior, planned[:count]) for count in counts}
     whole = {key: fit_stage(key, rows) for key, rows in observe(grid_).items()}
     environment = {"backend": "trace", "name": card.name, "total_memory_bytes": int(memory_bytes)}
     artifact = fit_few(RecordsFile(environment, planned[:WANTED], []), prior.artifact)
@@ -188,7 +198,7 @@ def _line(
         planned={count: fresh.worst(found) for count, found in posteriors.items()},
         at_random={count: median(map(fresh.worst, found)) for count, found in drawn.items()},
         planned_grid={count: judged.worst(found) for count, found in posteriors.items()},
-        at_random_grid=median(map(judged.worst, drawn[WANTED])),
+        at_random_grid=median(map(judged.worst, drawn[WANTED])) if draws else None,
         worst_at=judged.worst_at(posteriors[WANTED]),
         full=_full(whole, hold, fresh.actual),
         full_grid=_full(whole, grid_, judged.actual),
@@ -208,9 +218,11 @@ def _worst(predicted: Array, actual: Array) -> float:
 
 def table(lines: Sequence[Line]) -> str:
     """A line per card: worst errors by number of runs, the full grid's, whether sixteen runs do, coverage."""
+    counts = list(lines[0].planned)
+    at_random = lines[0].at_random_grid is not None
     head = (
-        "card (simulated)", "prior", *(f"{count} runs" for count in COUNTS), "16 at random", "full grid", "16 do",
-        "95 % hold", "grid: 16", "at random", "full grid", "16 do", "95 % hold", "16 are worst at",
+        "card (simulated)", "prior", *(f"{count} runs" for count in counts), *["16 at random"] * at_random, "full grid", "16 do",
+        "95 % hold", "grid: 16", *["at random"] * at_random, "full grid", "16 do", "95 % hold", "16 are worst at",
     )  # fmt: skip
     rows = [head]
     for line in lines:
@@ -218,13 +230,13 @@ def table(lines: Sequence[Line]) -> str:
             (
                 line.card,
                 line.prior,
-                *(percent(line.planned[count], 2) for count in COUNTS),
-                percent(line.at_random[WANTED], 2),
+                *(percent(line.planned[count], 2) for count in counts),
+                *([percent(line.at_random[WANTED], 2)] if at_random else []),
                 percent(line.full, 2),
                 "yes" if line.reached else "no",
                 percent(line.coverage, 1),
                 percent(line.planned_grid[WANTED], 2),
-                percent(line.at_random_grid, 2),
+                *([percent(line.at_random_grid, 2)] if line.at_random_grid is not None else []),
                 percent(line.full_grid, 2),
                 "yes" if line.reached_grid else "no",
                 percent(line.coverage_grid, 1),

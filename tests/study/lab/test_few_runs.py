@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Workspaces
 from sdfit.study.lab import few
-from sdfit.study.lab.cards import MADE_UP, MadeUp, skeleton, skeletons
+from sdfit.study.lab.cards import MADE_UP, MadeUp, drawn, skeleton, skeletons
 from sdfit.study.lab.few import Line
 from sdfit.workload import Workload
 
@@ -54,6 +54,14 @@ def test_made_up_cards_differ_from_the_prior_as_they_say() -> None:
     assert peak("larger plan", two) == max(two.stage_peaks(usual).values()) < peak("both ways", two)
 
 
+def test_a_drawn_card_is_the_same_again_and_others_differ() -> None:
+    """By its seed alone; among twenty are cards with a constant, with a larger plan, and with neither."""
+    found = [drawn(seed) for seed in range(20)]
+    assert [card.architecture for card in found] == [drawn(seed).architecture for seed in range(20)]
+    assert len({str(card.architecture.facts()) for card in found}) > 15
+    assert {card.constant_bytes > 0 for card in found} == {card.larger is None for card in found} == {True, False}
+
+
 def line(**changed: object) -> Line:
     counts = dict.fromkeys(few.COUNTS, 0.004)
     plain = {
@@ -71,6 +79,8 @@ def test_what_sixteen_runs_are_to_reach() -> None:
     shown = few.table([line(planned=counts)])
     assert "made up" in shown and "0.60 %" in shown and " no " in shown and "simulated" in shown
     assert few.to_dict([line()])[0]["reached"] is True
+    brief = few.table([line(planned={few.WANTED: 0.004}, at_random={}, at_random_grid=None)])
+    assert "16 runs" in brief and "at random" not in brief and "8 runs" not in brief
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
