@@ -290,7 +290,7 @@ def _prior(stages: Mapping[str, Any]) -> Check:
         "scale": _number(1, MOST_ERROR, int, float),
         "stages": _table(parts),
     }, {
-        "kernels": _map(CHOICES["dtype"], _text),
+        "kernels": _map(_any_of(*CHOICES["dtype"]), _text),
         "constant_bytes": _number(-MOST_BYTES, MOST_BYTES, int),
     })  # fmt: skip
 
