@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError
 from sdfit.predict.simulation.replay import Replay, replay, smallest_cap, without
-from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, Block, CachingAllocator, segment_bytes
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, PLACES, WHERE, Block, CachingAllocator, segment_bytes
 from sdfit.study.lab.expandable import ExpandableAllocator
 from sdfit.units import KIB, MIB
 
@@ -354,8 +354,8 @@ def test_bytes_are_conserved_and_all_goes_back(events, grows, tight):
             living[number] = block
         else:
             allocator.free(living.pop(number))
-        cached = [*allocator._small, *allocator._large]
-        assert allocator._sizes == {begin: size for size, begin in cached}
+        cached = [(piece >> PLACES, piece & WHERE) for piece in (*allocator._small, *allocator._large)]
+        assert allocator._ends == {begin: begin + size for size, begin in cached}
         assert allocator._begins == {begin + size: begin for size, begin in cached}
         taken = sorted((block.address, block.size_bytes, False) for block in living.values())
         pieces = sorted([*taken, *((begin, size, True) for size, begin in cached)])

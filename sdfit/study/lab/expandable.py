@@ -11,12 +11,14 @@ from bisect import bisect_left, insort
 from sdfit.equation.weights import GRANULE_BYTES
 from sdfit.predict.simulation.segments import (
     LARGE_SEGMENT_BYTES,
+    PLACES,
     SMALL_BYTES,
     SMALL_SEGMENT_BYTES,
+    WHERE,
     CachingAllocator,
 )
 
-SPACE_BYTES = 1 << 60
+SPACE_BYTES = 1 << 46
 """Address space of a pool: a segment reserves 1 1/8 of the card, which no replay reaches. The small pool's begins here, the large
 pool's at 0."""
 
@@ -48,8 +50,7 @@ class ExpandableAllocator(CachingAllocator):
     def release_cached(self) -> None:
         """Take the memory from under the pages that lie wholly in cached pieces."""
         for cached, page in ((self._large, LARGE_SEGMENT_BYTES), (self._small, SMALL_SEGMENT_BYTES)):
-            for size, begin in list(cached):
-                end = begin + size
+            for begin, end in [(piece & WHERE, self._ends[piece & WHERE]) for piece in cached]:
                 origin = begin - begin % SPACE_BYTES
                 first, last = origin + -(-(begin - origin) // page) * page, origin + (end - origin) // page * page
                 if first < last:
@@ -63,7 +64,7 @@ class ExpandableAllocator(CachingAllocator):
         """`find_expandable_block` and the pages that are missing in it."""
         cached, page = (self._small, SMALL_SEGMENT_BYTES) if size <= SMALL_BYTES else (self._large, LARGE_SEGMENT_BYTES)
         begin = self._lowest_with_room(size)
-        have = self._sizes.get(begin, 0)
+        have = self._ends.get(begin, begin) - begin
         if have:
             self._forget(cached, begin)
         while have < size:
@@ -74,11 +75,11 @@ class ExpandableAllocator(CachingAllocator):
                 self._unmapped.insert(at, (first + mapped, end))
             have += mapped
             self._reserve(mapped)
-            beyond = self._sizes.get(begin + have)
+            beyond = self._ends.get(begin + have)
             if beyond is not None:
                 self._forget(cached, begin + have)
-                have += beyond
-        return have, begin
+                have = beyond - begin
+        return begin, begin + have
 
     def _lowest_with_room(self, size: int) -> int:
         """The lowest run of unmapped and cached space that is long enough."""
@@ -89,8 +90,8 @@ class ExpandableAllocator(CachingAllocator):
             begin, end = self._begins.get(first, first), last
             while end - begin < size:
                 at = bisect_left(self._unmapped, (end,))
-                if end in self._sizes:
-                    end += self._sizes[end]
+                if end in self._ends:
+                    end = self._ends[end]
                 elif at < len(self._unmapped) and self._unmapped[at][0] == end:
                     end = self._unmapped[at][1]
                 else:
@@ -99,23 +100,25 @@ class ExpandableAllocator(CachingAllocator):
                 return begin
         raise AssertionError("no replay fills the address space")
 
-    def _less_expandable(self, cached: list[tuple[int, int]], at: int) -> int:
+    def _less_expandable(self, cached: list[int], at: int) -> int:
         """A piece counts with the address space behind it that it can grow into."""
 
-        def can_be(size: int, begin: int) -> int:
-            after = bisect_left(self._unmapped, (begin + size,))
-            if after < len(self._unmapped) and self._unmapped[after][0] == begin + size:
-                return size + self._unmapped[after][1] - self._unmapped[after][0]
-            return size
+        def can_be(piece: int) -> int:
+            begin = piece & WHERE
+            end = self._ends[begin]
+            after = bisect_left(self._unmapped, (end,))
+            if after < len(self._unmapped) and self._unmapped[after][0] == end:
+                end = self._unmapped[after][1]
+            return end - begin
 
-        while at + 1 < len(cached) and can_be(*cached[at + 1]) < can_be(*cached[at]):
+        while at + 1 < len(cached) and can_be(cached[at + 1]) < can_be(cached[at]):
             at += 1
         return at
 
-    def _forget(self, cached: list[tuple[int, int]], begin: int) -> None:
+    def _forget(self, cached: list[int], begin: int) -> None:
         """Take a piece out of the cached ones."""
-        size = self._sizes.pop(begin)
-        del self._begins[begin + size], cached[bisect_left(cached, (size, begin))]
+        end = self._ends.pop(begin)
+        del self._begins[end], cached[bisect_left(cached, (end - begin) << PLACES | begin)]
 
     def _unmap(self, begin: int, end: int) -> None:
         self.reserved_bytes -= end - begin

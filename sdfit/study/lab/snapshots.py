@@ -27,6 +27,8 @@ from sdfit.units import aligned, format_bytes, percent
 
 RELEASES = ("segment_free", "segment_unmap")
 GROWTHS = ("segment_alloc", "segment_map")
+ORIGIN = 1 << 45
+"""Addresses of the lists count from the lowest: a constant is missing, and this stands for it. Segments come to lie below what was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def recorded(name: str) -> Recorded:
             break
     else:
         raise RecordsError(f"there is no list '{name}' in data/snapshots{nearest(name, names())}", given=name)
-    lines = tuple(Event(r["action"], int(r["offset"] or 0), int(r["size_bytes"] or 0)) for r in lines_of(name))
+    lines = tuple(Event(r["action"], ORIGIN + int(r["offset"] or 0), int(r["size_bytes"] or 0)) for r in lines_of(name))
     return Recorded(
         name,
         row["card"],
