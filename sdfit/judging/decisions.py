@@ -233,7 +233,7 @@ def decide_by_simulation(
             answer = _answer(predictor, runs, capacity, metric, level)
             above = [k for k, bytes_ in enumerate(live) if k > (answer or 0) and bytes_ <= LIVE * capacity]
             try:
-                fitting = [k for k in above if needs(runs[k], "required", capacity) <= capacity]
+                fitting = [k for k in above if needs.suffices(runs[k], "required", capacity)]
                 needed = math.inf if answer is None else needs(runs[answer], "required")
             except NotSimulated:  # tiles by the hundred: the truth is not known
                 skipped += 1
@@ -303,7 +303,7 @@ def _decisions(
 
 def _answer(predictor: Predictor, runs: Sequence[Workload], capacity: int, metric: str, level: float) -> int | None:
     """Which one `sdfit.predict.advise.largest` gives, were these all there are."""
-    search = Search(predictor.within(capacity), capacity, metric, level, lambda k: runs[k], _table(runs))
+    search = Search(predictor, capacity, metric, level, lambda k: runs[k], _table(runs))
     return search.largest(level)
 
 

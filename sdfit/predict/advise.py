@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from sdfit.errors import InvalidWorkload, SdfitError, shown
-from sdfit.predict.verdict import Model, bound, metric_and_level
+from sdfit.predict.verdict import Model, metric_and_level
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
 
@@ -100,6 +101,37 @@ def largest(
     NothingFits
         If the smallest is not sure to fit.
     """
+    sizes, search = _ladder(predictor, memory, aspect, step, metric, level, options)
+    sure, likely = search.sure_and_likely("no size of {}:{}".format(*aspect), lambda k: "x".join(map(str, sizes[k])))
+    return LargestSize(sizes[sure], sizes[likely])
+
+
+def largest_sure(
+    predictor: Model,
+    *,
+    memory: str | float,
+    aspect: tuple[int, int] = (1, 1),
+    step: int | None = None,
+    metric: str | None = None,
+    level: float | None = None,
+    **options: Any,
+) -> tuple[int, int] | None:
+    """The largest size that is sure to fit alone, as `largest` gives it; None if there is none."""
+    sizes, search = _ladder(predictor, memory, aspect, step, metric, level, options)
+    sure = search.largest(level)
+    return None if sure is None else sizes[sure]
+
+
+def _ladder(
+    predictor: Model,
+    memory: str | float,
+    aspect: Any,
+    step: int | None,
+    metric: str | None,
+    level: float | None,
+    options: Mapping[str, Any],
+) -> tuple[list[tuple[int, int]], Search]:
+    """The sizes of an aspect ratio, and the search among them."""
     check_keywords(options)
     across, down = (whole_number("aspect", part, 1, 100) for part in _pair(aspect))
     if step is not None and whole_number("step", step, VAE_SCALE, 1024) % VAE_SCALE:
@@ -107,16 +139,7 @@ def largest(
     sizes = sizes_of_aspect((across, down), step)
     table = Workload(*sizes[0], **options).to_dict()
     table |= dict(zip(("height", "width"), np.array(sizes).T, strict=True))
-    search = Search(
-        predictor.within(limit := parse_bytes(memory)),
-        limit,
-        metric,
-        level,
-        lambda k: Workload(*sizes[k], **options),
-        table,
-    )
-    sure, likely = search.sure_and_likely(f"no size of {across}:{down}", lambda k: "x".join(map(str, sizes[k])))
-    return LargestSize(sizes[sure], sizes[likely])
+    return sizes, Search(predictor, parse_bytes(memory), metric, level, lambda k: Workload(*sizes[k], **options), table)
 
 
 STEPS, SHARE = (64, 32, 16, 8), 16
@@ -145,14 +168,22 @@ def sizes_of_aspect(aspect: tuple[int, int], step: int | None = None) -> list[tu
     across, down = aspect
     short, long = sorted(aspect)
     found: list[tuple[int, int]] = []
-    side = -(-MIN_SIDE // (step or VAE_SCALE)) * (step or VAE_SCALE)
-    while side <= MAX_SIDE:
-        each = step or next((s for s in STEPS if s * SHARE <= side), VAE_SCALE)
+    for side, each in _shorter_sides(step):
         other = max(round(side // each * long / short), 1) * each
         if found and other > MAX_SIDE:
             break
         found.append((side, other) if down <= across else (other, side))
-        side += each
+    return found
+
+
+@cache
+def _shorter_sides(step: int | None) -> list[tuple[int, int]]:
+    """Shorter sides that are tried, with the multiples that the longer side is rounded to [pixels]."""
+    found: list[tuple[int, int]] = []
+    side = -(-MIN_SIDE // (step or VAE_SCALE)) * (step or VAE_SCALE)
+    while side <= MAX_SIDE:
+        found.append((side, step or next((s for s in STEPS if s * SHARE <= side), VAE_SCALE)))
+        side += found[-1][1]
     return found
 
 
@@ -181,13 +212,11 @@ def max_batch_size(
     """
     check_keywords(options)
 
-    limit = parse_bytes(memory)
-
     def run(batch: int) -> Workload:
         return Workload(height, width, prompt_length, batch, **options)
 
     table = run(1).to_dict() | {"batch_size": np.arange(1, MAX_BATCH_SIZE + 1)}
-    search = Search(predictor.within(limit), limit, metric, level, lambda k: run(k + 1), table)
+    search = Search(predictor, parse_bytes(memory), metric, level, lambda k: run(k + 1), table)
     sure, likely = search.sure_and_likely(f"not even one image of {height}x{width}", lambda k: str(k + 1))
     return LargestBatch(sure + 1, likely + 1)
 
@@ -240,7 +269,7 @@ class Search:
         metric, at = metric_and_level(self.model, self.metric, level)
         beyond = self.model.beyond(self.table, self.limit_bytes, metric=metric, level=at)
         for index in reversed(np.flatnonzero(~beyond).tolist()):
-            if bound(self.model, self.run(index), metric, at).upper <= self.limit_bytes:
+            if self.model.is_sure(self.run(index), self.limit_bytes, metric=metric, level=at):
                 return int(index)
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdfit.errors import UnknownVariant
 from sdfit.predict.prediction import Prediction
-from sdfit.predict.verdict import Model, bound
+from sdfit.predict.verdict import Model, bound, metric_and_level
 from sdfit.units import parse_bytes
 from sdfit.workload import VAE_SCALE, Workload
 
@@ -166,22 +166,21 @@ class _Search:
         self, predictor: Model, workload: Workload, limit: float, metric: str | None, level: float | None
     ) -> None:
         self.predictor, self.workload, self.limit, self.metric, self.level = predictor, workload, limit, metric, level
-        self._quick = predictor.within(limit)
 
     def predict(self, change: Mapping[str, Any]) -> Prediction | None:
         """The changed run; None if the model does not know it."""
-        return self._asked(self.predictor, change)
+        try:
+            return bound(self.predictor, replace(self.workload, **change), self.metric, self.level)
+        except UnknownVariant:
+            return None
 
     def fits(self, change: Mapping[str, Any]) -> bool:
         """Whether the changed run fits."""
-        prediction = self._asked(self._quick, change)
-        return prediction is not None and prediction.upper <= self.limit
-
-    def _asked(self, model: Model, change: Mapping[str, Any]) -> Prediction | None:
+        metric, level = metric_and_level(self.predictor, self.metric, self.level)
         try:
-            return bound(model, replace(self.workload, **change), self.metric, self.level)
+            return self.predictor.is_sure(replace(self.workload, **change), self.limit, metric=metric, level=level)
         except UnknownVariant:
-            return None
+            return False
 
     def changes(self) -> Iterator[dict[str, Any]]:
         """All combinations of single changes, the cheap before the dear, none before a part of it; last a smaller size."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfit.errors import InvalidWorkload, SdfitError, needs
-from sdfit.predict.advise import NothingFits, largest
+from sdfit.predict.advise import largest_sure
 from sdfit.predict.conformal import check_level
 from sdfit.predict.torn import torn
 from sdfit.predict.verdict import FITS, Model, Verdict, verdict
@@ -188,7 +188,7 @@ def check(
     if level is not None:
         check_level(level)  # else it would be said of each picture, or of none
     known: dict[Any, tuple[int, int] | None] = {}
-    quick = model.within(memory, exact=True)
+    quick = model.within(memory)
     for picture in pictures:
         if picture.problem:
             yield Answer(picture)
@@ -206,9 +206,8 @@ def check(
         shape = _shape(picture)
         if shape not in known:
             try:
-                sure = largest(model, memory=memory, aspect=shape, level=level, **options)
-                known[shape] = (sure[0], sure[1])
-            except (NothingFits, InvalidWorkload):
+                known[shape] = largest_sure(model, memory=memory, aspect=shape, level=level, **options)
+            except InvalidWorkload:
                 known[shape] = None
         yield Answer(picture, found, known[shape])
 

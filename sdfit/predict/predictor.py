@@ -85,7 +85,7 @@ class Predictor:
         """The regression alone, without any simulation (see `sdfit.predict.replayed`): here itself."""
         return self
 
-    def within(self, limit_bytes: float, *, exact: bool = False) -> Predictor:
+    def within(self, limit_bytes: float) -> Predictor:
         """The model for many questions whether runs need more than a limit [bytes]: here itself."""
         return self
 
@@ -290,6 +290,18 @@ offload, safety_checker, execution
         upper = value + above
         return np.isfinite(upper) & (upper > limit_bytes * (1 + ROUNDING))
 
+    def is_sure(
+        self, workload: Workload, limit_bytes: float, *, metric: str, level: float, simulated: bool = False
+    ) -> bool:
+        """Whether a run's upper bound is within a limit [bytes]: a question that may be answered sooner than by the bound.
+
+        Raises
+        ------
+        InvalidWorkload
+            As `sdfit.predict.verdict.bound`.
+        """
+        return verdict.bound(self, workload, metric, level).upper <= limit_bytes
+
     def supported_level(self, metric: str) -> float:
         """The highest level that a metric's conformal scores support; 0 without any."""
         check_metric(metric)
@@ -333,7 +345,7 @@ offload, safety_checker, execution
     ) -> bool:
         """Whether a workload's upper bound stays within an amount of memory; see `sdfit.predict.verdict.fits`."""
         there = available(memory, self.card).memory_bytes
-        return verdict.fits(self.within(there), _workload(args, kwargs), memory=there, metric=metric, level=level)
+        return verdict.fits(self, _workload(args, kwargs), memory=there, metric=metric, level=level)
 
     def largest(self, *, memory: str | float | None = None, **kwargs: Any) -> advise.LargestSize:
         """The largest size of an aspect ratio that fits; see `sdfit.predict.advise.largest`."""

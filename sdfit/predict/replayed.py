@@ -10,7 +10,8 @@ and so is a run in a regime that the equation describes to percents only (`sdfit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,10 +26,11 @@ from sdfit.predict.artifact import Artifact
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor
 from sdfit.predict.simulation.library import NotSimulated
-from sdfit.predict.simulation.needed import Needed, Stages
+from sdfit.predict.simulation.needed import Needed, Stages, least_bytes
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.predict.table import predict_table
 from sdfit.predict.variant import Variant
+from sdfit.predict.verdict import finite
 from sdfit.workload import VariantKey, Workload, variant_name
 
 REPLAYED = ("reserved", "device", "required", "minimum")
@@ -44,10 +46,13 @@ most, of others by three quarters."""
 class Replay(Protocol):
     """What simulates runs: a `sdfit.predict.simulation.needed.Needed`. Raises `NotSimulated` for a run that it does not know."""
 
-    def __call__(self, workload: Workload, metric: str, limit_bytes: float | None = None) -> int:
-        """A metric of a run [bytes]; what is above a limit, if there is one, may be less than what is needed."""
+    def __call__(self, workload: Workload, metric: str) -> int:
+        """A metric of a run [bytes]."""
 
-    def stages(self, workload: Workload, limit_bytes: float | None = None) -> Stages:
+    def suffices(self, workload: Workload, metric: str, cap_bytes: float) -> bool:
+        """Whether a metric of a run is no more than a cap [bytes], which is found sooner than the metric."""
+
+    def stages(self, workload: Workload) -> Stages:
         """The peak of each stage, and the weights that are on the card in it."""
 
 
@@ -160,10 +165,7 @@ class Replayed(Predictor):
     replay : Replay
         Of the same kernels as the model. What it raises `NotSimulated` for stays the equation's.
     limit_bytes : float, optional
-        Simulate only runs of which the model's own bounds do not say whether they need more than this [bytes]; of those that
-        do, the number may be too low. None: simulate all.
-    exact : bool
-        Whether the number is not to be too low where a run is simulated.
+        Simulate only runs of which the model's own bounds do not say whether they need more than this [bytes]. None: simulate all.
 
     Raises
     ------
@@ -180,19 +182,17 @@ class Replayed(Predictor):
 
     _plain_pixels = edges(STAGES)[0]
 
-    def __init__(
-        self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None, exact: bool = False
-    ) -> None:
+    def __init__(self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None) -> None:
         no = why_not(model)
         if no:
             raise SdfitError(no, provenance=model.provenance)
         super().__init__(model.artifact, model.path, model.name, model.card)
-        self._model, self._replay, self.limit_bytes, self.exact = model, replay, limit_bytes, exact
+        self._model, self._replay, self.limit_bytes = model, replay, limit_bytes
         self._needs: dict[tuple[Workload, str], int] = {}
-        self._at_least: dict[tuple[Workload, str], int] = {}
+        self._answers: dict[tuple[Workload, str, float], bool] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_again, (self._model, self._replay, self.limit_bytes, self.exact))
+        return (_again, (self._model, self._replay, self.limit_bytes))
 
     @property
     def _alone(self) -> Callable[..., Prediction]:
@@ -203,10 +203,10 @@ class Replayed(Predictor):
         """The regression alone: microseconds, and tables of any length."""
         return self._model
 
-    def within(self, limit_bytes: float, *, exact: bool = False) -> Replayed:
+    def within(self, limit_bytes: float) -> Replayed:
         """The same model, for questions whether runs need more than this [bytes]; what was replayed is shared."""
         twin = object.__new__(Replayed)
-        twin.__dict__ |= self.__dict__ | {"limit_bytes": limit_bytes, "exact": exact}
+        twin.__dict__ |= self.__dict__ | {"limit_bytes": limit_bytes}
         return twin
 
     def predict_workload(
@@ -222,13 +222,14 @@ class Replayed(Predictor):
         try:
             found = super().predict_workload(workload, metric=metric, level=level)
         except NeverSwept as never:
-            return self._simulated(workload, metric, level, never)
-        # what is known of a run changes no answer, but that nothing of it is the equation's where what it requires is not
-        by_replay = metric != "required" and (workload, "required") in self._needs
+            with _never_simulated(self.artifact.name, workload, never):
+                return self._by_simulation(workload, metric, level)
         if metric not in REPLAYED:
-            rough = is_rough(stages_of(workload.variant), Sizes.of_workload(workload))
-            return self._simulated(workload, metric, level, found) if rough else found
-        if not by_replay and self._settled(found):
+            if is_rough(stages_of(workload.variant), Sizes.of_workload(workload)):
+                with suppress(NotSimulated):
+                    return self._by_simulation(workload, metric, level)
+            return found
+        if self.limit_bytes is not None and _settled(found, self.limit_bytes, alone=False):
             return found
         try:
             needed = self._needed(workload, metric)
@@ -236,23 +237,48 @@ class Replayed(Predictor):
             return found
         return ReplayedPrediction(needed, Run.of(self.variant(workload.variant), workload), workload, metric, level)
 
-    def _simulated(
-        self, workload: Workload, metric: str, level: float, equation: Prediction | NeverSwept
-    ) -> Prediction:
-        """A run that is not left to the equation: what that says, or why it says nothing, is for one that is not simulated."""
+    def is_sure(
+        self, workload: Workload, limit_bytes: float, *, metric: str, level: float, simulated: bool = False
+    ) -> bool:
+        """As the model's, by a replay under what the bound leaves of the limit, if the equation does not settle it.
+
+        Parameters
+        ----------
+        simulated : bool
+            Whether the equation is not to settle it.
+        """
         try:
-            peaks, weights = self._replay.stages(workload, self._limit)
-            value = self._needed(workload, metric)
-        except NotSimulated as reason:
-            if isinstance(equation, Prediction):
-                return equation
-            raise NeverSwept(
-                f"'{self.artifact.name}' has no coefficients for {variant_name(workload.variant)}, and this run is not "
-                f"simulated: {reason}",
-                variant=workload.variant,
-            ) from equation
-        run = Run(self.artifact, workload.variant, peaks, weights)
-        return ReplayedPrediction(value, run, workload, metric, level)
+            found = super().predict_workload(workload, metric=metric, level=level)
+        except NeverSwept as never:
+            if least_bytes(workload) > limit_bytes:
+                return False
+            with _never_simulated(self.artifact.name, workload, never):
+                return self._suffices(self._simulated(workload), workload, metric, limit_bytes, level)
+        if metric not in REPLAYED:
+            return super().is_sure(workload, limit_bytes, metric=metric, level=level)
+        if simulated or not _settled(found, limit_bytes, alone=True):
+            run = Run.of(self.variant(workload.variant), workload)
+            with suppress(NotSimulated):
+                return self._suffices(run, workload, metric, limit_bytes, level)
+        return finite(self, found).upper <= limit_bytes
+
+    def _suffices(self, run: Run, workload: Workload, metric: str, limit_bytes: float, level: float) -> bool:
+        """Whether a run's bound is within a limit; each question is asked once."""
+        context = self.context_bytes if metric == "device" else 0
+        cap = limit_bytes - context - ReplayedPrediction(0, run, workload, metric, level).upper
+        key = workload, "reserved" if metric == "device" else metric, cap
+        if key not in self._answers:
+            self._answers[key] = self._replay.suffices(*key)
+        return self._answers[key]
+
+    def _by_simulation(self, workload: Workload, metric: str, level: float) -> Prediction:
+        """A run of which nothing is the equation's."""
+        return ReplayedPrediction(self._needed(workload, metric), self._simulated(workload), workload, metric, level)
+
+    def _simulated(self, workload: Workload) -> Run:
+        """What is known of such a run."""
+        peaks, weights = self._replay.stages(workload)
+        return Run(self.artifact, workload.variant, peaks, weights)
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
         """As the model's, but for runs of which a simulation may say something else."""
@@ -280,41 +306,45 @@ class Replayed(Predictor):
             middle = (low + high) // 2
             workload = Workload(**{name: column[middle] for name, column in columns.items()})
             try:
-                far = self._replay(workload, "allocated", FAR * limit_bytes) > FAR * limit_bytes
+                far = not self._replay.suffices(workload, "allocated", FAR * limit_bytes)
                 first = middle if far else first
             except NotSimulated:  # too long a run, most likely
                 far = True
             low, high = (low, middle) if far else (middle + 1, high)
         return np.arange(rows) >= first
 
-    @property
-    def _limit(self) -> float | None:
-        """Above it a simulation may end too soon [bytes]."""
-        return None if self.exact else self.limit_bytes
-
     def _needed(self, workload: Workload, metric: str) -> int:
-        """A metric of a run; above the limit, perhaps less than that [bytes]. Each is simulated once."""
+        """A metric of a run [bytes]; each is simulated once."""
         if metric == "device":
             return self._needed(workload, "reserved") + self.context_bytes
-        key, limit = (workload, metric), self._limit
-        if key in self._needs:
-            return self._needs[key]
-        if limit is not None and self._at_least.get(key, 0) > limit:
-            return self._at_least[key]
-        needed = self._replay(workload, metric, limit)
-        known = self._needs if limit is None or needed <= limit else self._at_least
-        known[key] = needed
-        return needed
+        key = workload, metric
+        if key not in self._needs:
+            self._needs[key] = self._replay(workload, metric)
+        return self._needs[key]
 
-    def _settled(self, found: Prediction) -> bool:
-        if self.limit_bytes is None or math.isinf(found.upper):
-            return False
-        if found > FAR * self.limit_bytes and (not self.exact or found.lower > self.limit_bytes):
-            return True  # a lower end within the limit would make it one that may fit
-        if not found.of_its_kind:
-            return FAR * found.upper <= self.limit_bytes
-        surest = Prediction(float(found), found._facts[0], found.workload, found.metric, max(SURE, found.level))
-        return not surest.lower <= self.limit_bytes < surest.upper
+
+@contextmanager
+def _never_simulated(name: str, workload: Workload, never: NeverSwept) -> Iterator[None]:
+    """Say why a run of a variant that was never swept has no answer."""
+    try:
+        yield
+    except NotSimulated as reason:
+        raise NeverSwept(
+            f"'{name}' has no coefficients for {variant_name(workload.variant)}, and this run is not simulated: {reason}",
+            variant=workload.variant,
+        ) from never
+
+
+def _settled(found: Prediction, limit_bytes: float, *, alone: bool) -> bool:
+    """Whether the equation says for sure if a run needs more than a limit; ``alone``: if a yes or no is all that is asked."""
+    if math.isinf(found.upper):
+        return False
+    if found > FAR * limit_bytes and (alone or found.lower > limit_bytes):
+        return True  # a lower end within the limit would make it one that may fit
+    if not found.of_its_kind:
+        return FAR * found.upper <= limit_bytes
+    surest = Prediction(float(found), found._facts[0], found.workload, found.metric, max(SURE, found.level))
+    return not surest.lower <= limit_bytes < surest.upper
 
 
 def replaying(model: Predictor) -> Predictor:
@@ -353,5 +383,5 @@ SURE = 0.99
 """Level of the equation's bounds beyond which a run is not replayed."""
 
 
-def _again(model: Predictor, replay: Replay, limit_bytes: float | None, exact: bool) -> Replayed:
-    return Replayed(model, replay, limit_bytes=limit_bytes, exact=exact)
+def _again(model: Predictor, replay: Replay, limit_bytes: float | None) -> Replayed:
+    return Replayed(model, replay, limit_bytes=limit_bytes)

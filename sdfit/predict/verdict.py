@@ -33,11 +33,13 @@ class Model(Protocol):
     def name(self) -> str:
         """The card."""
 
-    def within(self, limit_bytes: float, *, exact: bool = False) -> Model:
-        """The same, for many questions whether runs need more than a limit [bytes]; of those that do, numbers may be too low.
+    def within(self, limit_bytes: float) -> Model:
+        """The same, for many questions whether runs need more than a limit [bytes]: where the equation tells, numbers are its."""
 
-        They are not if ``exact``, but may be the equation's where that tells.
-        """
+    def is_sure(
+        self, workload: Workload, limit_bytes: float, *, metric: str, level: float, simulated: bool = False
+    ) -> bool:
+        """Whether a run's upper bound is within a limit [bytes]; ``simulated``: nothing of it is to be the equation's."""
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
         """Which of many runs surely have an upper bound above a limit."""
@@ -137,9 +139,13 @@ def bound(predictor: Model, workload: Workload, metric: str | None = None, level
         If the model has too few scores for the level; an unknown bound is not the same as "does not fit".
     """
     metric, level = metric_and_level(predictor, metric, level)
-    prediction = predictor.predict_workload(workload, metric=metric, level=level)
+    return finite(predictor, predictor.predict_workload(workload, metric=metric, level=level))
+
+
+def finite(predictor: Model, prediction: Prediction) -> Prediction:
+    """A prediction, if it has an upper bound; otherwise as `bound`."""
     if math.isinf(prediction.upper):
-        highest = predictor.supported_level(metric)
+        level, highest = prediction.level, predictor.supported_level(prediction.metric)
         raise InvalidWorkload(
             f"'{predictor.name}' has too few scores for level {level:g}; ask for at most {highest:.3f} (--level), or sweep "
             "more sizes",
@@ -168,7 +174,8 @@ def fits(
     level : float, optional
         Share of runs that stay below the bound; None: `safe_level`.
     """
-    return bound(predictor, workload, metric, level).upper <= parse_bytes(memory)
+    metric, level = metric_and_level(predictor, metric, level)
+    return predictor.is_sure(workload, parse_bytes(memory), metric=metric, level=level)
 
 
 def verdict(
@@ -205,7 +212,8 @@ def _fits_without_workspaces(predictor: Model, needed: Prediction, memory_bytes:
     if needed.metric != "required" or "minimum" not in predictor.artifact.metrics:
         return False
     try:
-        model = predictor.within(memory_bytes, exact=needed.replayed)
-        return model.predict_workload(needed.workload, metric="minimum", level=needed.level).upper <= memory_bytes
+        return predictor.is_sure(
+            needed.workload, memory_bytes, metric="minimum", level=needed.level, simulated=needed.replayed
+        )
     except UnknownVariant:
         return False

@@ -16,6 +16,7 @@ from sdfit.predict.advise import (
     LargestSize,
     NothingFits,
     largest,
+    largest_sure,
     max_batch_size,
     sizes_of_aspect,
 )
@@ -42,6 +43,13 @@ def test_the_largest_size_is_the_largest(noisy: Predictor, aspect: tuple[int, in
     bigger_long = round(bigger_short / step * max(aspect) / min(aspect)) * step
     larger = (bigger_short, bigger_long) if across >= down else (bigger_long, bigger_short)
     assert not noisy.fits(*larger, memory=memory, level=0.9)
+
+
+def test_what_is_sure_alone_is_what_the_whole_answer_says(noisy: Predictor) -> None:
+    """The same size; none where nothing is sure."""
+    for aspect in ((1, 1), (16, 9), (2, 3)):
+        assert largest_sure(noisy, memory=9 * GIB, aspect=aspect) == largest(noisy, memory=9 * GIB, aspect=aspect)
+    assert largest_sure(noisy, memory=1) is None
 
 
 @pytest.mark.parametrize("aspect", [(1, 1), (3, 2), (2, 3), (16, 9), (1, 4), (7, 5), (21, 9)])

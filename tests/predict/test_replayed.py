@@ -31,9 +31,12 @@ class Counted:
     def __init__(self, f, factor=1.125):
         self.f, self.factor, self.asked = f, factor, []
 
-    def __call__(self, workload, metric, limit=None):
+    def __call__(self, workload, metric):
         self.asked.append((workload, metric))
         return round(self.factor * self.f.predict_workload(workload, metric=metric))
+
+    def suffices(self, workload, metric, cap):
+        return self(workload, metric) <= cap
 
 
 def test_what_hangs_on_packing_is_the_replay_and_what_is_allocated_the_equation(f):
@@ -102,17 +105,16 @@ def test_it_pickles_and_copies(f):
 def test_a_model_that_does_not_rest_on_traces_is_not_replayed(noisy):
     """A measured or made-up card knows more than a simulation; one sentence."""
     with pytest.raises(SdfitError, match="ask the model itself"):
-        Replayed(noisy, lambda workload, metric, limit: 1)
+        Replayed(noisy, lambda workload, metric: 1)
 
 
-def test_a_limit_is_answered_rightly_though_a_number_above_it_is_too_low(f):
-    """A run that needs more than a limit is found out sooner; asked for itself, its number is whole again."""
-    g, w = sdfit.load("t4"), Workload(880, 880, attention="eager")
-    whole = g.predict_workload(w, metric="required")
-    for limit in (whole - 2**21, whole, whole + 2**21):
-        near = sdfit.load("t4").within(limit)
-        assert (near.predict_workload(w, metric="required") <= limit) == (whole <= limit)
-        assert near.predict_workload(w, metric="required") <= whole
+def test_a_limit_is_answered_as_by_the_whole_number():
+    """By one replay under what the bound leaves of the limit; of the run itself the number is whole."""
+    w = Workload(880, 880, attention="eager")
+    for metric in ("required", "minimum", "reserved", "device"):
+        bound = sdfit.load("t4").predict_workload(w, metric=metric, level=0.99).upper
+        for limit in (bound - 2**21, bound - 1, bound + 1, bound + 2**21):
+            assert sdfit.load("t4").is_sure(w, limit, metric=metric, level=0.99, simulated=True) == (bound <= limit)
 
 
 def test_a_run_that_is_not_simulated_is_the_equations(f):
@@ -243,7 +245,7 @@ def test_numbers_within_a_limit_are_exact_where_asked():
     g = sdfit.load("t4")
     open_, settled = Workload(880, 880, attention="eager"), Workload(2048, 2048, attention="eager")
     whole = g.predict_workload(open_, metric="required")
-    near = sdfit.load("t4").within(whole - 2**21, exact=True)
+    near = sdfit.load("t4").within(whole - 2**21)
     assert near.predict_workload(open_, metric="required") == whole
     assert near.predict_workload(settled, metric="required").replayed is False
 

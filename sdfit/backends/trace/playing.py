@@ -106,7 +106,7 @@ def _learnt(observer: Observer, program: Program, lengths: Lengths, before: int,
 
 def _live(taken: Taken) -> Any:
     """What is live after each number of events, above what was before [bytes]."""
-    return np.concatenate([[0], np.cumsum([size for _, size in taken.events])])
+    return np.concatenate([[0], np.cumsum(taken.events.changes)])
 
 
 def _lengths(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lengths:

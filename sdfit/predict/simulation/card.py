@@ -41,6 +41,11 @@ class Traced:
         """The highest of the stages."""
         return max(self.stage_peaks.values())
 
+    @property
+    def requested_bytes(self) -> int:
+        """The peak of what is asked for at once: that of the events, which know no remainders. No cap below it suffices."""
+        return self.peak_bytes - self.unsplit_bytes
+
     def is_like(self, other: Traced) -> bool:
         """Whether another run took the same, event by event; blocks may have other numbers, and seconds are not looked at."""
 
@@ -87,7 +92,7 @@ class Card:
     ) -> None:
         self.meter, self.weights, self.offload, self.encodes = meter, weights, offload, encodes
         self.standing_bytes, self.unsplit_bytes = standing_bytes, 0
-        self._blocks: dict[str, list[int]] = {}
+        self._blocks: dict[str, range] = {}
         if standing_bytes and offload != "model":  # the remainders around weights that come and go are left out
             stay = tuple(name for name in resident("unet", offload) if name in weights)
             known = {} if unsplit is None else unsplit
@@ -102,7 +107,7 @@ class Card:
         self.meter.enter(stage)  # before the loading: what is loaded counts to the stage that needs it
         for name, sizes in self.weights.items():
             if name in self._resident(stage) and name not in self._blocks:
-                self._blocks[name] = [self.meter.allocate(size) for size in sizes]
+                self._blocks[name] = self.meter.allocate_all(sizes)
         if first and self.standing_bytes:
             self.meter.allocate(rounded(self.standing_bytes))
             self.meter.live_bytes += self.unsplit_bytes  # no event: a replay through the allocator finds it by itself

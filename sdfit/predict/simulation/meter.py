@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from sdfit.predict.simulation.order import Call, Events, Order
 from sdfit.predict.simulation.programs import Taken
-from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, SMALL_BYTES
 
 
 class Meter:
@@ -46,6 +50,23 @@ class Meter:
             self.events.append((self._blocks, size_bytes))
         return self._blocks
 
+    def allocate_all(self, sizes_bytes: Sequence[int]) -> range:
+        """Count blocks, already rounded, one after the other, and return their numbers."""
+        numbers = range(self._blocks + 1, self._blocks + 1 + len(sizes_bytes))
+        self.live_bytes += sum(sizes_bytes)
+        self._peak_bytes = max(self._peak_bytes, self.live_bytes)
+        if self.events is not None:
+            sizes = np.array(sizes_bytes, dtype=np.int64)
+            self._write(Events(np.array(numbers), sizes, np.zeros(len(sizes), dtype=bool)))
+        else:
+            self._blocks += len(sizes_bytes)
+        return numbers
+
+    @property
+    def count(self) -> int:
+        """How many events there were, where they are kept."""
+        return len(self.events or ())
+
     @property
     def blocks(self) -> int:
         """How many blocks were allocated so far; the last one has this number."""
@@ -73,7 +94,7 @@ class Meter:
         """Run ``call``; return its result and what it took, so that `repeat` can count it again without running it."""
         self.leave()
         before, live, stage = self.stage_peaks, self.live_bytes, self.stage
-        first = len(self.events) if self.events is not None else 0
+        first, blocks = len(self.events) if self.events is not None else 0, self._blocks
         self.stage_peaks = {}
         self.enter(stage)
         if self.listener is not None:
@@ -83,8 +104,10 @@ class Meter:
         inside, self.stage_peaks = self.stage_peaks, before
         for name, peak in inside.items():
             before[name] = max(peak, before.get(name, 0))
-        events = self.events[first:] if self.events is not None else []
-        span = Span({name: peak - live for name, peak in inside.items()}, events, self.stage)
+        events = Events.of(self.events[first:] if self.events is not None else [])
+        above = {name: peak - live for name, peak in inside.items()}
+        kernels = np.isin(events.blocks, list(self.workspaces)) if self.workspaces else events.workspace
+        span = Span(above, events._replace(workspace=kernels), self.stage, blocks)
         if self.listener is not None:
             self.listener.ends(span)
         return result, span
@@ -97,21 +120,8 @@ class Meter:
             self.enter(stage)
             self._peak_bytes = max(self._peak_bytes, self.live_bytes + above)
         self.enter(span.last_stage)
-        if self.events is None:
-            return
-        open_blocks: dict[int, tuple[int, int]] = {}
-        for block, size in span.events:
-            if size > 0:
-                self._blocks += 1
-                open_blocks[block] = (self._blocks, size)
-                if block in self.workspaces:
-                    self.workspaces.add(self._blocks)
-                self.events.append((self._blocks, size))
-            elif block in open_blocks:
-                self.events.append((open_blocks.pop(block)[0], size))
-            elif (block, size) == CACHE_GIVEN_BACK:
-                self.give_cache_back()
-        self.events.extend((block, -size) for block, size in open_blocks.values())
+        if self.events is not None:
+            self._write(span.events.repeated(span.before, self._blocks - span.before), span)
 
     def play(self, taken: Taken) -> tuple[Span, list[int]]:
         """Count a call that need not run; return it as a span for `repeat`, and the blocks that it leaves."""
@@ -122,21 +132,76 @@ class Meter:
         self.enter(taken.last_stage)
         self._peak_bytes += taken.left_bytes
         self.live_bytes += taken.left_bytes
-        events = [event if event == CACHE_GIVEN_BACK else (event[0] + first, event[1]) for event in taken.events]
+        span = Span(taken.peaks_bytes, taken.events.after(first), taken.last_stage, first)
         if self.events is not None:
-            self.events.extend(events)
-            self._blocks += max((block for block, _ in taken.events), default=0)
-            self.workspaces.update(block + first for block in taken.workspaces)
-        return Span(taken.peaks_bytes, events, taken.last_stage), [block + first for block in taken.made]
+            self._write(span.events, span)
+        return span, [block + first for block in taken.made]
+
+    def _write(self, events: Events, span: Span | None = None) -> None:
+        """Write events down whose blocks are numbered on from the last one; those of a span, if they are."""
+        assert self.events is not None
+        self.events += events.listed()
+        self.workspaces.update(events.blocks[events.workspace].tolist())
+        self._blocks += events.born
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Span:
-    """What a piece of a run took: each stage's peak above what was live before, its events, where it ended."""
+    """What a piece of a run took: each stage's peak above what was live before, its events, where it ended.
+
+    ``before`` is how many blocks there were before it.
+    """
 
     peaks_bytes: dict[str, int]
-    events: list[tuple[int, int]]
+    events: Events
     last_stage: str
+    before: int
+
+
+class Writer(Meter):
+    """A meter of a run that is simulated, which writes its events in arrays and notes which of them are calls alike."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_events=True)
+        self._parts: list[Events] = []
+        self._calls: list[Call] = []
+        self._kinds: dict[Span, int] = {}
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """How many events there were."""
+        return self._count + len(self.events or ())
+
+    def order(self, beginning: int) -> Order:
+        """All of them; ``beginning`` of them came before the image did."""
+        self._put_away()
+        kinds = Counter(call.kind for call in self._calls)
+        calls = tuple(call for call in self._calls if kinds[call.kind] > 1)
+        blocks, changes = (np.concatenate([part[column] for part in self._parts]) for column in (0, 1))
+        return Order(blocks, changes, calls, beginning)
+
+    def _write(self, events: Events, span: Span | None = None) -> None:
+        self._put_away()
+        before = self._count
+        self._add(events)
+        self._blocks += events.born
+        if span is not None and events.blocks.all():  # the cache given back is that of both pools
+            self._calls.append(Call(before, self._count, self._kind(events, span)))
+
+    def _kind(self, events: Events, span: Span) -> int:
+        """A number for what calls do in the large pool: one that leaves a block there does not do what its repetition does."""
+        left = int(events.changes[np.abs(events.changes) > SMALL_BYTES].sum())
+        return -1 - len(self._calls) if left else self._kinds.setdefault(span, len(self._kinds))
+
+    def _put_away(self) -> None:
+        if self.events:
+            self._add(Events.of(self.events))
+            self.events.clear()
+
+    def _add(self, events: Events) -> None:
+        self._parts.append(events)
+        self._count += len(events.blocks)
 
 
 class Listener(Protocol):

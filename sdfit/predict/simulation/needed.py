@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from sdfit.equation.metrics import MATERIALISED
 from sdfit.predict.simulation.card import Traced
+from sdfit.predict.simulation.library import NotSimulated
+from sdfit.predict.simulation.order import Order
 from sdfit.predict.simulation.programs import HEADS
-from sdfit.predict.simulation.replay import replay, smallest_cap, without
+from sdfit.predict.simulation.replay import Beginning, replay, smallest_cap, suffices
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import DTYPE_BYTES, SLICES, VAE_SCALE, Workload
@@ -44,51 +46,82 @@ class Needed:
 
     def __init__(self, kernels: str) -> None:
         self.kernels = kernels
-        self._simulator = Simulator(workspaces_for(kernels), most_slices=MOST_SLICES)
-        self._last: tuple[Workload, Traced] | None = None
+        workspaces = workspaces_for(kernels)
+        self._simulator = Simulator(workspaces, most_slices=MOST_SLICES)
+        self._bare = Simulator(workspaces.bare(), most_slices=MOST_SLICES)
+        self._last: dict[Simulator, tuple[Workload, Order]] = {}
+        self._took: tuple[Workload, Traced] | None = None
+        self._beginning: Beginning | None = None
 
     def __reduce__(self) -> tuple[type[Needed], tuple[str]]:
         return (Needed, (self.kernels,))
 
-    def __call__(self, workload: Workload, metric: str, limit_bytes: float | None = None) -> int:
+    def __call__(self, workload: Workload, metric: str) -> int:
         """``required``: the smallest cap under which the run succeeds [bytes]; ``minimum``: if no kernel takes a workspace;
         ``reserved``: what the allocator takes of the card where there is room; ``allocated``: what is live of it.
-
-        Where that is above ``limit_bytes``, what is given may be any number between the two, and is found sooner.
         """
         with uncollected():
-            return self._needed(workload, metric, limit_bytes)
+            if metric == "allocated":
+                return self._run(workload).peak_bytes
+            order, beginning = self._order(workload, metric)
+            return (
+                replay(order.listed()).reserved_bytes
+                if metric == "reserved"
+                else smallest_cap(order, beginning=beginning)
+            )
 
-    def stages(self, workload: Workload, limit_bytes: float | None = None) -> Stages:
-        """The peak of each stage, and the weights that are on the card in it; of a run far above a limit, one at least."""
-        least = least_bytes(workload)
-        if limit_bytes is not None and least > limit_bytes:
-            return Stages({"unet": least}, {"unet": 0})
-        run = self._run(workload)
+    def suffices(self, workload: Workload, metric: str, cap_bytes: float) -> bool:
+        """Whether a metric of a run is no more than a cap [bytes]: one replay where it is, none where what must be there is more.
+
+        Seldom a run fails under a cap though it succeeds under a smaller one (see `sdfit.predict.simulation.replay.smallest_cap`):
+        what fails is looked into, and the smallest cap has the last word. What succeeds is not.
+        """
+        if least_bytes(workload) > cap_bytes:
+            return False
+        with uncollected():
+            if metric == "allocated":
+                return self._run(workload).peak_bytes <= cap_bytes
+            try:
+                order, beginning = self._order(workload, metric)
+            except NotSimulated:  # too long a run, most likely
+                if self._of(metric).run(workload).requested_bytes > cap_bytes:
+                    return False
+                raise
+            if order.requested_bytes > cap_bytes:
+                return False
+            if metric == "reserved":
+                return replay(order.listed()).reserved_bytes <= cap_bytes
+            if beginning.after(cap_bytes) is not None and beginning.least_bytes(order) > cap_bytes:
+                return False
+            return suffices(order, int(cap_bytes), beginning=beginning) or (
+                smallest_cap(order, beginning=beginning) <= cap_bytes
+            )
+
+    def stages(self, workload: Workload) -> Stages:
+        """The peak of each stage, and the weights that are on the card in it."""
+        with uncollected():
+            run = self._run(workload)
         return Stages(dict(run.stage_peaks), run.resident_bytes)
 
-    def _run(self, workload: Workload, *, keep_events: bool = False) -> Traced:
+    def _run(self, workload: Workload) -> Traced:
         """The last one is kept: a run is mostly asked for several metrics in a row."""
-        last = self._last
-        if last is None or last[0] != workload or (keep_events and last[1].events is None):
-            last = self._last = workload, self._simulator.run(workload, keep_events=keep_events)
-        return last[1]
+        if self._took is None or self._took[0] != workload:
+            self._took = workload, self._simulator.run(workload)
+        return self._took[1]
 
-    def _needed(self, workload: Workload, metric: str, limit_bytes: float | None) -> int:
-        if limit_bytes is not None and least_bytes(workload) > limit_bytes:
-            return least_bytes(workload)
-        if metric == "allocated":
-            return self._run(workload).peak_bytes
-        if limit_bytes is not None and metric in ("required", "reserved"):
-            live = self._run(workload).peak_bytes
-            if live > limit_bytes:
-                return live
-        simulated = self._run(workload, keep_events=True)
-        assert simulated.events is not None
-        if metric == "reserved":
-            return replay(simulated.events).reserved_bytes
-        events = simulated.events if metric == "required" else without(simulated.events, simulated.workspaces)
-        return smallest_cap(events, limit_bytes=None if limit_bytes is None else int(limit_bytes))
+    def _of(self, metric: str) -> Simulator:
+        return self._bare if metric == "minimum" else self._simulator
+
+    def _order(self, workload: Workload, metric: str) -> tuple[Order, Beginning]:
+        """What a run does with memory, and how it begins: runs of one kind begin alike, and that is served once."""
+        simulator = self._of(metric)
+        last, beginning = self._last.get(simulator), self._beginning
+        if last is None or last[0] != workload:
+            last = self._last[simulator] = workload, simulator.order(workload)
+        order = last[1]
+        if beginning is None or not beginning.begins(order):
+            beginning = self._beginning = Beginning(order)
+        return order, beginning
 
 
 def least_bytes(workload: Workload) -> int:

@@ -31,6 +31,8 @@ class Img2Img:
     def __init__(self, modules: Modules, num_inference_steps: int) -> None:
         self.modules, self.workload, self.each_bytes = modules, modules.workload, modules.each_bytes
         self.vae, self.scheduler = Vae(modules), Scheduler(modules.meter, num_inference_steps)
+        self.beginning = 0
+        """How many events came before the image."""
 
     def empty(self, *shape: int, each_bytes: int | None = None) -> Tensor:
         """A tensor that comes to the card, or is made there."""
@@ -82,6 +84,7 @@ class Img2Img:
 
     def _prepare_latents(self) -> Tensor:
         workload = self.workload
+        self.beginning = self.modules.meter.count
         image = self.empty(workload.batch_size, IMAGE_CHANNELS, workload.effective_height, workload.effective_width)
         init_latents = self.vae.encode(image)
         init_latents = 1 * init_latents

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdfit.equation.weights import GRANULE_BYTES
-from sdfit.predict.simulation.streaming import Events, Moves
+from sdfit.predict.simulation.order import Events
+from sdfit.predict.simulation.streaming import Moves
 
 Convolution = Callable[[tuple[int, ...], tuple[int, ...], tuple[int, ...]], int]
 """``convolution(image, weight, out) -> bytes`` that its kernel holds, by the shapes of its operands."""
@@ -49,16 +50,15 @@ class Lengths(NamedTuple):
 class Taken(NamedTuple):
     """What one call took, beginning with nothing.
 
-    ``events`` as those of a `Meter`, blocks counted from 1; ``made`` the blocks that are there afterwards; ``workspaces``
-    the blocks that a kernel held. Without events wanted, the last three are empty.
+    ``events`` number blocks as they are born, from 1; ``made`` are the blocks that are there afterwards. Both are empty without
+    events wanted.
     """
 
     peaks_bytes: dict[str, int]
     last_stage: str
     left_bytes: int
-    events: list[tuple[int, int]]
+    events: Events
     made: tuple[int, ...]
-    workspaces: frozenset[int]
 
 
 def sides(side: int, kind: str) -> list[int]:
@@ -261,5 +261,5 @@ class Program:
             before = int(live[first - 1]) if first else 0
             name = stage if moves is not None else WITHOUT_STREAMS.get(stage, stage)
             peaks[name] = max(peaks.get(name, 0), before, int(live[first:end].max(initial=0)))
-        written = events.numbered(left) if keep_events else ([], (), frozenset[int]())
+        written = events.numbered(left) if keep_events else (Events.of([]), ())
         return Taken(peaks, self.marks[-1][1], int(live[-1]), *written)

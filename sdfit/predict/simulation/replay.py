@@ -2,20 +2,21 @@
 
 A trace gives the bytes that are live. What `torch.cuda.max_memory_reserved` reads, and the smallest cap under which
 the run succeeds, also depend on how the caching allocator packs blocks into segments. `replay` sends the events of a
-trace through a model of it (`sdfit.predict.simulation.segments`), and `smallest_cap` finds the cap. Both need the standard
-library only.
+trace through a model of it (`sdfit.predict.simulation.segments`), `smallest_cap` finds the cap, and `suffices` asks about one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+
 from sdfit.equation.weights import GRANULE_BYTES, rounded
 from sdfit.errors import SdfitError
+from sdfit.predict.simulation.order import Call, Order
 from sdfit.predict.simulation.segments import ROUND_LARGE_BYTES, CachingAllocator, segment_bytes
 
 
@@ -128,21 +129,20 @@ def _live(events: Iterable[tuple[int, int]]) -> Iterator[int]:
     return accumulate([size + more & whole if size > 0 else size & whole for _, size in events])
 
 
-def smallest_cap(events: Sequence[tuple[int, int]], *, limit_bytes: int | None = None) -> int:
+def smallest_cap(events: Sequence[tuple[int, int]] | Order, *, beginning: Beginning | None = None) -> int:
     """Find the smallest cap under which the events still succeed: the metric ``required`` of a trace.
 
     Parameters
     ----------
-    events : sequence of (int, int)
+    events : sequence of (int, int), or Order
         As for `replay`.
-    limit_bytes : int, optional
-        If the events fail under this cap, only that is of interest [bytes].
+    beginning : Beginning, optional
+        What the events begin with.
 
     Returns
     -------
     int
-        A cap [bytes] under which `replay` succeeds, a whole number of 2 MiB as all segments are; 2 MiB less fails. Where the
-        events fail under the limit, one byte more than that.
+        A cap [bytes] under which `replay` succeeds, a whole number of 2 MiB as all segments are; 2 MiB less fails.
 
     Notes
     -----
@@ -162,19 +162,11 @@ def smallest_cap(events: Sequence[tuple[int, int]], *, limit_bytes: int | None =
     26
     """
     step = ROUND_LARGE_BYTES
-    replays = _Replays(events)
-    fails, works = -step, -(-max(_live(events), default=0) // step) * step
-    limit = math.inf if limit_bytes is None else limit_bytes
-    if works > limit:
-        return int(limit) + 1
+    order = _in_order(events)
+    replays = _Replays(order, beginning)
+    fails, works = -step, -(-order.requested_bytes // step) * step
     while (wanted := replays.wanted(works)) is not None:
-        if wanted > limit:
-            if replays.wanted(int(limit)) is not None:
-                return int(limit) + 1
-            limit = math.inf
         fails, works = works, wanted
-    if limit < math.inf and replays.wanted(int(limit)) is not None:
-        return int(limit) + 1
     middle = works - step
     while fails < middle:
         if replays.wanted(middle) is None:
@@ -183,6 +175,22 @@ def smallest_cap(events: Sequence[tuple[int, int]], *, limit_bytes: int | None =
             fails = middle
         middle = (fails + works) // (2 * step) * step
     return works
+
+
+def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, beginning: Beginning | None = None) -> bool:
+    """Whether the events succeed under a cap: what a single replay says, up to the request that fails.
+
+    Examples
+    --------
+    >>> from sdfit.units import MIB
+    >>> suffices([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)], 26 * MIB)
+    True
+    """
+    return _Replays(_in_order(events), beginning).wanted(cap_bytes) is None
+
+
+def _in_order(events: Sequence[tuple[int, int]] | Order) -> Order:
+    return events if isinstance(events, Order) else Order.of(events)
 
 
 class _Checkpoint(NamedTuple):
@@ -200,11 +208,52 @@ class _Tried(NamedTuple):
     most: float
 
 
+class Beginning:
+    """What runs of one kind begin with, whatever their size: the weights and the text encoder. Served once.
+
+    Parameters
+    ----------
+    order : Order
+        Of one of them.
+    """
+
+    def __init__(self, order: Order) -> None:
+        events = order.listed(0, order.beginning)
+        self._blocks, self._changes = order.blocks[: order.beginning], order.changes[: order.beginning]
+        self._after = _Checkpoint(order.beginning, CachingAllocator())
+        self._after.allocator.serve(events)
+        self._held: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def begins(self, order: Order) -> bool:
+        """Whether a run begins so."""
+        first = slice(order.beginning)
+        return np.array_equal(order.blocks[first], self._blocks) and np.array_equal(order.changes[first], self._changes)
+
+    def after(self, cap_bytes: float) -> _Checkpoint | None:
+        """What all replays have come to that do not meet their cap before; None if one under this cap does."""
+        return self._after if self._after.allocator.reserved_peak_bytes <= cap_bytes else None
+
+    def least_bytes(self, order: Order) -> int:
+        """What a run that begins so reserves at least, under any cap that it does not meet so early [bytes].
+
+        The segments of the blocks that stay to its end, and what else is live at once and fits into none of their gaps.
+        """
+        blocks, changes = order.blocks[order.beginning :], order.changes[order.beginning :]
+        last = int(self._blocks.max(initial=0))
+        gone = tuple(np.unique(blocks[(changes < 0) & (blocks <= last)]).tolist())
+        if gone not in self._held:
+            allocator = self._after.allocator
+            self._held[gone] = allocator.held_by(allocator.live_numbers - set(gone))
+        held, room = self._held[gone]
+        beside = np.where((blocks > last) & (np.abs(changes) > room), changes, 0)
+        return held + int(np.cumsum(beside).max(initial=0))
+
+
 class _Replays:
     """Replays of the same events under rising caps and falling ones; what an earlier one tells is not tried again."""
 
-    def __init__(self, events: Sequence[tuple[int, int]]) -> None:
-        self._events = events
+    def __init__(self, order: Order, beginning: Beginning | None = None) -> None:
+        self._order, self._beginning = order, beginning
         self._tried: list[_Tried] = []
         self._base = _Checkpoint(0, CachingAllocator())
 
@@ -216,34 +265,88 @@ class _Replays:
         for tried in self._tried:
             if tried.least <= cap_bytes < tried.most:
                 return tried.wanted
-        wanted, allocator, met = _capped(self._events, self._base, cap_bytes)
+        begun = self._beginning.after(cap_bytes) if self._beginning is not None else None
+        base = self._base if begun is None or begun.event < self._base.event else begun
+        replay = _Capped(self._order, base, cap_bytes)
+        wanted, allocator = replay.wanted(), replay.allocator
         self._tried.append(_Tried(wanted, allocator.reserved_peak_bytes, allocator.least_refused_bytes))
         if wanted is not None:
-            self._base = met
+            self._base = replay.met
         return wanted
 
 
-def _capped(
-    events: Sequence[tuple[int, int]], base: _Checkpoint, cap_bytes: int
-) -> tuple[int | None, CachingAllocator, _Checkpoint]:
-    """Replay under a cap from a checkpoint on.
+class _Capped:
+    """A replay under a cap from a checkpoint on.
 
-    Returns what would have been reserved had the failing request found it [bytes], None if none fails; the allocator as it then
-    stands; and the checkpoint at which the cap was first met.
+    Attributes
+    ----------
+    allocator : CachingAllocator
+    met : _Checkpoint
+        Where the cap was first met; the one that it began with if it was not.
     """
-    allocator, met = base.allocator.copy(), base
-    allocator.cap_bytes = cap_bytes
 
-    def meet(index: int) -> None:
-        nonlocal met
-        met = _Checkpoint(index, allocator.copy())
-        allocator.at_limit = None
+    def __init__(self, order: Order, base: _Checkpoint, cap_bytes: int) -> None:
+        self._order, self._first, self.met = order, base.event, base
+        self.allocator = base.allocator.copy()
+        self.allocator.cap_bytes, self.allocator.at_limit = cap_bytes, self._meet
 
-    allocator.at_limit = meet
-    failed = allocator.serve(events, base.event)
-    if failed is None:
-        return None, allocator, met
-    return allocator.reserved_bytes + segment_bytes(rounded(events[failed][1])), allocator, met
+    def wanted(self) -> int | None:
+        """What would have been reserved had the request that fails found it [bytes]; None if none fails."""
+        failed = self._serve()
+        if failed is None:
+            return None
+        return self.allocator.reserved_bytes + segment_bytes(rounded(int(self._order.changes[failed])))
+
+    def _meet(self, index: int) -> None:
+        self.met = _Checkpoint(index, self.allocator.copy())
+        self.allocator.at_limit = None
+
+    def _serve(self) -> int | None:
+        """The event that finds no memory, None if all do.
+
+        A call that reserves nothing and leaves the large pool as it found it does so whenever it finds it so: of its like only the
+        small pool's events are served, as neither pool sees more of the other than what both have reserved.
+        """
+        at = self._first
+        known: dict[int, tuple[int, ...]] = {}
+        for call in self._order.calls:
+            if call.first < at:
+                continue
+            failed = self.allocator.serve(self._order.listed(at, call.first), at)
+            if failed is not None:
+                return failed
+            at, found = call.end, self.allocator.large_pieces
+            if known.get(call.kind) == found and self._small_alone(call):
+                continue
+            before = self.allocator.reserved_bytes, self.allocator.retries
+            failed = self.allocator.serve(self._order.listed(call.first, call.end), call.first)
+            if failed is not None:
+                return failed
+            after = self.allocator.reserved_bytes, self.allocator.retries
+            if after == before and self.allocator.large_pieces == found:
+                known[call.kind] = found
+        return self.allocator.serve(self._order.listed(at), at)
+
+    def _small_alone(self, call: Call) -> bool:
+        """Serve a call's events in the small pool; no, and nothing is done, if that meets the cap."""
+        trial = self.allocator.copy()
+        trial.least_refused_bytes = self.allocator.least_refused_bytes
+        trial.at_limit = _refuse
+        try:
+            trial.serve(self._order.small(call))
+        except _CapMet:
+            return False
+        trial.at_limit = self.allocator.at_limit
+        self.allocator = trial
+        return True
+
+
+class _CapMet(Exception):
+    """Where it is not to be met."""
+
+
+def _refuse(index: int) -> None:
+    raise _CapMet
 
 
 def without(events: Sequence[tuple[int, int]], blocks: Collection[int]) -> list[tuple[int, int]]:

@@ -39,9 +39,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from copy import copy
-from itertools import islice
 from typing import NamedTuple
 
 from sdfit.equation.weights import GRANULE_BYTES
@@ -154,16 +153,16 @@ class CachingAllocator:
         self._driver = driver or self._below
         self._count = 0
 
-    def serve(self, events: Sequence[tuple[int, int]], first: int = 0) -> int | None:  # noqa: PLR0915 (a call an event is slow)
+    def serve(self, events: Iterable[tuple[int, int]], first: int = 0) -> int | None:  # noqa: PLR0915 (a call an event is slow)
         """Serve allocations and frees; the index of the event that finds no memory, None if all do.
 
         Parameters
         ----------
-        events : sequence of (int, int)
+        events : iterable of (int, int)
             ``(number, +size_bytes)`` for a request, ``(number, -size_bytes)`` where its block is freed, `CACHE_GIVEN_BACK`. Numbers
             are above 0, and each is live once at most.
         first : int
-            The event to begin with.
+            What the first of them counts as.
         """
         small, large, live = self._small, self._large, self._live
         ends, begins, segments = self._ends, self._begins, self._segments
@@ -171,7 +170,7 @@ class CachingAllocator:
         more, whole, most_small = GRANULE_BYTES - 1, -GRANULE_BYTES, SMALL_BYTES
         allocated, peak = self.allocated_bytes, self.allocated_peak_bytes
         failed = None
-        for index, (number, change) in enumerate(islice(events, first, None), first):
+        for index, (number, change) in enumerate(events, first):
             if change > 0:
                 size = (change + more) & whole
                 cached = small if size <= most_small else large
@@ -287,6 +286,29 @@ class CachingAllocator:
         self._segments[address] = size_bytes
         self._reserve(size_bytes)
         return handed_out
+
+    @property
+    def live_numbers(self) -> set[int]:
+        """The blocks that are live."""
+        return set(self._live)
+
+    @property
+    def large_pieces(self) -> tuple[int, ...]:
+        """What is cached in the large pool, see `PLACES`: all that decides how requests there are served, until one finds nothing."""
+        return tuple(self._large)
+
+    def held_by(self, numbers: Collection[int]) -> tuple[int, int]:
+        """What is reserved as long as some blocks are live, and the most that one other block can have of it [bytes]."""
+        held = room = 0
+        blocks = sorted(self._live[number] for number in numbers)
+        for address, size in self._segments.items():
+            inside = blocks[bisect_left(blocks, (address,)) : bisect_left(blocks, (address + size,))]
+            if inside:
+                held += size
+                ends = [address, *(end for _, end in inside)]
+                begins = [*(begin for begin, _ in inside), address + size]
+                room = max(room, *(begin - end for begin, end in zip(begins, ends, strict=True)))
+        return held, room
 
     def copy(self) -> CachingAllocator:
         """Copy the allocator as it stands, for another cap: what was refused, and who is told, is not copied."""

@@ -9,32 +9,14 @@ that accelerate and diffusers attach (`sdfit.backends.trace.streaming`), and whe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from sdfit.predict.simulation.order import Events
 from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
 
 _CACHE, _ = CACHE_GIVEN_BACK
-"""The block, and the change, of the event that the cache is given back: 0."""
-
-
-class Events(NamedTuple):
-    """Events in order: the block of each, counted from 1, by how many bytes it changes what is live, is it a workspace."""
-
-    blocks: Any
-    changes: Any
-    workspace: Any
-
-    def numbered(self, left: Sequence[int]) -> tuple[list[tuple[int, int]], tuple[int, ...], frozenset[int]]:
-        """As a `sdfit.predict.simulation.meter.Meter` writes them, blocks numbered as they are born; so those that are left, and workspaces."""
-        born = self.changes > 0
-        numbers = np.zeros(int(self.blocks.max(initial=0)) + 1, dtype=np.int64)
-        numbers[self.blocks[born]] = np.arange(1, np.count_nonzero(born) + 1)
-        kept = (self.changes != 0) | (self.blocks == _CACHE)  # a workspace of nothing is no block
-        events = zip(numbers[self.blocks[kept]].tolist(), self.changes[kept].tolist(), strict=True)
-        workspaces = numbers[self.blocks[born & self.workspace]]
-        return list(events), tuple(int(numbers[block]) for block in left), frozenset(workspaces.tolist())
 
 
 class Moves:

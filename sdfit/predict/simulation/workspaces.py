@@ -291,6 +291,10 @@ class Workspaces:
         """Whether `convolution` is all that there is to it."""
         return not (self._products or self._measured)
 
+    def bare(self) -> Workspaces:
+        """Those of kernels that hold nothing while they run; what is there all the time stays."""
+        return Workspaces(replace(self.architecture, rules=(), products=(), measured=()))
+
     def __call__(self, workload: Workload, func: Any, args: tuple[Any, ...], out: Any) -> int:
         """Bytes that the kernel of one aten operation holds while it runs."""
         if self._measured:

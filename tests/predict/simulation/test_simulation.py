@@ -180,6 +180,27 @@ def test_slices_beyond_the_first_need_nothing_more(attention, offload):
     assert needs[0][:-1] == needs[1][:-1] and needs[0][-1] < needs[1][-1]
 
 
+def test_events_in_arrays_are_the_same():
+    """Those of each run in order, and the most that is live of them; without workspaces those of a table without them."""
+    table = workspaces_for("sm75")
+    simulator, bare = Simulator(table), Simulator(table.bare())
+    for w in drawn(SEED + 1, 8):
+        run, order = simulator.run(w, keep_events=True), simulator.order(w)
+        assert order.listed() == run.events and order.requested_bytes == run.requested_bytes, w
+        sizes = [size for _, size in without(run.events, run.workspaces)]
+        assert bare.order(w).changes.tolist() == sizes, w
+
+
+def test_a_question_is_answered_as_the_smallest_cap_says():
+    """Whether a cap suffices, at the smallest one, below it and far from it, of every metric; over drawn runs, with a seed."""
+    needed, step = Needed("sm75"), 2 << 20
+    for w in drawn(SEED + 2, 3):
+        for metric in ("required", "minimum", "reserved", "allocated"):
+            value = needed(w, metric)
+            for cap in (value // 2, value - step, value - 1, value, value + 50 * step, 2 * value):
+                assert needed.suffices(w, metric, cap) == (value <= cap), (w, metric, cap - value)
+
+
 def test_no_run_takes_less_than_its_least():
     """What is known of a run before it is simulated; over drawn ones, with a seed."""
     simulator = Simulator(None)

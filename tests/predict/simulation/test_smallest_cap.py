@@ -1,10 +1,12 @@
 """The smallest cap under which a run succeeds, against whole replays."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from sdfit.predict.simulation.replay import replay, smallest_cap
+from sdfit.predict.simulation.order import Call, Order
+from sdfit.predict.simulation.replay import Beginning, _Capped, _Checkpoint, replay, smallest_cap, suffices
 from sdfit.predict.simulation.segments import CachingAllocator, segment_bytes
 from sdfit.units import MIB
 
@@ -98,10 +100,75 @@ def test_a_replay_stands_for_the_caps_around_it():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_fails_under_a_limit_is_said_to_and_not_looked_into(seed):
-    """Under a limit that suffices the cap is the same one; under one that does not, one byte more than it."""
+def test_whether_a_cap_suffices_is_what_a_whole_replay_says(seed):
+    """With what the events begin with served once, and without; under caps that are met at once, late, and never."""
     events = made_up(seed)
     cap = smallest_cap(events)
-    for limit in (cap // 2, cap - STEP, cap - 1, cap, cap + 1, cap + STEP, cap + 3 * STEP, 2 * cap):
-        suffices = replay(events, cap_bytes=limit).outcome == "ok"
-        assert smallest_cap(events, limit_bytes=limit) == (cap if suffices else limit + 1)
+    order = replace(Order.of(events), beginning=60)
+    beginning = Beginning(order)
+    assert beginning.begins(order) and not beginning.begins(replace(Order.of(events[1:]), beginning=60))
+    assert smallest_cap(order, beginning=beginning) == cap
+    for limit in (cap // 8, cap // 2, cap - STEP, cap - 1, cap, cap + 1, cap + STEP, cap + 3 * STEP, 2 * cap):
+        whole = replay(events, cap_bytes=limit).outcome == "ok"
+        assert suffices(events, limit) == suffices(order, limit, beginning=beginning) == whole
+        if beginning.after(limit) is not None and whole:
+            assert beginning.least_bytes(order) <= limit
+
+
+def alike(seed, left):
+    """A call that is made four times, with blocks between them that stay or go, and what it leaves; where the calls are."""
+    rng = random.Random(seed)
+    inside = made_up(seed)[:200]
+    inside += [(number, -size) for number, size in dict(open_at_the_end(inside)).items()]
+    births = max(number for number, _ in inside)
+    events, calls, number, kept = [(1, 30 * MIB), (2, 900 * MIB), (2, -900 * MIB)], [], 2, []
+    for _ in range(4):
+        first = len(events)
+        events += [(block + number, size) for block, size in inside]
+        number += births
+        calls.append(Call(first, len(events), 0))
+        size = rng.choice((512, 70 * 512, 3 * MIB if left else 1024))
+        number += 1
+        events.append((number, size))
+        kept.append((number, -size))
+        if rng.random() < 0.5:
+            events.append(kept.pop(0))
+    return events, tuple(calls)
+
+
+def open_at_the_end(events):
+    """The blocks that are still there."""
+    there = {}
+    for number, size in events:
+        if size > 0:
+            there[number] = size
+        else:
+            del there[number]
+    return there
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_call_that_is_known_is_not_served_again_but_for_the_small_pool(seed):
+    """And each cap is answered as by a whole replay, whether the calls meet it, reserve more, or do neither."""
+    events, calls = alike(seed, left=seed % 3 == 0)
+    order = replace(Order.of(events), calls=calls)
+    cap = smallest_cap(events)
+    assert smallest_cap(order) == cap
+    most = replay(events).reserved_bytes
+    for limit in {cap // 2, cap - STEP, cap, cap + STEP, (cap + most) // 2, most - STEP, most, most + STEP}:
+        assert suffices(order, limit) == (replay(events, cap_bytes=limit).outcome == "ok")
+
+
+def test_known_calls_are_few_events():
+    """Of four calls alike the first is served in full, the others in the small pool alone."""
+    events, calls = alike(1, left=False)
+    served = []
+
+    class Counting(CachingAllocator):
+        def serve(self, events, first=0):
+            served.append(len(events))
+            return super().serve(events, first)
+
+    order = replace(Order.of(events), calls=calls)
+    assert _Capped(order, _Checkpoint(0, Counting()), 1 << 40).wanted() is None
+    assert sum(served) < 0.8 * len(events)
