@@ -88,7 +88,11 @@ def check(
     for answer in answers:
         p, v = answer.picture, answer.verdict
         size = f"{p.height}x{p.width}" if p.height else "-"
-        chance = f", {100 * v.chance:.0f} %" if v and v.answer == "may fit" and v.chance is not None else ""
+        chance = ""
+        if v and v.slower:
+            chance = " with slower kernels"
+        elif v and v.answer == "may fit" and v.chance is not None:
+            chance = f", {100 * v.chance:.0f} %"
         said = f"{v.answer}{chance}" if v else p.problem
         most = f"{answer.largest[0]}x{answer.largest[1]}" if answer.largest else "-"
         lines.append(

@@ -161,6 +161,7 @@ class Answer:
             "upper_bytes": round(v.prediction.upper) if v else None,
             "answer": v.answer if v else None,
             "chance": v.chance if v else None,
+            "slower": v.slower if v else None,
             "margin_bytes": round(v.margin_bytes) if v else None,
             "largest_height": self.largest[0] if self.largest else None,
             "largest_width": self.largest[1] if self.largest else None,
