@@ -58,8 +58,9 @@ _AMOUNT = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
 _SLICE = re.compile(r"\bmig\s+(\d+g\.(\d+)gb)\S*", re.IGNORECASE)
 """A part of a card (MIG), as in ``NVIDIA A100-SXM4-40GB MIG 1g.5gb``, and the memory in its name [GB]."""
 SLICE_SHARE = 0.88
-"""Of the memory in a slice's name, what CUDA is taken to report: ``nvidia-smi mig -lgip`` lists 4.75 GiB for 1g.5gb of an A100,
-16.00 for 1g.18gb of an H200, the least found."""
+"""Of the memory in a slice's name, what CUDA is taken to report; less than what was found, to be sure: ``nvidia-smi mig -lgip`` as
+people print it lists 4.75 GiB for 1g.5gb of an A100, 9.75 for 1g.10gb and 39.50 for 3g.40gb of an H100
+(https://jbarrow.ai/field_notes/nvidia-mig/). Of an H200 it is not known."""
 _OTHERS = re.compile(r"(rx|mi|arca|arcb)\d+\w*|radeon.*|instinct.*|gaudi\d*|tpu.*|m[1-5](pro|max|ultra)?|mps|cpu|xpu")
 """Short names of what runs no CUDA."""
 _ARCHITECTURE = re.compile(r"sm_?(\d{2,3})")
