@@ -19,12 +19,11 @@ from sdfit.backends.trace.tracer import Tracer  # noqa: E402
 from sdfit.errors import InvalidWorkload, SdfitError  # noqa: E402
 from sdfit.predict.simulation.card import Traced  # noqa: E402
 from sdfit.predict.simulation.replay import replay  # noqa: E402
+from sdfit.predict.simulation.unsplit import LOAD_ORDER, unsplit_bytes  # noqa: E402
 from sdfit.predict.simulation.workspaces import (  # noqa: E402
     ARCHITECTURES,
-    LOAD_ORDER,
     T4_EXCESS,
     convolution_bytes,
-    unsplit_bytes,
     workspaces_for,
 )
 from sdfit.study.comparison import published  # noqa: E402

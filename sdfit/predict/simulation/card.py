@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sdfit.equation.stages import resident
 from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.meter import Meter
-from sdfit.predict.simulation.workspaces import unsplit_bytes
+from sdfit.predict.simulation.unsplit import unsplit_bytes
 
 Weights = Mapping[str, Sequence[int]]
 """Sizes of the weights and buffers of each component, as the allocator rounds them [bytes], in the order of its modules."""

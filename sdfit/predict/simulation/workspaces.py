@@ -1,13 +1,13 @@
-"""Memory that a trace cannot see: what kernels hold while they run, and what stays around the weights.
+"""Memory that a trace cannot see: what kernels hold while they run.
 
-Three things, found by explaining published measurements, fifteen of them to the byte (``tests/backends/test_workspaces.py``):
+Two of three things, found by explaining published measurements, fifteen of them to the byte (``tests/backends/test_workspaces.py``):
 
 1. **Convolutions.** A cuDNN plan for tensor cores works on channels-last data. Around an NCHW tensor it copies: the
    input, the filter and, on some architectures, the output, all in one block that lives as long as the call. `Rule`
    says which operands are copied, per architecture, dtype and batch.
 2. **cuBLAS.** Each handle keeps a workspace from its first matrix product on (`Architecture.cublas_bytes`).
-3. **Unsplit blocks.** The caching allocator hands out a cached block whole when no more than 1 MiB of it is left over,
-   and counts all of it as allocated. Over the weights of the pipeline this adds 25 to 40 MB (`unsplit_bytes`).
+
+The third is what stays around the weights: `sdfit.predict.simulation.unsplit`.
 
 `workspaces_for` gives the object that `sdfit.backends.trace.tracer.Tracer` takes. What no published number shows is said in
 the entries' evidence: nothing was measured by this project on the cards of this table.
@@ -15,16 +15,14 @@ the entries' evidence: nothing was measured by this project on the cards of this
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from sdfit.equation.stages import COMPONENTS
 from sdfit.equation.weights import rounded
 from sdfit.errors import SdfitError, nearest
 from sdfit.files import fingerprint
 from sdfit.predict.cards import architecture_of, find_card
-from sdfit.predict.simulation.segments import CachingAllocator
 from sdfit.predict.simulation.shapes import Shapes, shapes_of
 from sdfit.workload import Workload
 
@@ -35,10 +33,6 @@ MAX_ELEMENTS = 2**31 - 1
 """Above it PyTorch runs a convolution in pieces of the batch, of at most `PIECE_ELEMENTS` each."""
 PIECE_ELEMENTS = 2**28
 """`split_batch_dim_to_32bit_out` in PyTorch's aten/src/ATen/native/cudnn; its ``max_worksize``."""
-LOAD_ORDER = COMPONENTS
-"""Order in which the components reach the card, for `unsplit_bytes`. Which it is depends on the version of diffusers
-(sorted names today, the order of a Python set before) and on who loads; this one, the pipeline's signature, gives the
-median over all 24. The five levels at which the A10 rows HFB-018 to HFB-029 lie are five such orders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,32 +400,3 @@ def workspaces_for(name: str) -> Workspaces:
         return Workspaces(ARCHITECTURES[found])
     known = [*ARCHITECTURES, *(gpu for a in ARCHITECTURES.values() for gpu in a.gpus)]
     raise SdfitError(f"no kernel workspaces are known for '{name}'{nearest(name, known)}", given=name)
-
-
-def unsplit_bytes(sizes: Mapping[str, Sequence[int]], order: Sequence[str] = LOAD_ORDER) -> int:
-    """What the caching allocator counts beyond the weights after loading them: remainders it does not split.
-
-    Parameters
-    ----------
-    sizes : dict of str to list of int
-        Bytes of each weight, by component, in the order of the component's modules.
-    order : sequence of str
-        In which the components reach the card; those that it does not name come last.
-
-    Notes
-    -----
-    Exact for an allocator that was empty and served nothing else. In another order of the components the full float16
-    pipeline has between 24.8 and 40.3 MB of it, instead of 29.8 MB.
-
-    Examples
-    --------
-    Sixteen weights of 1.125 MiB fill one segment of 20 MiB; the seventeenth gets its last 2 MiB, whole.
-
-    >>> unsplit_bytes({"unet": [1_179_648] * 16}), unsplit_bytes({"unet": [1_179_648] * 17})
-    (0, 917504)
-    """
-    names = sorted(sizes, key=lambda name: order.index(name) if name in order else len(order))
-    requests = [rounded(size) for name in names for size in sizes[name]]
-    allocator = CachingAllocator()
-    allocator.serve(list(enumerate(requests, 1)))
-    return allocator.allocated_bytes - sum(requests)
