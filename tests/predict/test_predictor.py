@@ -262,11 +262,12 @@ def test_bad_input_is_refused_whether_or_not_the_variant_is_known(f: Predictor, 
             g(**asked)
 
 
-def test_a_variant_that_was_never_swept_names_those_that_were(f: Predictor) -> None:
-    """And the command that adds one."""
+def test_a_variant_that_was_never_swept_names_the_nearest_that_were(f: Predictor) -> None:
+    """A few of them, and the command that adds one."""
     with pytest.raises(UnknownVariant, match="no coefficients for bfloat16 sdpa vae=tiny") as caught:
         f(512, 512, dtype="bfloat16", vae="tiny")
-    assert "float16 eager" in str(caught.value) and "sdfit sweep --gpu fake" in str(caught.value)
+    assert "float16 sdpa vae=tiny" in str(caught.value) and "sdfit sweep --gpu fake" in str(caught.value)
+    assert len(str(caught.value)) < 400
     with pytest.raises(UnknownVariant):
         f.predict({"height": [512, 512], "width": [512, 512], "dtype": ["float16", "float32"], "vae": "tiny"})
 
