@@ -62,8 +62,9 @@ class Predictor:
     True
     """
 
+    _plain_images: float = math.inf
     _plain_pixels: float = math.inf
-    """Of all images of a call together, so many and more are not left to the equation unseen."""
+    """Of a call of so many images or more, so many pixels together and more are not left to the equation unseen."""
 
     def __init__(
         self, artifact: Artifact, path: Path | None = None, name: str | None = None, card: Card | None = None
@@ -226,7 +227,9 @@ offload, safety_checker, execution
             and level == DEFAULT_LEVEL
         ):
             runs_as = plain_run(height, width, prompt_length, batch_size, guidance_scale)
-            if runs_as is not None and batch_size * height * width < self._plain_pixels:
+            if runs_as is not None and (
+                batch_size < self._plain_images or batch_size * height * width < self._plain_pixels
+            ):
                 numbers = height, width, prompt_length, batch_size, guidance_scale
                 return predicted(found.peak(*runs_as), found, numbers, metric, level)
         workload = Workload(height, width, prompt_length, batch_size, guidance_scale, *key)

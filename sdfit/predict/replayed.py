@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdfit.equation.metrics import REPLAYED_FAMILY, check_metric
-from sdfit.equation.regimes import edges, is_rough
+from sdfit.equation.regimes import REGIMES, edges, is_rough
 from sdfit.equation.sizes import Sizes
 from sdfit.equation.stages import STAGES, stages_of
 from sdfit.errors import NeverSwept, SdfitError
@@ -180,6 +180,7 @@ class Replayed(Predictor):
     simulated one by one.
     """
 
+    _plain_images = min(r.images[0] for r in REGIMES if r.rough)
     _plain_pixels = edges(STAGES)[0]
 
     def __init__(self, model: Predictor, replay: Replay, *, limit_bytes: float | None = None) -> None:
@@ -190,6 +191,7 @@ class Replayed(Predictor):
         self._model, self._replay, self.limit_bytes = model, replay, limit_bytes
         self._needs: dict[tuple[Workload, str], int] = {}
         self._answers: dict[tuple[Workload, str, float], bool] = {}
+        self._runs: dict[Workload, Run] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_again, (self._model, self._replay, self.limit_bytes))
@@ -276,9 +278,10 @@ class Replayed(Predictor):
         return ReplayedPrediction(self._needed(workload, metric), self._simulated(workload), workload, metric, level)
 
     def _simulated(self, workload: Workload) -> Run:
-        """What is known of such a run."""
-        peaks, weights = self._replay.stages(workload)
-        return Run(self.artifact, workload.variant, peaks, weights)
+        """What is known of such a run; each is simulated once."""
+        if workload not in self._runs:
+            self._runs[workload] = Run(self.artifact, workload.variant, *self._replay.stages(workload))
+        return self._runs[workload]
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
         """As the model's, but for runs of which a simulation may say something else."""

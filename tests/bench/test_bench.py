@@ -22,6 +22,8 @@ import sdfit
 from sdfit.backends.fake import FakeBackend
 from sdfit.errors import SimulatedModelWarning
 from sdfit.fit import fit as fitting
+from sdfit.predict.replayed import Replayed
+from sdfit.predict.simulation.needed import Needed
 from sdfit.records import RECORDS, Record, RecordsFile
 from sdfit.sweep.grid import load as load_grid
 from sdfit.workload import Workload
@@ -38,12 +40,8 @@ def f() -> sdfit.Predictor:
 
 
 def test_scalar_prediction_1000_calls(benchmark: Any, f: sdfit.Predictor) -> None:
-    """1,000 calls of f on different workloads; a call takes a thousandth."""
-    rng = random.Random(0)
-    cases = [
-        (rng.randrange(256, 2048), rng.randrange(256, 2048), 77, rng.randrange(1, 9), rng.choice((1.0, 7.5)))
-        for _ in range(1000)
-    ]
+    """1,000 calls of f on different workloads that are the equation's; a call takes a thousandth."""
+    cases = [case for case in _cases(2000) if not f(*case).replayed][:1000]
 
     def call() -> float:
         total = 0.0
@@ -51,7 +49,26 @@ def test_scalar_prediction_1000_calls(benchmark: Any, f: sdfit.Predictor) -> Non
             total += f(*case)
         return total
 
-    assert benchmark(call) > 0
+    assert len(cases) == 1000 and benchmark(call) > 0
+
+
+def test_calls_that_are_simulated(benchmark: Any, f: sdfit.Predictor) -> None:
+    """100 calls of f on three images or more past 2^31 elements, which are not the equation's, each for the first time."""
+    cases = [case for case in _cases(2000) if f(*case).replayed][:100]
+
+    def fresh() -> tuple[tuple[sdfit.Predictor], dict[str, Any]]:
+        return (Replayed(f.equation, Needed("sm75")),), {}
+
+    assert len(cases) == 100
+    assert benchmark.pedantic(lambda g: sum(g(*case) for case in cases), setup=fresh, rounds=3) > 0
+
+
+def _cases(count: int) -> list[tuple[int, int, int, int, float]]:
+    rng = random.Random(0)
+    return [
+        (rng.randrange(256, 2048), rng.randrange(256, 2048), 77, rng.randrange(1, 9), rng.choice((1.0, 7.5)))
+        for _ in range(count)
+    ]
 
 
 def test_reading_an_interval_1000_times(benchmark: Any, f: sdfit.Predictor) -> None:
