@@ -230,6 +230,7 @@ def test_a_guarded_call(benchmark: Any, f: sdfit.Predictor) -> None:
     assert benchmark(lambda: guarded.predict(image=picture, prompt="a cat").upper) > 0
 
 
+@pytest.mark.usefixtures("f")
 def test_check_of_1000_pictures(benchmark: Any, tmp_path: Path) -> None:
     """Headers read, a verdict each, and the largest size of those that do not fit, by a model that knows no run yet."""
     image = pytest.importorskip("PIL.Image")

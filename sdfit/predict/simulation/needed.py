@@ -71,12 +71,7 @@ class Needed:
             )
 
     def suffices(self, workload: Workload, metric: str, cap_bytes: float) -> bool:
-        """Whether a metric of a run is no more than a cap [bytes]: one replay where it is, none where what must be there is more.
-
-        Seldom a run fails under a cap though it succeeds under a smaller one (see `sdfit.predict.simulation.replay.smallest_cap`):
-        what fails is looked into, and so is a run that gives its cache back on the way, as under offload, where that is less
-        seldom; then the smallest cap has the last word.
-        """
+        """Whether a metric of a run is no more than a cap [bytes]: none is replayed where what must be there is more."""
         if least_bytes(workload) > cap_bytes:
             return False
         with uncollected():
@@ -94,9 +89,7 @@ class Needed:
                 return replay(order.listed()).reserved_bytes <= cap_bytes
             if beginning.after(cap_bytes) is not None and beginning.least_bytes(order) > cap_bytes:
                 return False
-            if not order.empties and suffices(order, int(cap_bytes), beginning=beginning):
-                return True
-            return smallest_cap(order, beginning=beginning) <= cap_bytes
+            return suffices(order, int(cap_bytes), beginning=beginning)
 
     def stages(self, workload: Workload) -> Stages:
         """The peak of each stage, and the weights that are on the card in it."""

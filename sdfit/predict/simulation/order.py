@@ -108,11 +108,6 @@ class Order:
         whole = -(-np.abs(self.changes) // GRANULE_BYTES) * GRANULE_BYTES
         return int(np.cumsum(np.where(self.changes > 0, whole, -whole)).max(initial=0))
 
-    @cached_property
-    def empties(self) -> bool:
-        """Whether the cache is given back on the way."""
-        return not self.blocks.all()
-
     def listed(self, first: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """Some of the events, or all, in pairs."""
         return list(zip(self.blocks[first:end].tolist(), self.changes[first:end].tolist(), strict=True))

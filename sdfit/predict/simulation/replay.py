@@ -7,6 +7,7 @@ trace through a model of it (`sdfit.predict.simulation.segments`), `smallest_cap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -161,24 +162,15 @@ def smallest_cap(events: Sequence[tuple[int, int]] | Order, *, beginning: Beginn
     >>> smallest_cap([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)]) // MIB
     26
     """
-    step = ROUND_LARGE_BYTES
     order = _in_order(events)
-    replays = _Replays(order, beginning)
-    fails, works = -step, -(-order.requested_bytes // step) * step
-    while (wanted := replays.wanted(works)) is not None:
-        fails, works = works, wanted
-    middle = works - step
-    while fails < middle:
-        if replays.wanted(middle) is None:
-            works = middle
-        else:
-            fails = middle
-        middle = (fails + works) // (2 * step) * step
-    return works
+    return _smallest(_Replays(order, beginning), order)
 
 
 def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, beginning: Beginning | None = None) -> bool:
-    """Whether the events succeed under a cap: what a single replay says, up to the request that fails.
+    """Whether `smallest_cap` is no more than a cap [bytes], which is known sooner.
+
+    A replay that never meets the cap says yes: under a larger one it is the same. One that does, and then succeeds by giving
+    cached segments back, says nothing of larger caps, under which the run may fail.
 
     Examples
     --------
@@ -186,7 +178,29 @@ def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, begin
     >>> suffices([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)], 26 * MIB)
     True
     """
-    return _Replays(_in_order(events), beginning).wanted(cap_bytes) is None
+    order = _in_order(events)
+    replays = _Replays(order, beginning)
+    if replays.wanted(cap_bytes) is not None:
+        replays = _Replays(order, beginning)  # it goes on from what failed, to larger caps alone
+    elif replays.never_met:
+        return True
+    return _smallest(replays, order, cap_bytes) <= cap_bytes
+
+
+def _smallest(replays: _Replays, order: Order, enough_bytes: int = 0) -> int:
+    """As `smallest_cap`; or a cap that is enough, where that is found before [bytes]."""
+    step = ROUND_LARGE_BYTES
+    fails, works = -step, -(-order.requested_bytes // step) * step
+    while (wanted := replays.wanted(works)) is not None:
+        fails, works = works, wanted
+    middle = works - step
+    while works > enough_bytes and fails < middle:
+        if replays.wanted(middle) is None:
+            works = middle
+        else:
+            fails = middle
+        middle = (fails + works) // (2 * step) * step
+    return works
 
 
 def _in_order(events: Sequence[tuple[int, int]] | Order) -> Order:
@@ -256,6 +270,11 @@ class _Replays:
         self._order, self._beginning = order, beginning
         self._tried: list[_Tried] = []
         self._base = _Checkpoint(0, CachingAllocator())
+
+    @property
+    def never_met(self) -> bool:
+        """Whether the last replay was never refused anything."""
+        return math.isinf(self._tried[-1].most)
 
     def wanted(self, cap_bytes: int) -> int | None:
         """What would have been reserved under a cap had the request that fails found it [bytes]; None if none fails.

@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from sdfit.predict.simulation.needed import Needed
 from sdfit.predict.simulation.order import Call, Order
-from sdfit.predict.simulation.replay import Beginning, _Capped, _Checkpoint, replay, smallest_cap, suffices
+from sdfit.predict.simulation.replay import Beginning, _Capped, _Checkpoint, _Replays, replay, smallest_cap, suffices
 from sdfit.predict.simulation.segments import CachingAllocator, segment_bytes
+from sdfit.predict.simulation.simulate import Simulator
+from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.units import MIB
+from sdfit.workload import Workload
 
 STEP = 2 * MIB
 
@@ -100,19 +104,30 @@ def test_a_replay_stands_for_the_caps_around_it():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whether_a_cap_suffices_is_what_a_whole_replay_says(seed):
+def test_whether_a_cap_suffices_is_what_the_smallest_says(seed):
     """With what the events begin with served once, and without; under caps that are met at once, late, and never."""
     events = made_up(seed)
-    cap = smallest_cap(events)
+    cap, never_met = smallest_cap(events), replay(events).reserved_bytes
     order = replace(Order.of(events), beginning=60)
     beginning = Beginning(order)
     assert beginning.begins(order) and not beginning.begins(replace(Order.of(events[1:]), beginning=60))
     assert smallest_cap(order, beginning=beginning) == cap
     for limit in (cap // 8, cap // 2, cap - STEP, cap - 1, cap, cap + 1, cap + STEP, cap + 3 * STEP, 2 * cap):
-        whole = replay(events, cap_bytes=limit).outcome == "ok"
-        assert suffices(events, limit) == suffices(order, limit, beginning=beginning) == whole
-        if beginning.after(limit) is not None and whole:
+        enough = limit >= min(cap, never_met)
+        assert suffices(events, limit) == suffices(order, limit, beginning=beginning) == enough
+        if beginning.after(limit) is not None and enough:
             assert beginning.least_bytes(order) <= limit
+
+
+def test_a_run_that_fits_under_less_and_not_under_more_is_not_sure():
+    """Sliced attention, eight images of 768x768: some caps below 12 GiB do, 12 GiB do not."""
+    workload, limit = Workload(768, 768, batch_size=8, attention="sliced"), 12 << 30
+    needed = Needed("sm75")
+    simulator = Simulator(workspaces_for("sm75"))
+    order = simulator.order(workload)
+    assert any(_Replays(order).wanted(limit - k * STEP) is None for k in range(10, 40))
+    assert _Replays(order).wanted(limit) is not None
+    assert not any(needed.suffices(workload, "required", limit - k * STEP) for k in range(40))
 
 
 def alike(seed, left):
@@ -156,7 +171,7 @@ def test_a_call_that_is_known_is_not_served_again_but_for_the_small_pool(seed):
     assert smallest_cap(order) == cap
     most = replay(events).reserved_bytes
     for limit in {cap // 2, cap - STEP, cap, cap + STEP, (cap + most) // 2, most - STEP, most, most + STEP}:
-        assert suffices(order, limit) == (replay(events, cap_bytes=limit).outcome == "ok")
+        assert (_Replays(order).wanted(limit) is None) == (replay(events, cap_bytes=limit).outcome == "ok")
 
 
 def test_known_calls_are_few_events():
