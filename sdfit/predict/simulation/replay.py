@@ -2,12 +2,12 @@
 
 A trace gives the bytes that are live. What `torch.cuda.max_memory_reserved` reads, and the smallest cap under which
 the run succeeds, also depend on how the caching allocator packs blocks into segments. `replay` sends the events of a
-trace through a model of it (`sdfit.predict.simulation.segments`), `smallest_cap` finds the cap, and `suffices` asks about one.
+trace through a model of it (`sdfit.predict.simulation.segments`), `smallest_cap` finds the cap, and `suffices` asks
+whether it is above another.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -169,8 +169,8 @@ def smallest_cap(events: Sequence[tuple[int, int]] | Order, *, beginning: Beginn
 def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, beginning: Beginning | None = None) -> bool:
     """Whether `smallest_cap` is no more than a cap [bytes], which is known sooner.
 
-    A replay that never meets the cap says yes: under a larger one it is the same. One that does, and then succeeds by giving
-    cached segments back, says nothing of larger caps, under which the run may fail.
+    A replay under that cap would not tell: one that meets it and succeeds by giving cached segments back says nothing of
+    larger caps, under which the run may fail.
 
     Examples
     --------
@@ -179,22 +179,19 @@ def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, begin
     True
     """
     order = _in_order(events)
-    replays = _Replays(order, beginning)
-    if replays.wanted(cap_bytes) is not None:
-        replays = _Replays(order, beginning)  # it goes on from what failed, to larger caps alone
-    elif replays.never_met:
-        return True
-    return _smallest(replays, order, cap_bytes) <= cap_bytes
+    return _smallest(_Replays(order, beginning), order, cap_bytes) <= cap_bytes
 
 
-def _smallest(replays: _Replays, order: Order, enough_bytes: int = 0) -> int:
-    """As `smallest_cap`; or a cap that is enough, where that is found before [bytes]."""
+def _smallest(replays: _Replays, order: Order, about_bytes: int | None = None) -> int:
+    """As `smallest_cap`; or, where it is only asked whether it is above some cap, another on the same side of that [bytes]."""
     step = ROUND_LARGE_BYTES
     fails, works = -step, -(-order.requested_bytes // step) * step
     while (wanted := replays.wanted(works)) is not None:
         fails, works = works, wanted
+        if about_bytes is not None and about_bytes <= fails:
+            return works
     middle = works - step
-    while works > enough_bytes and fails < middle:
+    while fails < middle and (about_bytes is None or fails < about_bytes < works):
         if replays.wanted(middle) is None:
             works = middle
         else:
@@ -270,11 +267,6 @@ class _Replays:
         self._order, self._beginning = order, beginning
         self._tried: list[_Tried] = []
         self._base = _Checkpoint(0, CachingAllocator())
-
-    @property
-    def never_met(self) -> bool:
-        """Whether the last replay was never refused anything."""
-        return math.isinf(self._tried[-1].most)
 
     def wanted(self, cap_bytes: int) -> int | None:
         """What would have been reserved under a cap had the request that fails found it [bytes]; None if none fails.

@@ -107,15 +107,14 @@ def test_a_replay_stands_for_the_caps_around_it():
 def test_whether_a_cap_suffices_is_what_the_smallest_says(seed):
     """With what the events begin with served once, and without; under caps that are met at once, late, and never."""
     events = made_up(seed)
-    cap, never_met = smallest_cap(events), replay(events).reserved_bytes
+    cap = smallest_cap(events)
     order = replace(Order.of(events), beginning=60)
     beginning = Beginning(order)
     assert beginning.begins(order) and not beginning.begins(replace(Order.of(events[1:]), beginning=60))
     assert smallest_cap(order, beginning=beginning) == cap
     for limit in (cap // 8, cap // 2, cap - STEP, cap - 1, cap, cap + 1, cap + STEP, cap + 3 * STEP, 2 * cap):
-        enough = limit >= min(cap, never_met)
-        assert suffices(events, limit) == suffices(order, limit, beginning=beginning) == enough
-        if beginning.after(limit) is not None and enough:
+        assert suffices(events, limit) == suffices(order, limit, beginning=beginning) == (cap <= limit)
+        if beginning.after(limit) is not None and replay(events, cap_bytes=limit).outcome == "ok":
             assert beginning.least_bytes(order) <= limit
 
 
