@@ -320,16 +320,20 @@ def _scores(value: Any) -> None:
     _must(len(value["values"]) == kept, value, f"a table with {kept} values of {value['count']}")
 
 
-def _with_all(each: Check) -> Check:
-    """Names with values, one of them ``""``, which holds for all."""
-    every = _map(_text, each)
+def _having(name: str, table: Check) -> Check:
+    """A table in which one name is not missing."""
 
     def check(value: Any) -> None:
-        every(value)
-        if "" not in value:
-            raise _Wrong("lacks the name '', which holds for all")
+        table(value)
+        if name not in value:
+            raise _Wrong(f"lacks the name '{name}'" + ", which holds for all" * (not name))
 
     return check
+
+
+def _with_all(each: Check) -> Check:
+    """Names with values, one of them ``""``, which holds for all."""
+    return _having("", _map(_text, each))
 
 
 _LABELS = _map(
@@ -393,7 +397,7 @@ _ARTIFACT = _table({
     "components": _map(WEIGHTS_TABLES, _weights),
     "stages": _stages,
     "metrics": _map(METRICS[1:], _with_all(_group)),
-    "scores": _map(METRICS, _with_all(_scores)),
+    "scores": _having("allocated", _map(METRICS, _with_all(_scores))),
     "swept": _each_once(_list(_variant, most=MOST_NAMED)),
     "baseline": _BASELINE,
     "evaluation": _EVALUATION,

@@ -124,6 +124,7 @@ CHANGES: list[tuple[Change, str]] = [
     (put("scores", "allocated", "", {"count": 1, "values": [1e300]}), "holds 1e"),
     (put("scores", "allocated", "", [1.0]), "is a list; it must be a table"),
     (put("scores", "allocated", {}), "lacks the name ''"),
+    (put("scores", {}), "lacks the name 'allocated'"),
     # what the card and the tables print
     (put("name", "x\n# forged"), "printable text"),
     (put("name", "../../x"), "the name of a file"),
