@@ -242,7 +242,7 @@ class Replayed(Predictor):
     def is_sure(
         self, workload: Workload, limit_bytes: float, *, metric: str, level: float, simulated: bool = False
     ) -> bool:
-        """As the model's, by a replay under what the bound leaves of the limit, if the equation does not settle it.
+        """As the model's; where the equation does not settle it, whether what the bound leaves of the limit suffices by simulation.
 
         Parameters
         ----------
