@@ -52,6 +52,10 @@ os.execv(sys.argv[3], sys.argv[3:])
 """Chromium reads its commands from descriptor 3 and answers on 4, whatever numbers the pipes have here."""
 
 
+KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Space": 32}
+"""What fields of a form listen to; Chromium does not conclude it from the name."""
+
+
 class Page:
     """A page that is open, with all that its console said.
 
@@ -140,9 +144,36 @@ class Page:
 
     def press(self, key: str) -> None:
         """Press a key."""
-        text = {"text": "\r"} if key == "Enter" else {}
-        self._send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, **text)
-        self._send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
+        text: dict[str, Any] = {"text": "\r"} if key == "Enter" else {"text": " "} if key == "Space" else {}
+        if key in KEY_CODES:
+            text["windowsVirtualKeyCode"] = KEY_CODES[key]
+        name = " " if key == "Space" else key
+        self._send("Input.dispatchKeyEvent", type="keyDown", key=name, code=key, **text)
+        self._send("Input.dispatchKeyEvent", type="keyUp", key=name, code=key)
+
+    def _middle(self, selector: str) -> tuple[float, float, float]:
+        """The middle of an element, scrolled into view, and half its width [CSS pixels]."""
+        self(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        left, top, width, height = self(
+            f"(box => [box.left, box.top, box.width, box.height])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+        )
+        return left + width / 2, top + height / 2, width / 2
+
+    def drop(self, file: Path, selector: str) -> None:
+        """Drag a file over an element and let it go there."""
+        x, y, _ = self._middle(selector)
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for event in ("dragEnter", "dragOver", "drop"):
+            self._send("Input.dispatchDragEvent", type=event, x=x, y=y, data=data)
+
+    def slide(self, selector: str) -> None:
+        """Drag a slider from its middle to its end with the mouse."""
+        x, y, half = self._middle(selector)
+        held = {"button": "left", "buttons": 1, "clickCount": 1}
+        self._send("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, **held)
+        for step in (0.5, 1):
+            self._send("Input.dispatchMouseEvent", type="mouseMoved", x=x + half * step, y=y, **held)
+        self._send("Input.dispatchMouseEvent", type="mouseReleased", x=x + half, y=y, **held)
 
     def shoot(self, path: Path, whole: bool = False) -> None:
         """Write a picture of the window, or of the whole page, as PNG."""

@@ -606,6 +606,36 @@ def test_a_picture_that_is_dropped_gives_its_size(t4: Path) -> None:
         assert not page.console
 
 
+@needs_chromium
+def test_a_page_is_used_by_mouse_and_keys(t4: Path, tmp_path: Path) -> None:
+    """A picture dropped on the field or beside it, a slider that is dragged, fields reached with Tab and changed with keys."""
+    pillow = pytest.importorskip("PIL.Image")
+    photo, letter = tmp_path / "photo.png", tmp_path / "letter.txt"
+    pillow.new("RGB", (640, 960)).save(photo)
+    letter.write_text("not a picture", encoding="utf-8")
+    with Page(t4) as page:
+        for where in ("#drop", "h1"):
+            page.type("width", 512)
+            page.drop(photo, where)
+            page.wait("form.width.value === '640' && form.height.value === '960'")
+        page.drop(letter, "h1")
+        page.wait("document.getElementById('picture-words').textContent.startsWith('letter.txt: not a picture')")
+        assert page("location.href").startswith(t4.resolve().as_uri()) and page("form.width.value") == "640"
+        page.slide("#map-batch")
+        page.wait("document.getElementById('map-batch-shown').textContent === '16'")
+        page("form.width.focus()")
+        page.press("ArrowUp")
+        assert page("form.width.value") == "641"
+        while page("document.activeElement.name") != "offload":
+            page.press("Tab")
+        page.press("ArrowDown")
+        while page("document.activeElement.name") != "vae_tiling":
+            page.press("Tab")
+        page.press("Space")
+        page.wait("document.getElementById('command').textContent.includes('--vae-tiling --offload model')")
+        assert not page.console
+
+
 def size_in(page: Page, content: bytes) -> Any:
     """What the page makes of a file's content."""
     text = base64.b64encode(content).decode()

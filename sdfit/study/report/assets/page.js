@@ -290,8 +290,9 @@
   $("map-batch").addEventListener("input", () => { $("map-batch-shown").textContent = $("map-batch").value; soon(); });
   $("copy").addEventListener("click", copyCommand);
   $("picture").addEventListener("change", (event) => readPicture(event.target.files[0]));
-  for (const name of ["dragover", "dragleave", "drop"]) {
-    $("drop").addEventListener(name, (event) => {
+  for (const name of ["dragover", "dragleave", "drop"]) {  // anywhere: a browser would leave the page for a picture dropped beside
+    addEventListener(name, (event) => {
+      if (![...event.dataTransfer.types].includes("Files")) return;
       event.preventDefault();
       $("drop").classList.toggle("over", name === "dragover");
       if (name === "drop") readPicture(event.dataTransfer.files[0]);
