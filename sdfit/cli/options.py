@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from sdfit.errors import QUIET, SdfitError, listed, quiet
 from sdfit.units import format_bytes
@@ -162,8 +163,20 @@ def workload_from(fields: dict[str, Any], image: Path | None = None) -> Workload
     return Workload.from_dict(fields)
 
 
+def suited(fields: dict[str, Any], *models: Predictor) -> dict[str, Any]:
+    """A run's fields as its card takes them: in float32 where it computes float16 wrongly and no dtype was asked for."""
+    return fields | {"dtype": "float32"} if _in_float32(*models) else fields
+
+
+def _in_float32(*models: Predictor) -> bool:
+    asked = click.get_current_context().get_parameter_source("dtype") is not ParameterSource.DEFAULT
+    return not asked and any(f.wrong_half for f in models)
+
+
 def wrongly(f: Predictor, dtype: str) -> list[str]:
-    """That the card computes such runs wrongly, if it does: a line of the answer, since notes may be silenced."""
+    """That the card computes float16 wrongly, if it does: a line of the answer, since notes may be silenced."""
     from sdfit.predict.predictor import WRONG_HALF
 
+    if _in_float32(f):
+        return ["in float32, since this card computes float16 wrongly (black images)"]
     return [WRONG_HALF] if f.wrong_half and dtype == "float16" else []

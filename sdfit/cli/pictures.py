@@ -21,6 +21,7 @@ from sdfit.cli.options import (
     note,
     out_option,
     replay_option,
+    suited,
     workload_options,
     wrongly,
 )
@@ -78,7 +79,8 @@ def check(
     from sdfit.predict.library import load
     from sdfit.predict.memory import available
 
-    options, f = _options(fields), load(gpu)
+    f = load(gpu)
+    options = suited(_options(fields), f)
     if not replay:
         f = f.equation
     there = available(memory, f.card)
@@ -111,7 +113,7 @@ def check(
         taken = "pictures: as diffusers' load_image gives them: first frame, turned, RGB"
         quick = "required: simulated where the verdict hangs on it, else the equation's; sdfit fits simulates a size"
         whose = [quick] * (f is not f.equation)
-        click.echo("\n".join([f"memory: {there.words}", taken, *whose, *wrongly(f, fields["dtype"])]))
+        click.echo("\n".join([f"memory: {there.words}", taken, *whose, *wrongly(f, options["dtype"])]))
     return 3 if any(a.verdict is None or a.verdict.answer == "does not fit" for a in answers) else 0
 
 
@@ -144,7 +146,8 @@ def validate(
     from sdfit.predict.memory import available
     from sdfit.predict.predictor import DEFAULT_LEVEL
 
-    options, f = _options(fields), load(gpu)
+    f = load(gpu)
+    options = suited(_options(fields), f)
     there = available(memory, f.card)
     found = [pictures.look(path) for path in pictures.find(paths)]
     name = f.card.slug if f.card else f.name

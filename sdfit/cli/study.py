@@ -18,6 +18,7 @@ from sdfit.cli.options import (
     note,
     out_option,
     records_argument,
+    suited,
     workload_from,
     workload_options,
 )
@@ -78,10 +79,12 @@ def explain(
 
     if gpu is not None and derives:
         raise click.UsageError("--gpu adds a model's terms and --derive those of the closed form; give one of them")
-    workload = workload_from(fields)
     equation: Any = None
     if gpu is not None:
         f = load(gpu)
+        fields = suited(fields, f)
+    workload = workload_from(fields)
+    if gpu is not None:
         peak = f.predict_workload(workload)
         equation, kernels = peak.breakdown, kernels or _kernels_of(f)
     tracer = _tracer(kernels)

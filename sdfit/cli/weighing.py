@@ -14,8 +14,10 @@ from sdfit.cli.options import (
     gpu_option,
     json_option,
     memory_option,
+    suited,
     workload_from,
     workload_options,
+    wrongly,
 )
 
 
@@ -45,8 +47,8 @@ def strategies(
     from sdfit.study.comparison.strategies import strategies as compared
     from sdfit.study.comparison.times import measured_times, published_times
 
-    workload, f = workload_from(fields), load(gpu)
-    there = available(memory, f.card)
+    f = load(gpu)
+    workload, there = workload_from(suited(fields, f)), available(memory, f.card)
     times = published_times()
     if records:
         from sdfit.fit.files import read_pooled
@@ -57,8 +59,7 @@ def strategies(
     if as_json:
         click.echo(json.dumps(found.to_dict() | {"memory": there.words}, indent=2))
     else:
-        click.echo(found.table())
-        click.echo(f"memory: {there.words}")
+        click.echo("\n".join([found.table(), f"memory: {there.words}", *wrongly(f, workload.dtype)]))
     if figure is not None:
         from sdfit.study.comparison.frontier import draw
 
@@ -126,10 +127,11 @@ def curve(
     level = DEFAULT_LEVEL if level is None else level
     found = []
     for f in models:
+        own = workload_from(suited(fields, f))
         there = available(memory, f.card).memory_bytes if memory is not None or f.card is not None else None
         for text in ("", *variant):
-            name = " ".join([f.name, *([text] if text else [])])
-            asked = curves.changed(workload, text)
+            name = " ".join([f.name, *([f"dtype={own.dtype}"] if own != workload else []), *([text] if text else [])])
+            asked = curves.changed(own, text)
             found.append(
                 curves.curve(f, asked, over=over, at=at, metric=metric, level=level, name=name, memory_bytes=there)
             )

@@ -186,7 +186,8 @@ class _Search:
         """All combinations of single changes, the cheap before the dear, none before a part of it; last a smaller size."""
         w = self.workload
         single = [(name, value) for name, value in SAVING if getattr(w, name) != value]
-        single = [(name, value) for name, value in single if (name, w.dtype) != ("dtype", "bfloat16")]
+        if w.dtype == "bfloat16" or self.predictor.wrong_half:
+            single = [(name, value) for name, value in single if name != "dtype"]
         every = [
             dict(some)
             for count in range(len(single) + 1)

@@ -35,7 +35,7 @@ from sdfit.workload import (
 DEFAULT_LEVEL = 0.95
 ROUNDING = 1e-9
 """Relative; more than what a table and single calls of the same numbers differ by."""
-WRONG_HALF = "This card computes float16 wrongly (black images): run it in float32, and ask with dtype='float32'"
+WRONG_HALF = "This card computes float16 wrongly (black images): run it in float32 (dtype='float32')"
 """Said of a card of which `sdfit.predict.cards` says so."""
 
 

@@ -33,6 +33,10 @@ class Model(Protocol):
     def name(self) -> str:
         """The card."""
 
+    @property
+    def wrong_half(self) -> bool:
+        """Whether it is known of the card that it computes float16 wrongly."""
+
     def within(self, limit_bytes: float) -> Model:
         """The same, for many questions whether runs need more than a limit [bytes]: where the equation tells, numbers are its."""
 

@@ -70,6 +70,20 @@ def test_no_command_and_an_unknown_one_are_usage(run: Run) -> None:
         assert ran.code == 2 and not ran.out and "Usage:" in ran.err
 
 
+@pytest.mark.parametrize("command", ["predict", "fits", "largest", "advise", "strategies"])
+def test_a_card_that_computes_half_precision_wrongly_is_asked_about_float32(
+    command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where no dtype was chosen: the same answer as of float32, which says so, and offers no float16."""
+    size = ("--memory", "12GiB") if command == "largest" else ("--height", "512", "--width", "512")
+    said = []
+    for chosen in ((), ("--dtype", "float32")):
+        main([command, "--gpu", "gtx1660", *chosen, *size])
+        said.append(capfd.readouterr().out.splitlines())
+    assert said[0].pop() == "in float32, since this card computes float16 wrongly (black images)"
+    assert said[0] == said[1] and not any("would fit with dtype" in line for line in said[0])
+
+
 @pytest.mark.parametrize("command", ["predict", "fits", "largest", "advise"])
 def test_a_card_that_computes_half_precision_wrongly_says_so_in_its_answer(
     command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -250,7 +250,8 @@ def _recipes(f: Predictor, workload: Workload) -> tuple[list[tuple[str, dict[str
     for gib in RECIPE_GB:
         for recipe in RECIPES:
             change = {name: value for name, value in recipe.items() if getattr(workload, name) != value}
-            change = {n: v for n, v in change.items() if not (n == "dtype" and workload.dtype == "bfloat16")}
+            if workload.dtype == "bfloat16" or f.wrong_half:
+                change.pop("dtype", None)
             try:
                 answer = verdict(f, replace(workload, **change), memory=of_box(gib)).answer
             except (UnknownVariant, InvalidWorkload):

@@ -407,8 +407,8 @@ const sdfit = (() => {
       return { sure, likely: sure && Math.max(sure, likely) };
     }
 
-    /** Which changes make a workload fit, the cheapest first. */
-    options(workload, memory) { return new Search(this, workload, memory).options(); }
+    /** Which changes make a workload fit, the cheapest first; `half`: whether float16 is one of them. */
+    options(workload, memory, half = true) { return new Search(this, workload, memory, half).options(); }
   }
 
   /** The largest k with upper(k) <= limit; 0 without any. Looked for from the top: bounds fall where a regime begins. */
@@ -419,7 +419,7 @@ const sdfit = (() => {
   }
 
   class Search {
-    constructor(model, workload, limit) { this.model = model; this.facts = model.facts; this.workload = workload; this.limit = limit; }
+    constructor(model, workload, limit, half) { Object.assign(this, { model, facts: model.facts, workload, limit, half }); }
 
     predict(change) {
       try { return this.model.bound({ ...this.workload, ...change }); } catch (error) {
@@ -453,7 +453,8 @@ const sdfit = (() => {
     /** All combinations of single changes, the few and cheap first; last a smaller size. */
     changes() {
       const w = this.workload;
-      const single = this.facts.saving.filter(([name, value]) => w[name] !== value && !(name === "dtype" && w.dtype === "bfloat16"));
+      const half = this.half && w.dtype !== "bfloat16";
+      const single = this.facts.saving.filter(([name, value]) => w[name] !== value && (name !== "dtype" || half));
       const every = [];
       for (let count = 0; count <= single.length; count++) {
         for (const some of combinations(single, count)) {

@@ -102,7 +102,7 @@
       const live = peaks.find(({ metric }) => metric === "allocated");
       showStages(live);
       showParts(model, live);
-      showChanges(verdict.answer === facts.answers[0] ? [] : model.options(w, there.bytes), verdict);
+      showChanges(verdict.answer === facts.answers[0] ? [] : model.options(w, there.bytes, !card.wrong_half), verdict);
       showCommand(w, card, verdict.answer === facts.answers[1] && !verdict.slower
         ? "The equation cannot decide this one. This command simulates the run itself, where it knows how, and then nearly always can:" : "");
       for (const one of [$("told"), shell]) one.hidden = false;
@@ -222,7 +222,8 @@
     $("shell-words").textContent = !simulates ? "The same from a shell; on the machine it knows how much memory is free, too."
       : why || "The same from a shell, which simulates the run itself where it knows how: what it says is required may differ from this, and is the better number.";
     $("copy").textContent = "Copy";
-    const flags = Object.entries(w).filter(([name, value]) => value !== facts.defaults[name] || name === "height" || name === "width").map(([name, value]) => {
+    const always = ["height", "width", ...(card.wrong_half ? ["dtype"] : [])];  // there a shell takes float32 if not told otherwise
+    const flags = Object.entries(w).filter(([name, value]) => value !== facts.defaults[name] || always.includes(name)).map(([name, value]) => {
       const flag = name.replaceAll("_", "-");
       return typeof value === "boolean" ? (value ? `--${flag}` : `--no-${flag}`) : `--${flag} ${value}`;
     });
