@@ -61,7 +61,7 @@ _NUMBERS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--guidance-scale", float, 7.5, "Above 1 doubles the UNet's batch."),
 )
 _CHOICES = {
-    "dtype": "Of weights and activations.",
+    "dtype": "Of weights and activations; where none is named and the card computes float16 wrongly (GTX 16), float32.",
     "attention": "sdpa is fused, PyTorch's default; the others hold the scores: all, or those of some heads.",
     "vae": "kl is the checkpoint's own, tiny is TAESD.",
     "vae_slicing": "Decode one image at a time.",
