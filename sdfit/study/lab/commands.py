@@ -149,7 +149,8 @@ def snapshots() -> None:
     "--part", type=click.Choice(["wheel", "oldest", "diffusers", "installs"]), multiple=True, help="Left out: all."
 )
 @click.option("--release", multiple=True, help="Of diffusers; left out: each since 0.32.")
-def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...]) -> None:
+@click.option("--install", multiple=True, help="A whole install by its name; left out: all.")
+def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...], install: tuple[str, ...]) -> None:
     """Predict and trace under other Pythons and releases, and print where memory differs; fetches gigabytes."""
     from sdfit.study.lab import matrix as module
 
@@ -160,7 +161,13 @@ def matrix(folder: Path, part: tuple[str, ...], release: tuple[str, ...]) -> Non
         rows += module.wheels(folder)
     if not part or "oldest" in part:
         rows += module.oldest(folder)
-    parts = {"diffusers": module.diffusers(folder, release or module.DIFFUSERS), "installs": module.installs(folder)}
+    for name in install:
+        if name not in module.FULL:
+            raise click.BadParameter(f"'{name}'; there are: {listed(module.FULL)}", param_hint="--install")
+    parts = {
+        "diffusers": module.diffusers(folder, release or module.DIFFUSERS),
+        "installs": module.installs(folder, install or tuple(module.FULL)),
+    }
     for name, traced in parts.items():
         if part and name not in part:
             continue

@@ -44,8 +44,12 @@ FULL = {
     ),
     "3.12": ("3.12", "torch==2.14.1", "diffusers", "transformers", "accelerate", "pillow"),
     "newest": ("3.13", "torch==2.14.1", "diffusers", "transformers", "accelerate", "pillow"),
+    "oldest, tested torch": (
+        "3.11", "torch==2.13.0", "diffusers==0.32.0", "transformers==4.46.3", "accelerate==1.0.1", "huggingface_hub<1", "pillow",
+    ),
+    "newest, tested torch": ("3.11", "torch==2.13.0", "diffusers", "transformers", "accelerate", "pillow"),
 }  # fmt: skip
-"""Whole installs: a Python, and what pip is told. Each fetches some gigabytes."""
+"""Whole installs: a Python, and what pip is told. Each fetches some gigabytes where there is no CPU build of its torch."""
 AMOUNTS = ("allocated_bytes", "reserved_bytes", "required_bytes", "minimum_bytes")
 SWEEP = ("-m", "sdfit.cli", "sweep", "--backend", "trace", "--gpu", "t4", "--grid", "releases", "--workers", "1")
 PREDICT = ("predict", "--gpu", "t4", "--height", "768", "--width", "512", "--batch-size", "2", "--json")
@@ -182,7 +186,7 @@ def installs(folder: Path, names: Sequence[str] = tuple(FULL)) -> Iterator[Row]:
         if version not in there:
             yield (f"Python {version}", name, "not on this machine", "")
             continue
-        place = _fresh(there[version], folder / f"full-{name}", *wanted)
+        place = _fresh(there[version], folder / f"full-{name.replace(', ', '-').replace(' ', '-')}", *wanted)
         place = Place(place.python, place.folder, (CHECKOUT,))
         yield (f"Python {version}, {name}", _software(place), *_compared(place, reference))
 
