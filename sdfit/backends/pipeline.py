@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sdfit.errors import SdfitError, needs
 from sdfit.workload import CHUNK_TOKENS, SLICES, Workload
@@ -237,6 +238,10 @@ def place(pipe: StableDiffusionImg2ImgPipeline, workload: Workload, device: str)
         pipe.unet.compile()
 
 
+_switched: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
+"""How each pipeline was switched last."""
+
+
 @contextmanager
 def variant_applied(pipe: StableDiffusionImg2ImgPipeline, workload: Workload) -> Iterator[None]:
     """Switch the pipeline's attention, VAE slicing and VAE tiling to the workload's for the time of a ``with`` block."""
@@ -244,14 +249,17 @@ def variant_applied(pipe: StableDiffusionImg2ImgPipeline, workload: Workload) ->
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     vae: Any = pipe.vae
-    processor = AttnProcessor if workload.attention == "eager" else AttnProcessor2_0
-    pipe.unet.set_attn_processor(processor())
-    if hasattr(vae, "set_attn_processor"):
-        vae.set_attn_processor(processor())
-    if workload.attention in SLICES:
-        pipe.enable_attention_slicing(SLICES[workload.attention])
-    (vae.enable_slicing if workload.vae_slicing else vae.disable_slicing)()
-    (vae.enable_tiling if workload.vae_tiling else vae.disable_tiling)()
+    switches = (workload.attention, workload.vae_slicing, workload.vae_tiling)
+    if _switched.get(pipe) != switches:  # setting processors looks through every module
+        processor = AttnProcessor if workload.attention == "eager" else AttnProcessor2_0
+        pipe.unet.set_attn_processor(processor())
+        if hasattr(vae, "set_attn_processor"):
+            vae.set_attn_processor(processor())
+        if workload.attention in SLICES:
+            pipe.enable_attention_slicing(SLICES[workload.attention])
+        (vae.enable_slicing if workload.vae_slicing else vae.disable_slicing)()
+        (vae.enable_tiling if workload.vae_tiling else vae.disable_tiling)()
+        _switched[pipe] = switches
     with sdpa_kernel(SDPBackend.MATH) if workload.attention == "math" else nullcontext():
         yield
 

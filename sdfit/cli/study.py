@@ -45,7 +45,7 @@ def _tracer(kernels: str | None) -> Any:
     from sdfit.backends.environment import libraries_loaded
     from sdfit.backends.trace.tables import workspaces_of
 
-    with libraries_loaded():
+    with libraries_loaded(compiles=False):
         from sdfit.backends.trace.tracer import Tracer
 
     return Tracer(workspaces_of(kernels) if kernels else None)

@@ -65,7 +65,7 @@ def _in_short(error: BaseException) -> str:
 def started(backend: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | SdfitError]:
     """Make a backend and ask it what its numbers depend on; or why it cannot be made, whatever that is."""
     try:
-        with libraries_loaded():
+        with libraries_loaded(compiles=backend == "cuda"):
             made = open_backend(backend, options)
         return made, made.environment()
     except SdfitError as error:

@@ -15,19 +15,20 @@ noise prediction, by one latent (B·A/8 bytes in float16) each.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdfit.backends.trace.observe import PIPELINE, Pass, observed, watching
+from sdfit.backends.trace.observe import PIPELINE, Observer, Pass, watching
 from sdfit.backends.trace.playing import Known
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.sizes import vae_passes
 from sdfit.equation.stages import STAGES, resident
 from sdfit.errors import FitError
+from sdfit.predict.simulation.card import Traced
 from sdfit.predict.simulation.simulate import uncollected
 from sdfit.study.derivation.closed_form import Derivation, Polynomial, in_regime
 from sdfit.study.derivation.solving import TOLERANCE_BYTES, At, Candidate, Name, Places, columns_at, solve
@@ -99,17 +100,16 @@ def derive(variant_workload: Workload, *, tracer: Tracer | None = None) -> Deriv
     points = derivation_points(variant_workload)
     seen: dict[Name, dict[At, int]] = defaultdict(dict)
     tops: list[dict[str, int]] = []
-    with uncollected():
-        with watching(tracer, variant_workload, Known()) as watch:
-            for number, point in enumerate(points):
-                traced, observer = watch(point)
-                tops.append(observer.stage_peaks)
-                _collect(seen, number, point, observer.passes)
+    with uncollected(), watching(tracer, variant_workload, Known()) as watch:
+        for number, point in enumerate(points):
+            traced, observer = watch(point)
+            tops.append(observer.stage_peaks)
+            _collect(seen, number, point, observer.passes)
         candidates = solve(seen, points)
         _nothing_missed(candidates, points, tops)
         kept = _envelope(candidates, points)
         residual = max(_residual(candidate, seen[candidate.name], points) for candidate in kept)
-        polynomials = _explained(kept, variant_workload, tracer, traced.component_bytes)
+        polynomials = _explained(kept, variant_workload, watch, traced.component_bytes)
     return Derivation(variant_workload.variant, polynomials, variant_workload, points, int(np.ceil(residual)))
 
 
@@ -237,7 +237,7 @@ def _residual(candidate: Candidate, rows: dict[At, int], points: Sequence[Worklo
 
 
 def _explained(
-    kept: Sequence[Candidate], reference: Workload, tracer: Tracer, sizes: dict[str, int]
+    kept: Sequence[Candidate], reference: Workload, watch: Callable[..., tuple[Traced, Observer]], sizes: dict[str, int]
 ) -> tuple[Polynomial, ...]:
     """Attach what is live at each operation: at the reference, or near it for what does not run there."""
     wanted = {c.name for c in kept}
@@ -258,7 +258,7 @@ def _explained(
     for workload in runs:
         missing = [i for i, c in enumerate(kept) if i not in tensors and in_regime(workload, c.when)]
         if missing:
-            _, observer = observed(tracer, workload, full=True, tensors=True, key=key)
+            _, observer = watch(workload, full=True, tensors=True, key=key)
             for i in missing:
                 if kept[i].name in observer.peaks:
                     tensors[i] = tuple(asdict(tensor) for tensor in observer.peaks[kept[i].name].tensors)

@@ -45,7 +45,8 @@ FULL = {
     "3.12": ("3.12", "torch==2.14.1", "diffusers", "transformers", "accelerate", "pillow"),
     "newest": ("3.13", "torch==2.14.1", "diffusers", "transformers", "accelerate", "pillow"),
     "oldest, tested torch": (
-        "3.11", "torch==2.13.0", "diffusers==0.32.0", "transformers==4.46.3", "accelerate==1.0.1", "huggingface_hub<1", "pillow",
+        "3.11", "torch==2.13.0", "diffusers==0.32.0", "transformers==4.46.3", "accelerate==1.0.1", "huggingface_hub<1", "joblib",
+        "click", "rich", "pillow",
     ),
     "newest, tested torch": ("3.11", "torch==2.13.0", "diffusers", "transformers", "accelerate", "pillow"),
 }  # fmt: skip
