@@ -55,8 +55,8 @@ TINY_TILES = "fails in diffusers itself: AutoencoderTiny blends its tiles in flo
 QUANTISED = ("int8", "uint8", "int4", "nf4", "fp4", "fp8", "float8_e4m3fn", "float8_e5m2")
 """Weights that people ask for as a dtype, and that none of `CHOICES` is."""
 NOT_QUANTISED = (
-    "of quantised weights those of execution='int8' alone are known, the UNet's linear layers by optimum-quanto, and no guard "
-    "reads them; bitsandbytes refuses to quantise without a card, what torchao, SDNQ and others widen is not worked out"
+    "of quantised weights those of execution='int8' alone are known, the UNet's linear layers by optimum-quanto; "
+    "bitsandbytes refuses to quantise without a card, what torchao, SDNQ and others widen is not worked out"
 )
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 VARIANT_FIELDS = tuple(CHOICES)

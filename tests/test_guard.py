@@ -42,9 +42,10 @@ from tiny import TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdfit.backends.pipeline import build_pipeline
+from sdfit.equation.weights import weights_bytes
 from sdfit.errors import InvalidWorkload
 from sdfit.guard import ExceedsWarning, Free, NotCovered, WillNotFit, free_memory
-from sdfit.guard.memory import device_of
+from sdfit.guard.memory import _staying, device_of
 from sdfit.guard.reader import Reader
 from sdfit.predict.pipelines import components, read
 from sdfit.predict.predictor import Predictor
@@ -445,17 +446,104 @@ def test_what_is_done_to_a_pipeline_after_it_was_read_is_seen(pipe: Any, f: Pred
         guarded.workload(image=PICTURE, prompt="a")
 
 
-def test_a_hook_in_a_modules_table_is_seen_by_the_next_look_only(pipe: Any, f: Predictor) -> None:
-    """What the docstring says that it cannot see: one that PyTorch did not register, where no module had any."""
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+def test_what_is_set_by_hand_between_two_calls_is_seen(whole: Any, f: Predictor) -> None:
+    """Any plain attribute of any module, whatever it is for, is looked at in each call; set back, the pipeline is covered."""
+    guarded = sdfit.guard(whole, f, memory="80 GiB")
+    call: dict[str, Any] = {"image": PICTURE, "prompt": "a"}
+    before, kinds = guarded.workload(**call), torch.nn.modules
+    changes: list[tuple[Any, str, Any, str]] = [
+        (whole.unet.get_submodule(f"{BLOCK}.attn1"), "heads", 1, rf"heads=1 \(built with 8\) in unet\.{BLOCK}\.attn1"),
+        (whole.vae.decoder.conv_norm_out, "num_groups", 1, r"num_groups=1 \(built with 32\) in vae.decoder"),
+        (whole.unet.conv_in, "stride", (2, 2), r"stride=\(2, 2\)"),
+        (whole.unet.conv_act, "inplace", True, "inplace=True"),
+        (whole.unet.get_submodule(BLOCK), "_chunk_dim", 2, "_chunk_dim=2"),
+        (whole.text_encoder.config, "_attn_implementation", "eager", "attention by 'eager'"),
+        (
+            whole.image_processor,
+            "_internal_dict",
+            whole.image_processor.config | {"do_resize": False},
+            "do_resize=False",
+        ),
+    ]
+    tables = (whole.unet.conv_act._forward_hooks, whole.unet.conv_in._forward_pre_hooks)
+    for thing, name, value, words in changes:
+        was = getattr(thing, name)
+        setattr(thing, name, value)
+        with pytest.raises(NotCovered, match=words):
+            guarded.workload(**call)
+        setattr(thing, name, was)
+    for table in tables:  # where PyTorch did not register it
+        table[0] = print
+        with pytest.raises(NotCovered, match="forward hooks in the unet"):
+            guarded.workload(**call)
+        del table[0]
+    act, whole.unet.conv_act = whole.unet.conv_act, kinds.ReLU()
+    with pytest.raises(NotCovered, match=r"a ReLU, built as a SiLU in unet\.conv_act"):
+        guarded.workload(**call)
+    whole.unet.conv_act = act
+    whole.enable_attention_slicing()
+    assert guarded.workload(**call).attention == "sliced"
+    for processor in whole.unet.attn_processors.values():
+        processor.slice_size = 3
+    with pytest.raises(NotCovered, match=r"slices of \[3\] heads"):
+        guarded.workload(**call)
+    for part in (whole.unet, whole.vae):
+        part.set_attn_processor(AttnProcessor2_0())
+    assert guarded.workload(**call) == before
+
+
+def quanto_of(linear: Any, **changes: Any) -> Any:
+    """What optimum-quanto 0.2.7 makes of a linear layer, as far as it can be told from outside."""
+
+    class QLinear(torch.nn.Linear):
+        __module__ = "optimum.quanto.nn.qlinear"
+
+    made = QLinear(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
+    made.weight._data = torch.empty(linear.weight.shape, dtype=changes.pop("dtype", torch.int8), device="meta")
+    made.weight._scale = torch.empty(linear.out_features, 1, dtype=linear.weight.dtype, device="meta")
+    made.weight.__tensor_flatten__ = lambda: (["_data", "_scale"], {})
+    vars(made).update({"activation_qtype": None, "weight_group_size": None} | changes)
+    made.register_buffer("input_scale", torch.ones((), device="meta"))
+    return made
+
+
+def quantised(part: str = "unet", most: int = 10**6, **changes: Any) -> Callable[[Any], Any]:
+    def change(pipe: Any) -> Any:
+        places = [
+            (m, n) for m in getattr(pipe, part).modules() for n, c in m.named_children() if type(c) is torch.nn.Linear
+        ]
+        for module, name in places[:most]:
+            setattr(module, name, quanto_of(getattr(module, name), **changes))
+        return pipe
+
+    return change
+
+
+def test_a_unet_in_int8_is_read_as_such(pipe: Any, f: Predictor) -> None:
+    """All of its linear layers by optimum-quanto, as ``execution="int8"`` has them; what lies on the card is what it weighs."""
     guarded = sdfit.guard(pipe, f, memory="80 GiB")
-    guarded.workload(image=PICTURE, prompt="a")
-    pipe.unet._forward_hooks[0] = print
-    guarded.workload(image=PICTURE, prompt="a")
-    with pytest.raises(NotCovered, match="forward hooks in the unet"):
-        sdfit.guard(pipe, f, memory="80 GiB").workload(image=PICTURE, prompt="a")
-    torch.nn.Linear(1, 1).register_forward_hook(print)  # PyTorch's count goes on, so that all are looked at
-    with pytest.raises(NotCovered, match="forward hooks in the unet"):
-        guarded.workload(image=PICTURE, prompt="a")
+    assert guarded.workload(image=PICTURE, prompt="a").execution == "default"
+    quantised()(pipe)
+    found = guarded.workload(image=PICTURE, prompt="a")
+    assert found == Workload(520, 776, execution="int8")
+    assert _staying(pipe, None) == pytest.approx(weights_bytes(found), abs=5000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [quantised(most=5), quantised("text_encoder"), quantised(activation_qtype="qint8"), quantised(dtype=torch.float8_e4m3fn),
+     quantised(weight_group_size=128)],
+    ids=["some layers", "text encoder", "activations", "float8", "groups"],
+)  # fmt: skip
+def test_what_is_quantised_otherwise_is_refused(pipe: Any, f: Predictor, change: Callable[[Any], Any]) -> None:
+    """By name, with what is known."""
+    with pytest.raises(
+        NotCovered, match=r"not diffusers' own \(QLinear\); of quantised weights those of execution='int8'"
+    ):
+        sdfit.guard(change(pipe), f, memory="80 GiB").workload(image=PICTURE, prompt="a")
 
 
 def test_what_leaves_no_trace_is_covered(pipe: Any, f: Predictor) -> None:
@@ -492,9 +580,9 @@ def test_model_offload_is_read_off_its_hooks_run_after_run() -> None:
     assert first.offload == "model" and set(first.unknown) == sized
     tiny(image=picture(64, 64), prompt="a", num_inference_steps=1, strength=1.0)
     reader.read()
-    state = reader._state
+    seen = reader._seen
     tiny(image=picture(64, 64), prompt="a", num_inference_steps=1, strength=1.0)
-    assert reader._seen() == state and reader.read() == first
+    assert reader.read() == first and reader._seen is seen
     tiny.remove_all_hooks()
     assert reader.read().offload == "none" and set(reader.read().unknown) == sized
 

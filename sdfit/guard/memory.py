@@ -108,8 +108,17 @@ def _bytes_of(part: Any, dtype: Any) -> int:
     known = _known.get(part)
     if known is None or known[0] != dtype:
         tensors = {id(t): t for t in (*part.parameters(), *part.buffers())}
-        known = _known[part] = dtype, sum(t.numel() * t.element_size() for t in tensors.values())
+        known = _known[part] = (
+            dtype,
+            sum(t.numel() * t.element_size() for whole in tensors.values() for t in _stored(whole)),
+        )
     return known[1]
+
+
+def _stored(tensor: Any) -> list[Any]:
+    """The tensors that hold a tensor: of a quantised one, its whole numbers and its scales."""
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if parts is None else [getattr(tensor, name) for name in parts()[0]]
 
 
 class Ledger:

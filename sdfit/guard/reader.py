@@ -1,36 +1,36 @@
 """A pipeline read once, and again when it has changed: what makes a guarded call cheap.
 
-What a reading depends on is looked at in each call, in about half a millisecond: that of 1,400 modules. A change that only
-shows in the code of a method, or in an attribute that neither diffusers nor PyTorch switches, is not seen; nor is a hook
-that is written straight into a module's table of hooks, where no module had one: what is looked at is PyTorch's own count of
-the hooks that it has registered.
+Each call looks at what a reading depends on, in about half a millisecond: of 1,400 modules the class, how many attributes there are,
+every plain one that may matter (`sdfit.predict.built`), the hooks and methods that were put there, the modules and weights in them,
+dtypes and layouts; and the pipeline's own settings, its processors and configurations. Not seen between two calls, but by the next
+guard: other code in a function of a library that is no module's ``forward``, ``encode`` or ``decode``, and another ``__dict__``.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import attrgetter, call, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from sdfit.predict import process
-from sdfit.predict.parts import CHANGED, home, is_channels_last
+from sdfit.predict.built import plain
+from sdfit.predict.parts import home
 from sdfit.predict.pipelines import TILES, Reading, components, read
 
 _HOOKS = ("_hf_hook", "_diffusers_hook", "forward", "_old_forward")
-_OF_CONVOLUTIONS = ("padding_mode", "dilation")
-_WATCHED = {*CHANGED, *_HOOKS, "_internal_dict", "processor", "peft_config"} - {*_OF_CONVOLUTIONS}
 """What is found on a module, of what was put there."""
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+"""What PyTorch keeps of a module's own; most are empty."""
 _FLAGS = ("use_slicing", "use_tiling", *TILES)
 _STEPS = ("step", "scale_model_input", "add_noise", "set_timesteps")
 """Methods of a scheduler that may be replaced on it."""
 _METHODS = ("forward", "encode", "decode", "_encode", "_decode", "tiled_encode", "tiled_decode")
 _DTYPE = attrgetter("dtype")
-_WEIGHTS, _CHILDREN, _BUFFERS = map(itemgetter, ("_parameters", "_modules", "_buffers"))
+_PROCESSOR, _CONFIG, _BUFFERS = map(itemgetter, ("processor", "_internal_dict", "_buffers"))
 
 
 class Reader:
@@ -47,99 +47,121 @@ class Reader:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._state: list[Any] = []
+        self._seen: _Seen | None = None
         self._reading: Reading | None = None
         self._lock = threading.Lock()
-        self._parts: dict[str, Any] = {}
-        self._modules: list[Any] = []
-        self._weighted = self._parents = self._convolving = _those([])
-        self._hooked = False
-        self._hooks_made: Any = None
-        self._marked: list[tuple[int, str]] = []
-        self._plain: list[tuple[int, str]] = []
-        self._convolutions: list[tuple[int, str]] = []
-        self._methods: list[tuple[type, str]] = []
 
     def read(self) -> Reading:
         """The pipeline as it is now, with what PyTorch is set to at this moment."""
         with self._lock:
-            if self._reading is None or self._seen() != self._state:
-                self._look()
-                self._state = self._seen()
+            if self._reading is None or self._seen is None or not self._seen.still():
+                self._seen = _Seen(self.pipe)
                 self._reading = read(self.pipe)
             return _with_settings(self._reading)
 
-    def _seen(self) -> list[Any]:
-        """All that a reading depends on, quickly: of the pipeline, then of its modules in bulk, then of those that stand out.
 
-        Loops are those of `map` and `itertools`: there are 1,400 modules.
-        """
-        pipe = vars(self.pipe)
-        whole = [ref() is pipe.get(name) for name, ref in self._parts.items()]
-        modules = list(map(call, self._modules))
+class _Seen:
+    """All that a reading depends on, as it was at one moment.
+
+    Loops are those of `map` and `itertools`, for there are 1,400 modules.
+
+    Notes
+    -----
+    Components are held weakly, and what is in them only as long as they are there.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._parts = {name: ref for name, value in vars(pipe).items() if (ref := _reference(value)) is not None}
+        held: dict[str, Any] = {}
+
+        def gone(_: Any) -> None:
+            held.clear()
+
+        roots = list(components(pipe).values())
+        self._held, self._roots = held, [weakref.ref(root, gone) for root in roots]
+        within = [m for root in roots for m in root.modules() if m is not root]
+        modules: list[Any] = [*roots, *within]
+        owns: list[dict[str, Any]] = [vars(module) for module in modules]
+        held["modules"], held["owns"] = within, owns[len(roots) :]
+        self._kinds, self._sizes = list(map(type, modules)), list(map(len, owns))
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for at, own in enumerate(owns):
+            groups.setdefault(tuple(plain(own)), []).append(at)
+        self._attributes = [(itemgetter(*names, names[0]), _those(at)) for names, at in groups.items() if names]
+        self._plain = [list(map(_copied, map(names, places(owns)))) for names, places in self._attributes]
+        tables = {name: list(map(itemgetter(name), owns)) for name in _TABLES}
+        self._filled = {name: _those([at for at, table in enumerate(of) if table]) for name, of in tables.items()}
+        self._empty = {name: _those([at for at, table in enumerate(of) if not table]) for name, of in tables.items()}
+        for name in ("_parameters", "_modules"):
+            held[name] = list(map(dict.copy, map(itemgetter(name), self._filled[name](owns))))
+        tensors = chain.from_iterable(map(dict.values, held["_parameters"]))
+        held["weights"] = weights = [weight for weight in tensors if weight is not None]
+        self._wide = _those([at for at, w in enumerate(weights) if w.ndim == 4 and w.shape[-1] > 1])
+        self._marked = [(at, name) for at, own in enumerate(owns) for name in _HOOKS if name in own]
+        self._attending = _those([at for at, own in enumerate(owns) if "processor" in own])
+        self._configured = _those([at for at, own in enumerate(owns) if "_internal_dict" in own])
+        self._configs = {id(own["config"]): own["config"] for own in owns if hasattr(own.get("config"), "__dict__")}
+        self._methods = [(cls, name) for cls in dict.fromkeys(self._kinds) for name in _METHODS if hasattr(cls, name)]
+        self._rest = self._now(owns)
+
+    def still(self) -> bool:
+        """Whether all of it is as it was."""
+        pipe, held = vars(self._pipe), self._held
         try:
-            owns: list[dict[str, Any]] = list(map(vars, modules))
-        except TypeError:  # None, for one that is gone
-            return [None]
-        if not all(whole):
-            return [None]
-        weights = list(chain.from_iterable(map(dict.values, map(_WEIGHTS, self._weighted(owns)))))
+            if not all(ref() is pipe.get(name) for name, ref in self._parts.items()):
+                return False
+            roots: list[Any] = [ref() for ref in self._roots]
+            modules, owns = [*roots, *held["modules"]], [*map(vars, roots), *held["owns"]]
+            if list(map(type, modules)) != self._kinds or list(map(len, owns)) != self._sizes:
+                return False
+            for (names, places), before in zip(self._attributes, self._plain, strict=True):
+                if list(map(names, places(owns))) != before:
+                    return False
+            for name in _TABLES:
+                table = itemgetter(name)
+                if any(map(table, self._empty[name](owns))):
+                    return False
+                if name in held and list(map(table, self._filled[name](owns))) != held[name]:
+                    return False
+            return self._now(owns) == self._rest
+        except (KeyError, RuntimeError, TypeError, ValueError):  # something is gone, or is a tensor now
+            return False
+
+    def _now(self, owns: list[dict[str, Any]]) -> list[Any]:
+        """What is compared by value, but for attributes."""
+        pipe, weights = vars(self._pipe), self._held["weights"]
         vae, steps = pipe.get("vae"), getattr(pipe.get("scheduler"), "__dict__", {})
+        processors = list(map(_PROCESSOR, self._attending(owns)))
+        buffers = chain.from_iterable(map(dict.values, map(_BUFFERS, self._filled["_buffers"](owns))))
         return [
-            type(self.pipe), len(pipe), bool(pipe.get("_all_hooks")), *(getattr(vae, name, None) for name in _FLAGS),
+            type(self._pipe), len(pipe), bool(pipe.get("_all_hooks")), *(getattr(vae, name, None) for name in _FLAGS),
             *map(steps.get, _STEPS),
-            list(map(type, modules)),
-            list(map(len, owns)),
-            list(map(id, chain.from_iterable(map(dict.values, map(_CHILDREN, self._parents(owns)))))),
-            list(map(len, map(_BUFFERS, owns))),
-            self._hooks(owns),
-            list(map(id, weights)),
-            [_DTYPE(p) for p in weights if p is not None],
-            [is_channels_last(owns[at]["_parameters"][name]) for at, name in self._convolutions],
-            list(map(itemgetter(*_OF_CONVOLUTIONS), self._convolving(owns))),
-            [owns[at].get(name) for at, name in self._plain],
+            *map(_settings, (pipe.get("image_processor"), *self._configs.values())),
+            processors, list(map(_settings, processors)), list(map(_CONFIG, self._configured(owns))),
+            [b is not None and b.numel() for b in buffers],  # moving a module makes others
+            list(map(_DTYPE, weights)),
+            [w.stride() for w in self._wide(weights)],
             [_mark(name, owns[at].get(name)) for at, name in self._marked],
             [getattr(cls, name) for cls, name in self._methods],
         ]  # fmt: skip
 
-    def _hooks(self, owns: list[dict[str, Any]]) -> list[int]:
-        """The modules with hooks; not looked for where there were none and PyTorch has made none since, for any module."""
-        made = getattr(sys.modules.get("torch.utils.hooks"), "RemovableHandle", None)
-        number = getattr(made, "next_id", None)
-        if number is None or number != self._hooks_made or self._hooked:
-            found = [at for at, own in enumerate(owns) if own["_forward_hooks"] or own["_forward_pre_hooks"]]
-            self._hooks_made, self._hooked = number, bool(found)
-            return found
-        return []
 
-    def _look(self) -> None:
-        """Go through the pipeline anew."""
-        parts = components(self.pipe)
-        self._parts = {name: ref for name, value in vars(self.pipe).items() if (ref := _reference(value)) is not None}
-        modules = [m for part in parts.values() for m in part.modules()]
-        owns = list(map(vars, modules))
-        self._modules = list(map(weakref.ref, modules))
-        found = [(at, name) for at, own in enumerate(owns) for name in sorted(own.keys() & _WATCHED)]
-        self._plain = [(at, name) for at, name in found if name not in _HOOKS]
-        self._marked = [(at, name) for at, name in found if name in _HOOKS]
-        self._weighted = _those([at for at, own in enumerate(owns) if own["_parameters"]])
-        self._parents = _those([at for at, own in enumerate(owns) if own["_modules"]])
-        self._convolving = _those([at for at, own in enumerate(owns) if own.keys() >= {*_OF_CONVOLUTIONS}])
-        self._convolutions = [
-            (at, name)
-            for at, own in enumerate(owns)
-            for name, p in own["_parameters"].items()
-            if p is not None and p.ndim == 4 and p.shape[-1] > 1
-        ]
-        classes = dict.fromkeys(map(type, modules))
-        self._methods = [(cls, name) for cls in classes for name in _METHODS if hasattr(cls, name)]
-
-
-def _those(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What takes the elements at some places of a list."""
+def _those(places: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
+    """What takes the elements at some places of a list, or of a dict."""
     if len(places) > 1:
         return itemgetter(*places)
     return lambda every: [every[at] for at in places]
+
+
+def _copied(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The same values, of which those that can be written into are copies."""
+    return tuple(value.copy() if isinstance(value, list | dict) else value for value in values)
+
+
+def _settings(thing: Any) -> dict[str, Any]:
+    """What an object holds, at this moment."""
+    return dict(getattr(thing, "__dict__", {}))
 
 
 def _reference(value: Any) -> Any:
@@ -156,7 +178,7 @@ def _mark(name: str, value: Any) -> Any:
         return type(value), id(getattr(getattr(value, "prev_module_hook", None), "model", None))
     if name in ("forward", "_old_forward"):
         return home(value), getattr(value, "__func__", None)
-    return value
+    return [(key, id(hook)) for key, hook in getattr(value, "hooks", {}).items()]
 
 
 def _with_settings(reading: Reading) -> Reading:

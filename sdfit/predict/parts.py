@@ -7,11 +7,12 @@ with the default of the component's own class otherwise, so that a setting which
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from sdfit.equation.weights import PARAMETERS
+from sdfit.predict.built import QUANTO, altered, in_int8
 from sdfit.workload import NOT_QUANTISED
 
 CLASSES = {
@@ -54,21 +55,11 @@ FREE = (
 """Settings that change values and not amounts. The VAE's sample size sets its tiles, which are compared by themselves."""
 LIBRARIES = ("torch.nn.modules.", "diffusers.models.", "diffusers.pipelines.", "diffusers.schedulers.", "transformers.")
 """Where the modules of an unchanged pipeline come from."""
+QUANTISERS = (QUANTO, "bitsandbytes.", "torchao.")
+"""Libraries whose modules hold weights of fewer bits."""
 _CODE = ("torch.", "diffusers.", "transformers.")
 _HOOKS = ("accelerate.hooks", "diffusers.hooks.")
 """Whose replaced ``forward`` is a hook, which is looked at by itself."""
-CHANGED = {
-    # attribute     as built  what another value means
-    "s1": (None, "FreeU"), "s2": (None, "FreeU"), "b1": (None, "FreeU"), "b2": (None, "FreeU"),
-    "_chunk_size": (None, "feed-forward layers in chunks"),
-    "fused_projections": (False, "fused projections"),
-    "upcast_attention": (False, "attention in float32"),
-    "upcast_softmax": (False, "attention in float32"),  # True in the VAE
-    "_compiled_call_impl": (None, "torch.compile"),
-    "padding_mode": ("zeros", "convolutions that pad in circles or otherwise than with zeros (seamless pictures)"),
-    "dilation": ((1, 1), "dilated convolutions"),
-}  # fmt: skip
-"""Attributes that diffusers' and PyTorch's own switches set on modules of a pipeline that is built already."""
 MOST_BUFFERS = 4096
 """Elements of buffers that a component may have: CLIP's position numbers."""
 
@@ -91,12 +82,16 @@ def unlike(part: str, module: Any) -> list[str]:
     if getattr(module, "peft_config", None) or getattr(module, "_hf_peft_config_loaded", False):
         found.append(f"adapters (LoRA) in the {part}")
     modules = list(module.modules())
-    strangers = sorted({type(m).__name__ for m in modules if not type(m).__module__.startswith(LIBRARIES)})
+    int8 = part == "unet" and is_int8(modules)
+    others = [m for m in modules if not (int8 and in_int8(m))]
+    strangers = sorted({type(m).__name__ for m in others if not type(m).__module__.startswith(LIBRARIES)})
     if strangers:
-        found.append(f"modules in the {part} that are not diffusers' own ({', '.join(strangers[:3])})")
-    found += [f"{what} in the {part}" for what in dict.fromkeys(_done_to(part, modules))]
-    found += _weights(part, kind, module, bool(found))
-    found += [f"a {part} with {name}={given}, not {value}" for name, given, value in _settings(kind, module)]
+        quantised = f"; {NOT_QUANTISED}" if any(type(m).__module__.startswith(QUANTISERS) for m in others) else ""
+        found.append(f"modules in the {part} that are not diffusers' own ({', '.join(strangers[:3])}){quantised}")
+    found += [f"{what} in the {part}" for what in dict.fromkeys(_done_to(modules))]
+    found += _weights(part, kind, module, bool(found), int8)
+    settings = [f"a {part} with {name}={given}, not {value}" for name, given, value in _settings(kind, module)]
+    found += settings or altered(part, module, explained=bool(found))
     if getattr(module, "encoder_hid_proj", None) is not None:
         found.append("an IP-Adapter")
     if any(is_channels_last(p) for p in module.parameters()):
@@ -106,14 +101,20 @@ def unlike(part: str, module: Any) -> list[str]:
     return found
 
 
-def _weights(part: str, kind: str, module: Any, explained: bool) -> Iterator[str]:
+def is_int8(modules: Sequence[Any]) -> bool:
+    """Whether all linear layers of a component are in 8 bits as ``execution="int8"`` has them."""
+    linear = [m for m in modules if type(m).__name__ in ("Linear", "QLinear")]
+    return bool(linear) and all(map(in_int8, linear))
+
+
+def _weights(part: str, kind: str, module: Any, explained: bool, int8: bool) -> Iterator[str]:
     parameters = list(module.parameters())
     expected = PARAMETERS["vae_tiny" if kind == "AutoencoderTiny" else part]
     count = sum(p.numel() for p in parameters)
     if count != expected and not explained:
         yield f"a {part} of {count:,} parameters where Stable Diffusion v1.5 has {expected:,}"
-    kinds = sorted({type(p).__name__ for p in parameters} - {"Parameter"})
-    if kinds:
+    kinds = sorted({type(p).__name__ for p in parameters} - {"Parameter"} - ({"WeightQBytesTensor"} if int8 else set()))
+    if kinds and not explained:
         yield f"weights of the {part} that are no plain tensors ({', '.join(kinds)}); {NOT_QUANTISED}"
     extra = sum(b.numel() for b in module.buffers())
     if extra > MOST_BUFFERS:
@@ -147,14 +148,10 @@ def _defaults(cls: Any) -> dict[str, Any]:
     }
 
 
-def _done_to(part: str, modules: list[Any]) -> Iterator[str]:
-    """What was done to modules after they were built: switches, hooks, methods that were replaced."""
+def _done_to(modules: list[Any]) -> Iterator[str]:
+    """What was done to modules after they were built but for attributes: hooks, methods that were replaced."""
     for module in modules:
         own = vars(module)
-        for name in own.keys() & CHANGED.keys():
-            built, words = CHANGED[name]
-            if own[name] != (built if (part, name) != ("vae", "upcast_softmax") else True):
-                yield words
         if type(module).__name__ == "OptimizedModule":
             yield "torch.compile"
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sdfit.predict.parts import CLASSES, foreign, home, replaced, unlike
+from sdfit.predict.parts import CLASSES, foreign, home, is_int8, replaced, unlike
 from sdfit.workload import DTYPE_BYTES, NOT_QUANTISED, QUANTISED, SLICES, VARIANT_FIELDS
 
 PIPELINE = "StableDiffusionImg2ImgPipeline"
@@ -116,6 +116,7 @@ def read(pipe: Any) -> Reading:
         vae_tiling=tiling,
         offload=offload,
         safety_checker="safety_checker" in parts,
+        execution="int8" if "unet" in parts and is_int8(list(parts["unet"].modules())) else "default",
         unknown=(*unknown, *mixed, *odd, *hooks, *(f"VAE tiles of another size ({tile})" for tile in tiles)),
         to_rgb=to_rgb,
         scheduler=type(getattr(pipe, "scheduler", None)).__name__,
