@@ -148,7 +148,7 @@ MOST_OPTIONS = 6
 
 def in_words(answer: Verdict, there: Memory) -> list[str]:
     """A verdict in two or three lines."""
-    from sdfit.predict.verdict import MAY_FIT
+    from sdfit.predict.verdict import MAY_FIT, level_in_words
 
     peak, spare = answer.prediction, answer.margin_bytes
     how = SIMULATED if peak.replayed else ""
@@ -158,7 +158,7 @@ def in_words(answer: Verdict, there: Memory) -> list[str]:
     elif answer.answer == MAY_FIT and answer.chance is not None:
         chance = f", with a chance of {100 * answer.chance:.0f} %"
     lines = [
-        f"{answer.answer}{chance}: {peak.metric} {format_bytes(peak)}, at most {amount(peak.upper)} (level {peak.level:.3g}{how}); "
+        f"{answer.answer}{chance}: {peak.metric} {format_bytes(peak)}, at most {amount(peak.upper)} ({level_in_words(peak)}{how}); "
         f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}",
         f"memory: {there.words}",
     ]

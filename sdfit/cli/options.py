@@ -117,7 +117,7 @@ replay_option = click.option(
 FILE = click.Path(path_type=Path, readable=False)
 """A path that is an option or an argument: who reads or writes it says what is wrong with it."""
 out_option = click.option("--out", type=FILE, default=None, help="The file to write.")
-records_argument = click.argument("files", nargs=-1, type=FILE, metavar="RECORDS...")
+records_argument = click.argument("files", nargs=-1, type=FILE, metavar="[RECORDS]...")
 
 
 def quiet_option() -> click.Option:

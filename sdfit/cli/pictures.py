@@ -158,7 +158,7 @@ def validate(
         (
             str(pair.picture.path),
             pair.reason or pair.outcome,
-            f"{pair.picture.height}x{pair.picture.width}",
+            f"{pair.picture.height}x{pair.picture.width}" if pair.picture.height else "-",
             *(format_bytes(v) if v is not None else "-" for v in (pair.estimated_bytes, pair.actual_bytes)),
             percent(pair.error, 3) if pair.error is not None else "-",
             {None: "-", True: "yes", False: "no"}[pair.inside],
@@ -170,6 +170,8 @@ def validate(
     actual = "actual" if backend == "cuda" else "actual (SIMULATED)"
     head = ("image", "outcome", "resolution", "estimated", actual, "error", "inside the interval", "driver shows")
     _shown([pair.to_dict() for pair in pairs], head, lines, kind)
+    if kind == "text":
+        click.echo(f"memory: {there.words}")
     if backend != "cuda":
         note("these runs are simulated: nothing was measured")
     click.echo(f"wrote {path}", err=True)

@@ -23,7 +23,7 @@ from sdfit.predict.library import AUTO, load
 from sdfit.predict.options import Option, options_that_fit
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import Predictor
-from sdfit.predict.verdict import bound
+from sdfit.predict.verdict import bound, level_in_words
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import Workload
 
@@ -256,7 +256,7 @@ class Guard:
         left = max(LEDGER.left(self._account(), there) + there.own_bytes + held, 1.0)
         options = options_that_fit(self.model, prediction.workload, memory=left, level=self.level)
         short = (
-            f"this run needs up to {format_bytes(prediction.upper)} ({prediction.metric}, level {prediction.level:.3g}) and "
+            f"this run needs up to {format_bytes(prediction.upper)} ({prediction.metric}, {level_in_words(prediction)}) and "
             f"{format_bytes(left)} is there"
         )
         changes = [", ".join(f"{name}={value}" for name, value in option.change.items()) for option in options[:3]]

@@ -78,9 +78,7 @@ class Checked:
     def text(self) -> str:
         """Lines: what it is, the findings, the answer."""
         env = self.environment
-        head = (
-            f"{self.path}: {self.rows} rows of {env.get('gpu')}, backend {env.get('backend')}, grid {env.get('grid')}"
-        )
+        head = f"{self.path}: {self.rows} rows of {env.get('gpu') or 'no card'}, backend {env.get('backend')}, grid {env.get('grid')}"
         errors = sum(finding.severity == "error" for finding in self.verdict)
         shown = Verdict(self.verdict.findings[: max(errors, MOST_SHOWN)]).table().splitlines() if self.verdict else []
         more = len(self.verdict) - len(shown)

@@ -17,6 +17,7 @@ from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import DOES_NOT_FIT, verdict
 from sdfit.records import RECORDS, Record
 from sdfit.sweep.journal import Journal
+from sdfit.units import format_bytes
 from sdfit.workload import Workload
 
 METRIC = "allocated"
@@ -116,7 +117,7 @@ def validate(
                 continue
             said = verdict(model, workload, memory=memory)
             if said.answer == DOES_NOT_FIT:
-                yield Pair(picture, reason=f"{DOES_NOT_FIT}: it would run out of memory")
+                yield Pair(picture, reason=f"{DOES_NOT_FIT}: it would need {format_bytes(said.prediction)}")
                 continue
             record = Record(len(journal.rows), workload, **backend.measure(workload))
             journal.append(record)

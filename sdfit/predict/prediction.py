@@ -183,6 +183,14 @@ class Prediction(float):
         told = self._told()
         return variant.chance(told["peaks"], told["sizes"], metric, memory_bytes - self, level)
 
+    @property
+    def supported(self) -> float:
+        """The level that its bounds hold at: the one asked for, or what its scores support where they are too few for that.
+
+        The furthest of n runs bounds the next one with a probability of n / (n + 1), and not more.
+        """
+        return min(self.level, self.chance_within(math.inf))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, amounts in bytes; an infinite bound is None."""
         low, high = self.interval

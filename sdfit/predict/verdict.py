@@ -100,6 +100,7 @@ class Verdict:
             "memory_bytes": self.memory_bytes,
             "margin_bytes": round(self.margin_bytes),
             "slower": self.slower,
+            "supported_level": self.prediction.supported,
             **self.prediction.to_dict(),
         }
 
@@ -159,6 +160,14 @@ def finite(predictor: Model, prediction: Prediction) -> Prediction:
     return prediction
 
 
+def level_in_words(prediction: Prediction) -> str:
+    """The level that a bound holds at, and, where it is less than was asked for, why."""
+    level = prediction.supported
+    if level >= prediction.level or not level:
+        return f"level {prediction.level:.3g}"
+    return f"level {level:.3g}, the most that {round(level / (1 - level))} runs support"
+
+
 def fits(
     predictor: Model,
     workload: Workload,
@@ -205,7 +214,7 @@ def verdict(
         return Verdict(answer, None, memory_bytes, prediction)
     chance = prediction.chance_within(memory_bytes)
     if prediction.upper <= memory_bytes:
-        return Verdict(FITS, max(chance, prediction.level), memory_bytes, prediction)
+        return Verdict(FITS, max(chance, prediction.supported), memory_bytes, prediction)
     slower = prediction.lower > memory_bytes and _fits_without_workspaces(predictor, prediction, memory_bytes)
     answer = DOES_NOT_FIT if prediction.lower > memory_bytes and not slower else MAY_FIT
     return Verdict(answer, chance, memory_bytes, prediction, slower)

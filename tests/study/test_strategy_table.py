@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from sdfit.backends.fake import FakeBackend
 from sdfit.cli import main
 from sdfit.predict.library import load
 from sdfit.predict.memory import of_box
+from sdfit.predict.options import options_that_fit
 from sdfit.predict.predictor import Predictor
 from sdfit.study.comparison import frontier
 from sdfit.study.comparison.strategies import ASKED, CHANGES_NOTHING, Strategies, strategies
@@ -117,14 +119,18 @@ def test_a_measured_sweep_gives_its_own_seconds_and_a_simulated_one_none() -> No
     assert best_series([time, *published_times()], "p100", [PLAIN]) != [None]
 
 
-def test_a_recipe_is_the_first_that_is_sure_to_fit(p100: Predictor) -> None:
-    """768x768 needs changes; each recipe's bound is within what a card of that box leaves, as the report's map has it."""
-    found = asked_of(p100, Workload(768, 768, dtype="float32", attention="eager"))
+def test_a_recipe_is_what_advice_begins_with(p100: Predictor) -> None:
+    """768x768 needs changes; each recipe is the cheapest that suffices in what a card of that box leaves, and no row comes twice."""
+    asked = Workload(768, 768, dtype="float32", attention="eager")
+    found = asked_of(p100, asked)
     recipes = {row.name: row for row in found.rows if row.name.startswith("card of ")}
-    assert {name.split(":")[0] for name in recipes} >= {"card of 6 GB", "card of 8 GB"}
-    for name, row in recipes.items():
-        assert row.prediction is not None
-        assert row.prediction.upper <= of_box(int(name.split()[2])) and row.change["dtype"] == "float16"
+    boxes = {int(gib): row for name, row in recipes.items() for gib in re.findall(r"\d+", name.split(" GB")[0])}
+    assert boxes.keys() >= {6, 8}
+    for gib, row in boxes.items():
+        assert row.prediction is not None and row.prediction.upper <= of_box(gib)
+        assert row.change == options_that_fit(p100, asked, memory=of_box(gib))[0].change
+    changes = [tuple(row.change.items()) for row in found.rows if row.change]
+    assert len(changes) == len(set(changes))
     small = asked_of(p100, Workload(256, 256, dtype="float16"))
     assert any("card of 8 GB: fits as asked" in note for note in small.notes)
 

@@ -1,6 +1,6 @@
 """What each way to run costs and saves: memory by a model, seconds as others published them or a sweep measured them.
 
-Every option is changed alone, then some together, then the cheapest combination for a card of 4, 6 and 8 GB. Seconds are
+Every option is changed alone, then some together, then the cheapest that suffices on a card of 4, 6 and 8 GB. Seconds are
 shown only for the same card, size and batch, all from one source; nothing is carried over from another card.
 """
 
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
-from sdfit.errors import InvalidWorkload, UnknownVariant
+from sdfit.errors import UnknownVariant, listed
 from sdfit.predict.memory import of_box
+from sdfit.predict.options import options_that_fit
 from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import Predictor
 from sdfit.predict.verdict import best_metric, verdict
@@ -27,20 +28,8 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"vae_slicing": True, "vae_tiling": True, "offload": "sequential"},
 )
 """Options that are often switched on together."""
-_FUSED: dict[str, Any] = {"attention": "sdpa", "dtype": "float16"}
-RECIPES: tuple[dict[str, Any], ...] = (
-    {},
-    _FUSED,
-    _FUSED | {"vae_slicing": True},
-    _FUSED | {"vae_slicing": True, "vae_tiling": True},
-    _FUSED | {"vae_slicing": True, "vae_tiling": True, "offload": "model"},
-    _FUSED | {"vae_slicing": True, "vae_tiling": True, "offload": "sequential"},
-    _FUSED | {"vae_slicing": True, "vae_tiling": True, "offload": "sequential", "safety_checker": False},
-    _FUSED | {"vae_slicing": True, "offload": "model", "safety_checker": False, "vae": "tiny"},
-)
-"""The cheap before the dear, by judgement: what costs no quality first, then what costs time, last another VAE."""
 RECIPE_GB = (4, 6, 8)
-"""Memory on the box of the cards that a recipe is found for [GiB]."""
+"""Memory on the box of the cards that a recipe is found for: the first of what ``sdfit advise`` would say there [GiB]."""
 CHANGES_NOTHING: tuple[tuple[str, str], ...] = (
     ("gradient checkpointing", "belongs to training: at inference the peak is the same to the byte (traced)"),
     (
@@ -210,11 +199,13 @@ def strategies(f: Predictor, workload: Workload, *, memory_bytes: int, times: Se
     asked = verdict(f, workload, memory=memory_bytes).prediction
     changes = [(ASKED, {}), *_single(workload), *((_words(c), c) for c in TOGETHER)]
     recipes, others = _recipes(f, workload)
-    changes += recipes
+    apart = [change for _, change in recipes]
+    changes = [one for one in changes if one[1] not in apart] + recipes  # each once
     runs = [replace(workload, **change) for _, change in changes]
     found = best_series(times, f.card.slug if f.card else f.name, runs)
     rows = [_row(f, name, change, run, asked, memory_bytes) for (name, change), run in zip(changes, runs, strict=True)]
-    rows = [_timed(row, time, found[0]) for row, time in zip(rows, found, strict=True)]
+    checked = [time for (_, change), time in zip(changes, found, strict=True) if "safety_checker" not in change]
+    rows = [_timed(row, time, found[0], checked) for row, time in zip(rows, found, strict=True)]
     known = _with_frontier([row for row in rows if row.prediction is not None])
     known.sort(key=lambda row: float(row.prediction or 0))
     unknown = [row for row in rows if row.prediction is None]
@@ -245,26 +236,27 @@ def _words(change: Mapping[str, Any]) -> str:
 
 
 def _recipes(f: Predictor, workload: Workload) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """The first of `RECIPES` that fits on each kind of card; and, in words, where none is needed or none is found."""
-    found, missing = [], []
+    """The cheapest change that suffices on each kind of card; and, in words, where none is needed or none is found."""
+    cards: dict[str, list[int]] = {}
+    changes: dict[str, dict[str, Any]] = {}
+    notes = []
     for gib in RECIPE_GB:
-        for recipe in RECIPES:
-            change = {name: value for name, value in recipe.items() if getattr(workload, name) != value}
-            if workload.dtype == "bfloat16" or f.wrong_half:
-                change.pop("dtype", None)
-            try:
-                answer = verdict(f, replace(workload, **change), memory=of_box(gib)).answer
-            except (UnknownVariant, InvalidWorkload):
-                continue
-            if answer == "fits":
-                if change:
-                    found.append((f"card of {gib} GB: {_words(change)}", change))
-                else:
-                    missing.append(f"card of {gib} GB: fits as asked")
-                break
+        memory = of_box(gib)
+        if verdict(f, workload, memory=memory).answer == "fits":
+            notes.append(f"card of {gib} GB: fits as asked")
+            continue
+        options = options_that_fit(f, workload, memory=memory)
+        if not options:
+            notes.append(f"card of {gib} GB: nothing is sure to fit at this size")
+        elif "height" in options[0].change:
+            notes.append(
+                f"card of {gib} GB: nothing but a smaller picture is sure to fit ({_words(options[0].change)})"
+            )
         else:
-            missing.append(f"card of {gib} GB: nothing that was tried is sure to fit at this size")
-    return found, missing
+            words = _words(options[0].change)
+            cards.setdefault(words, []).append(gib)
+            changes[words] = options[0].change
+    return [(f"card of {listed(gibs)} GB: {words}", changes[words]) for words, gibs in cards.items()], notes
 
 
 def _row(
@@ -285,8 +277,8 @@ def _row(
     return Strategy(name, change, answer.prediction, answer.answer, saved, None, None, words[f.provenance])
 
 
-def _timed(row: Strategy, time: Time | None, asked: Time | None) -> Strategy:
-    if time is None or (time is asked and "safety_checker" in row.change):  # nobody timed the one beside the other
+def _timed(row: Strategy, time: Time | None, asked: Time | None, checked: Sequence[Time | None]) -> Strategy:
+    if time is None or ("safety_checker" in row.change and time in checked):  # nobody timed the one beside the other
         return row
     speed = None if asked is None else asked.seconds_per_image / time.seconds_per_image
     words = row.rests_on if row.prediction is None else f"{row.rests_on}; time: {time.id}"
