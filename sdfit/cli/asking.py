@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +199,7 @@ def largest(
     **fields: Any,
 ) -> None:
     """Find the largest size of an aspect ratio that is sure to fit, and the largest that is likely to."""
+    from sdfit.predict.advise import NothingFits
     from sdfit.predict.memory import available
 
     for name in ("height", "width"):
@@ -209,7 +211,11 @@ def largest(
         raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
     f = _model(gpu, replay)
     fields, there = suited(fields, f), available(memory, f.card)
-    found = f.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
+    try:
+        found = f.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
+    except NothingFits as error:
+        asked = shlex.join(["sdfit", "advise", "--gpu", gpu, *(["--memory", memory] if memory else [])])
+        raise NothingFits(f"{error}; what to change: {asked} --height 512 --width 512", **error.facts) from None
     (height, width), (most_height, most_width) = found, found.likely
     if as_json:
         likely = {"height": most_height, "width": most_width}
@@ -252,7 +258,12 @@ def advise(gpu: str, memory: str | None, level: float | None, replay: bool, as_j
         click.echo("\n".join([fits, *_options_in_words(options, "with more room:"), *wrongly(f, workload.dtype)]))
     else:
         changes = _options_in_words(options, "with") or ["  nothing that was tried makes it fit"]
-        lines = [*in_words(answer, there), f"largest batch of this size: {batch}", *changes]
+        most = (
+            f"up to {batch} image(s) a call are sure to fit"
+            if batch
+            else "no batch of this size is sure to fit as it is"
+        )
+        lines = [*in_words(answer, there), most, *changes]
         click.echo("\n".join([*lines, *wrongly(f, workload.dtype)]))
 
 
