@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from sdfit.backends.trace.follow import FollowStorages
 from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.meter import Meter
 from sdfit.units import MIB
+
+with suppress(ImportError):
+    # makes two tables of 8 KiB in host memory as it is imported, when the first layer is put in 8 bits
+    import_module("optimum.quanto.tensor.weights.marlin")
 
 
 class Writing(Meter):

@@ -352,6 +352,21 @@ def test_a_pipeline_is_rebuilt_from_an_empty_allocator(backend):
     assert again["baseline_bytes"] == first["baseline_bytes"]
 
 
+def test_int8_is_measured_as_it_is_traced_and_leaves_nothing():
+    """A run stands above its trace by what a plain one does, to the byte in each stage; so does a plain one in that process after it.
+
+    A weight of optimum-quanto says that it has the bytes of its dtype, and has those of its parts: it was counted with 0.87 MB.
+    """
+    pytest.importorskip("optimum.quanto")
+    backend, tracer = CudaBackend(**OPTIONS), Tracer(settings=TINY)
+    above = []
+    for w in (job(), job(execution="int8"), job()):
+        row, traced = backend.measure(w), tracer.run(w)
+        assert row["component_bytes"] == traced.component_bytes and not backend.tainted
+        above.append({stage: row["stage_peaks_bytes"][stage] - peak for stage, peak in traced.stage_peaks.items()})
+    assert above[0] == above[1] == above[2]
+
+
 @pytest.mark.slow
 def test_a_sweep_replaces_tainted_workers_and_finishes(tmp_path):
     """Through real worker processes: out of memory in the middle, and every other row as if it had not happened."""

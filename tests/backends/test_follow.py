@@ -158,6 +158,34 @@ def test_followed_storages_are_counted_once_and_freed() -> None:
     assert sorted(meter.events or ()) == [(1, -512), (1, 512), (2, -1024), (2, 1024)]
 
 
+class Widened(torch.Tensor):
+    """A tensor of float32 that holds whole numbers of 8 bits, as optimum-quanto's weights do."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Widened:
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=torch.float32, device=held.device)  # type: ignore[attr-defined]
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(func(args[0].held, *args[1:], **(kwargs or {})))
+
+
+def test_a_tensor_made_of_others_counts_as_these() -> None:
+    """PyTorch says that it has as many bytes as its dtype takes; it has none beside those of what it holds."""
+    meter = Meter()
+    with FollowStorages(meter, "cpu"):
+        made = Widened(torch.zeros(4096, dtype=torch.int8)).detach().clone()
+        assert made.untyped_storage().nbytes() == 4 * 4096 and meter.live_bytes == 4096
+        del made
+    assert meter.live_bytes == 0
+
+
 def test_a_workspace_counts_while_its_kernel_runs() -> None:
     """It raises the peak and is gone afterwards."""
     meter = Meter()

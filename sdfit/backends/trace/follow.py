@@ -133,6 +133,10 @@ class FollowStorages(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
+        if hasattr(tensor, "__tensor_flatten__"):  # what is made of tensors has no memory beside theirs
+            for name in tensor.__tensor_flatten__()[0]:
+                self._see(getattr(tensor, name))
+            return
         self._follow(storage, self.meter.allocate(self._size(storage.nbytes())))
 
     def _follow(self, storage: Any, block: int) -> None:
