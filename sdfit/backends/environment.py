@@ -53,8 +53,14 @@ def software() -> dict[str, str | None]:
 
 
 def releases() -> dict[str, str | None]:
-    """Releases of what decides which memory a pipeline asks for, whatever they were built for."""
-    return {package: of and of.partition("+")[0] for package, of in software().items() if package != "python"}
+    """Releases of what decides which memory a pipeline asks for, whatever they were built for; told without loading them."""
+    found: dict[str, str | None] = {}
+    for package in ("torch", "diffusers", "transformers", "accelerate"):
+        try:
+            found[package] = version(package).partition("+")[0]
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def quiet_libraries() -> None:

@@ -135,6 +135,8 @@ def sweep(
         whole, plan = plan, plan.for_the_trace()
         if len(plan.workloads) < len(whole.workloads):
             note(f"{len(whole.workloads) - len(plan.workloads)} of {len(whole.workloads)} runs left out: {CARD_ALONE}")
+        if words := foreign_releases():
+            note(words)
         if workspaces and gpu != "auto" and not kernels:
             from sdfit.predict.simulation.workspaces import workspaces_for
 
@@ -170,6 +172,18 @@ def sweep(
         return
     for path in outcome.paths:
         click.echo(path)
+
+
+def foreign_releases() -> str:
+    """That nothing is simulated under other releases than those in which the programs of runs were found; else nothing."""
+    from sdfit.backends.environment import releases
+    from sdfit.predict.simulation.library import shipped_library
+
+    known, here = shipped_library().found_in, releases()
+    differ = [f"{name} {here[name]} ({release})" for name, release in known.items() if here[name] != release]
+    if not differ:
+        return ""
+    return f"{', '.join(differ)}: runs are simulated for the releases in brackets alone, so each is traced; that takes longer"
 
 
 def _tell(outcome: Outcome, few: Few | None) -> None:

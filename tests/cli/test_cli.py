@@ -20,6 +20,7 @@ from sdfit.equation.metrics import METRICS
 from sdfit.predict import library
 from sdfit.predict.prediction import BEYOND
 from sdfit.predict.predictor import Predictor
+from sdfit.predict.simulation.library import shipped_library
 from sdfit.records import read
 from sdfit.units import format_bytes
 
@@ -415,6 +416,18 @@ def test_a_damaged_model_does_not_hide_the_others(run: Run, tmp_path: Path) -> N
     assert ran.code == 0 and "fake" in json.loads(ran.out) and "cannot load 'models/broken.joblib'" in ran.err
     assert run("predict", "--gpu", "broken", *SIZE).code == 1
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_trace_under_other_releases_says_why_it_takes_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One note that names each release that differs and the one that runs are simulated for; none where all are these."""
+    environment, library = pytest.importorskip("sdfit.backends.environment"), shipped_library()
+    sweep = ("sweep", "--backend", "trace", "--limit", "soon")  # it ends before a worker starts
+    monkeypatch.setattr(environment, "releases", lambda: library.found_in)
+    assert "runs are simulated for" not in run(*sweep).err
+    here = {**library.found_in, "diffusers": "0.33.0", "accelerate": None}
+    monkeypatch.setattr(environment, "releases", lambda: here)
+    notes = [line for line in run(*sweep).err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and f"diffusers 0.33.0 ({library.found_in['diffusers']}), accelerate None" in notes[0]
 
 
 def test_a_sweep_without_a_card_names_both_ways_on(run: Run, tmp_path: Path) -> None:
