@@ -256,9 +256,16 @@ class Search:
         NothingFits
             If there is none that is sure; ``what`` says of what, ``words`` names a k.
         """
-        # asked for less than that, what is sure is at least as likely
-        sure = self.largest(self.level)
-        likely = self.largest(LIKELY if self.level is None else min(self.level, LIKELY))
+        low = LIKELY if self.level is None else min(self.level, LIKELY)
+        certain, likely = set(self._open(self.level)), None
+        sure = None
+        # asked for less than the level, what is sure is at least as likely: what is not likely is not asked for more
+        for index in self._open(low):
+            if likely is None and self._is_sure(index, low):
+                likely = index
+            if likely is not None and index in certain and self._is_sure(index, self.level):
+                sure = index
+                break
         if sure is None:
             may = "" if likely is None else f"; likely to fit: {words(likely)}"
             raise NothingFits(f"{what} is sure to fit {format_bytes(self.limit_bytes)}{may}", likely=likely)
@@ -266,12 +273,17 @@ class Search:
 
     def largest(self, level: float | None) -> int | None:
         """The largest k whose bound at a level is within the limit."""
+        return next((index for index in self._open(level) if self._is_sure(index, level)), None)
+
+    def _open(self, level: float | None) -> list[int]:
+        """Those that are not beyond the limit by far, from the largest on."""
         metric, at = metric_and_level(self.model, self.metric, level)
         beyond = self.model.beyond(self.table, self.limit_bytes, metric=metric, level=at)
-        for index in reversed(np.flatnonzero(~beyond).tolist()):
-            if self.model.is_sure(self.run(index), self.limit_bytes, metric=metric, level=at):
-                return int(index)
-        return None
+        return [int(index) for index in reversed(np.flatnonzero(~beyond).tolist())]
+
+    def _is_sure(self, index: int, level: float | None) -> bool:
+        metric, at = metric_and_level(self.model, self.metric, level)
+        return self.model.is_sure(self.run(index), self.limit_bytes, metric=metric, level=at)
 
 
 def _pair(aspect: Any) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,8 +57,8 @@ class Meter:
         self.live_bytes += sum(sizes_bytes)
         self._peak_bytes = max(self._peak_bytes, self.live_bytes)
         if self.events is not None:
-            sizes = np.array(sizes_bytes, dtype=np.int64)
-            self._write(Events(np.array(numbers), sizes, np.zeros(len(sizes), dtype=bool)))
+            sizes = _array(tuple(sizes_bytes))
+            self._write(Events(np.arange(numbers.start, numbers.stop), sizes, np.zeros(len(sizes), dtype=bool)))
         else:
             self._blocks += len(sizes_bytes)
         return numbers
@@ -121,7 +122,7 @@ class Meter:
             self._peak_bytes = max(self._peak_bytes, self.live_bytes + above)
         self.enter(span.last_stage)
         if self.events is not None:
-            self._write(span.events.repeated(span.before, self._blocks - span.before), span)
+            self._write(span.again.after(self._blocks - span.before), span)
 
     def play(self, taken: Taken) -> tuple[Span, list[int]]:
         """Count a call that need not run; return it as a span for `repeat`, and the blocks that it leaves."""
@@ -145,7 +146,7 @@ class Meter:
         self._blocks += events.born
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """What a piece of a run took: each stage's peak above what was live before, its events, where it ended.
 
@@ -156,6 +157,11 @@ class Span:
     events: Events
     last_stage: str
     before: int
+
+    @cached_property
+    def again(self) -> Events:
+        """Its events as they are when it is counted again."""
+        return self.events.repeated(self.before)
 
 
 class Writer(Meter):
@@ -202,6 +208,12 @@ class Writer(Meter):
     def _add(self, events: Events) -> None:
         self._parts.append(events)
         self._count += len(events.blocks)
+
+
+@lru_cache(maxsize=16)
+def _array(sizes: tuple[int, ...]) -> Any:
+    """Of a component's weights, which every run has."""
+    return np.array(sizes, dtype=np.int64)
 
 
 class Listener(Protocol):

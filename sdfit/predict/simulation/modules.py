@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.card import Card
-from sdfit.predict.simulation.library import Library, NotSimulated
+from sdfit.predict.simulation.library import Key, Library, NotSimulated
 from sdfit.predict.simulation.meter import Span
 from sdfit.predict.simulation.programs import (
     ALL_SLICES,
@@ -45,6 +46,8 @@ class Modules:
         See `sdfit.predict.simulation.programs.Convolution`; None: no kernel holds anything.
     most_slices : int
         See `sdfit.predict.simulation.programs.Program.call`.
+    taken : dict, optional
+        Calls of other runs of the same kernels, of modules that do not see the image.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class Modules:
         library: Library,
         convolution: Convolution | None,
         most_slices: int = ALL_SLICES,
+        taken: dict[Any, Taken] | None = None,
     ) -> None:
         self.workload, self.card, self.meter = workload, card, card.meter
         self.each_bytes = DTYPE_BYTES[workload.dtype]
         self._library, self._convolution, self._moves = library, convolution, library.moves_of(workload)
         self._most_slices = most_slices
         self._taken: dict[tuple[str, Lengths], Taken] = {}
+        self._of_all = {} if taken is None else taken
         self._spans: dict[tuple[str, Lengths], Span] = {}
         self._events = 0
 
@@ -144,9 +149,13 @@ class Modules:
             program = self._library.program(kind, self.workload, lengths)
             keep_events = self.meter.events is not None
             moves = self._moves.get(COMPONENT[kind])
-            self._taken[key] = program.call(
-                lengths, self._convolution, keep_events=keep_events, moves=moves, most_slices=self._most_slices
-            )
+            shared = (Key.of(kind, self.workload, lengths), self.workload.dtype, lengths, keep_events)
+            known = self._of_all if kind in (TEXT, CHECKER) and moves is None else {}
+            if shared not in known:
+                known[shared] = program.call(
+                    lengths, self._convolution, keep_events=keep_events, moves=moves, most_slices=self._most_slices
+                )
+            self._taken[key] = known[shared]
         taken = self._taken[key]
         self.card.enter(next(iter(taken.peaks_bytes)))
         return self.meter.play(taken)

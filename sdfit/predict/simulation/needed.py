@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sdfit.equation.metrics import MATERIALISED
+from sdfit.predict.simulation.capped import Beginning
 from sdfit.predict.simulation.card import Traced
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.order import Order
 from sdfit.predict.simulation.programs import HEADS
-from sdfit.predict.simulation.replay import Beginning, replay, smallest_cap, suffices
+from sdfit.predict.simulation.replay import replay, smallest_cap, suffices
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import DTYPE_BYTES, SLICES, VAE_SCALE, Workload
 
 MOST_SLICES = 16
 """Of an attention that are played; eight give the same bytes already, in all that was tried."""
+
+MANY = 8
+"""Images one by one of which it is sooner known what is live at once than what the events are."""
 
 
 class Stages(NamedTuple):
@@ -77,17 +81,19 @@ class Needed:
         with uncollected():
             if metric == "allocated":
                 return self._run(workload).peak_bytes <= cap_bytes
+            if workload.vae_slicing and workload.batch_size >= MANY and self._live(workload, metric) > cap_bytes:
+                return False
             try:
                 order, beginning = self._order(workload, metric)
             except NotSimulated:  # too long a run, most likely
-                if self._of(metric).run(workload).requested_bytes > cap_bytes:
+                if self._live(workload, metric) > cap_bytes:
                     return False
                 raise
             if order.requested_bytes > cap_bytes:
                 return False
             if metric == "reserved":
                 return replay(order.listed()).reserved_bytes <= cap_bytes
-            if beginning.after(cap_bytes) is not None and beginning.least_bytes(order) > cap_bytes:
+            if not beginning.meets(cap_bytes) and beginning.least_bytes(order) > cap_bytes:
                 return False
             return suffices(order, int(cap_bytes), beginning=beginning)
 
@@ -102,6 +108,10 @@ class Needed:
         if self._took is None or self._took[0] != workload:
             self._took = workload, self._simulator.run(workload)
         return self._took[1]
+
+    def _live(self, workload: Workload, metric: str) -> int:
+        """What is asked for at once, without the events of it."""
+        return (self._run(workload) if metric != "minimum" else self._bare.run(workload)).requested_bytes
 
     def _of(self, metric: str) -> Simulator:
         return self._bare if metric == "minimum" else self._simulator

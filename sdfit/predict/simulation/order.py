@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdfit.equation.weights import GRANULE_BYTES
-from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, SMALL_BYTES
+from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK
 
 _CACHE, _ = CACHE_GIVEN_BACK
 """The block, and the change, of the event that the cache is given back: 0."""
@@ -47,9 +47,8 @@ class Events(NamedTuple):
         """With so many blocks born before."""
         return self._replace(blocks=np.where(self.blocks == _CACHE, _CACHE, self.blocks + blocks))
 
-    def repeated(self, before: int, shift: int) -> Events:
-        """Of a piece of a run before which so many blocks were born, with its own blocks' numbers shifted: those from before are
-        left out, and what is still there goes."""
+    def repeated(self, before: int) -> Events:
+        """Of a piece of a run before which so many blocks were born: those from before are left out, and what is still there goes."""
         own = (self.blocks > before) | (self.blocks == _CACHE)
         blocks, changes = self.blocks[own], self.changes[own]
         born = changes > 0
@@ -57,9 +56,8 @@ class Events(NamedTuple):
         there[blocks[born] - before - 1] = changes[born]
         there[blocks[changes < 0] - before - 1] = 0
         (left,) = np.nonzero(there)
-        blocks = np.where(blocks == _CACHE, _CACHE, blocks + shift)
         return Events(
-            np.concatenate([blocks, left + before + 1 + shift]),
+            np.concatenate([blocks, left + before + 1]),
             np.concatenate([changes, -there[left]]),
             np.concatenate([self.workspace[own], np.zeros(len(left), dtype=bool)]),
         )
@@ -111,9 +109,3 @@ class Order:
     def listed(self, first: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """Some of the events, or all, in pairs."""
         return list(zip(self.blocks[first:end].tolist(), self.changes[first:end].tolist(), strict=True))
-
-    def small(self, call: Call) -> list[tuple[int, int]]:
-        """The events of a call in the small pool."""
-        blocks, changes = self.blocks[call.first : call.end], self.changes[call.first : call.end]
-        small = np.abs(changes) <= SMALL_BYTES
-        return list(zip(blocks[small].tolist(), changes[small].tolist(), strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,23 +61,24 @@ class Taken(NamedTuple):
     made: tuple[int, ...]
 
 
-def sides(side: int, kind: str) -> list[int]:
+@lru_cache(maxsize=4096)
+def sides(side: int, kind: str) -> tuple[int, ...]:
     """List the lengths that occur along one side, in a fixed order, after a 1 for what has no side.
 
     Examples
     --------
     >>> sides(75, "unet"), sides(64, "decoder"), sides(512, "encoder")
-    ([1, 75, 38, 19, 10], [1, 64, 128, 256, 512], [1, 512, 513, 256, 257, 128, 129, 64])
+    ((1, 75, 38, 19, 10), (1, 64, 128, 256, 512), (1, 512, 513, 256, 257, 128, 129, 64))
     """
     if kind == CHECKER:
-        return [1, side, side // PATCH]
+        return (1, side, side // PATCH)
     found = [1]
     for level in range(LEVELS):
         found.append(side)
         if kind == ENCODER and level < LEVELS - 1:
             found.append(side + 1)  # padded at the far side before it is halved
         side = 2 * side if kind == DECODER else -(-side // 2)
-    return found
+    return tuple(found)
 
 
 class Shape(NamedTuple):
@@ -236,21 +237,21 @@ class Program:
 
         Of attention in slices no more than ``most_slices`` are played: `FEWEST_SLICES` at least, which have the peak.
         """
-        blocks, born, amounts, left, firsts, calls = self._ordered(
-            lengths.batch, most_slices if keep_events else FEWEST_SLICES
-        )
+        most_slices = most_slices if keep_events else FEWEST_SLICES
+        blocks, born, amounts, left, firsts, calls = self._ordered(lengths.batch, most_slices)
         heights, widths = sides(lengths.height, self.kind), sides(lengths.width, self.kind)
         areas = np.array(heights) * np.array(widths)
         factor, of_batch, of_tokens, of_area, level = self.products.T
         tensors = factor * lengths.batch**of_batch * lengths.tokens**of_tokens * areas[level] ** of_area
         tensors = -(-tensors // GRANULE_BYTES) * GRANULE_BYTES
         held = [
-            convolution(image.at(lengths, heights, widths), weight, out.at(lengths, heights, widths))
-            if convolution is not None
-            else 0
+            0
+            if convolution is None
+            else convolution(image.at(lengths, heights, widths), weight, out.at(lengths, heights, widths))
             for image, weight, out in self.layers
         ]
-        sizes = np.concatenate([tensors, np.array(held, dtype=np.int64)])[amounts]
+        each = np.concatenate([tensors, np.array(held, dtype=np.int64)])
+        sizes = each[amounts]
         events = Events(blocks, np.where(born, sizes, -sizes), amounts >= len(tensors))
         if moves is not None:
             firsts, events = moves.woven(events, calls, self.modules, firsts)
@@ -261,5 +262,22 @@ class Program:
             before = int(live[first - 1]) if first else 0
             name = stage if moves is not None else WITHOUT_STREAMS.get(stage, stage)
             peaks[name] = max(peaks.get(name, 0), before, int(live[first:end].max(initial=0)))
-        written = events.numbered(left) if keep_events else (Events.of([]), ())
+        written: tuple[Events, tuple[int, ...]] = Events.of([]), ()
+        if keep_events:
+            kind = self._slices(lengths.batch, most_slices), (each > 0).tobytes()
+            written = self._numbered(events, left, kind) if moves is None else events.numbered(left)
         return Taken(peaks, self.marks[-1][1], int(live[-1]), *written)
+
+    def _numbered(
+        self, events: Events, left: tuple[int, ...], kind: tuple[int, bytes]
+    ) -> tuple[Events, tuple[int, ...]]:
+        """As `Events.numbered`; events of a kind, by slices and by which amounts are nothing, are numbered alike."""
+        if kind not in self._numbers:
+            self._numbers[kind] = (np.flatnonzero(events.changes), *events.numbered(left))
+        kept, alike, made = self._numbers[kind]
+        return alike._replace(changes=events.changes[kept]), made
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[int, bytes], tuple[Any, Events, tuple[int, ...]]]:
+        """By kind."""
+        return {}

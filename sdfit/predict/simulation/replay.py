@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
-import numpy as np
-
-from sdfit.equation.weights import GRANULE_BYTES, rounded
+from sdfit.equation.weights import GRANULE_BYTES
 from sdfit.errors import SdfitError
-from sdfit.predict.simulation.order import Call, Order
-from sdfit.predict.simulation.segments import ROUND_LARGE_BYTES, CachingAllocator, segment_bytes
+from sdfit.predict.simulation.capped import Beginning, Capped, Checkpoint, Replayed
+from sdfit.predict.simulation.order import Order
+from sdfit.predict.simulation.pools import Pool
+from sdfit.predict.simulation.segments import ROUND_LARGE_BYTES, CachingAllocator
+from sdfit.predict.simulation.streams import Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,69 +204,15 @@ def _in_order(events: Sequence[tuple[int, int]] | Order) -> Order:
     return events if isinstance(events, Order) else Order.of(events)
 
 
-class _Checkpoint(NamedTuple):
-    """A replay before one of its events: what all replays with at least its cap have in common."""
-
-    event: int
-    allocator: CachingAllocator
-
-
-class _Tried(NamedTuple):
-    """What a replay came to: what it would have needed to go on, None if it did not fail; and its twins' caps [bytes]."""
-
-    wanted: int | None
-    least: int
-    most: float
-
-
-class Beginning:
-    """What runs of one kind begin with, whatever their size: the weights and the text encoder. Served once.
-
-    Parameters
-    ----------
-    order : Order
-        Of one of them.
-    """
-
-    def __init__(self, order: Order) -> None:
-        events = order.listed(0, order.beginning)
-        self._blocks, self._changes = order.blocks[: order.beginning], order.changes[: order.beginning]
-        self._after = _Checkpoint(order.beginning, CachingAllocator())
-        self._after.allocator.serve(events)
-        self._held: dict[tuple[int, ...], tuple[int, int]] = {}
-
-    def begins(self, order: Order) -> bool:
-        """Whether a run begins so."""
-        first = slice(order.beginning)
-        return np.array_equal(order.blocks[first], self._blocks) and np.array_equal(order.changes[first], self._changes)
-
-    def after(self, cap_bytes: float) -> _Checkpoint | None:
-        """What all replays have come to that do not meet their cap before; None if one under this cap does."""
-        return self._after if self._after.allocator.reserved_peak_bytes <= cap_bytes else None
-
-    def least_bytes(self, order: Order) -> int:
-        """What a run that begins so reserves at least, under any cap that it does not meet so early [bytes].
-
-        The segments of the blocks that stay to its end, and what else is live at once and fits into none of their gaps.
-        """
-        blocks, changes = order.blocks[order.beginning :], order.changes[order.beginning :]
-        last = int(self._blocks.max(initial=0))
-        gone = tuple(np.unique(blocks[(changes < 0) & (blocks <= last)]).tolist())
-        if gone not in self._held:
-            allocator = self._after.allocator
-            self._held[gone] = allocator.held_by(allocator.live_numbers - set(gone))
-        held, room = self._held[gone]
-        beside = np.where((blocks > last) & (np.abs(changes) > room), changes, 0)
-        return held + int(np.cumsum(beside).max(initial=0))
-
-
 class _Replays:
     """Replays of the same events under rising caps and falling ones; what an earlier one tells is not tried again."""
 
     def __init__(self, order: Order, beginning: Beginning | None = None) -> None:
         self._order, self._beginning = order, beginning
-        self._tried: list[_Tried] = []
-        self._base = _Checkpoint(0, CachingAllocator())
+        self._tried: list[Replayed] = []
+        self._failed: Replayed | None = None
+        self._first = Checkpoint(0, Pool.both(), 0)
+        self._streams: Streams | None = None
 
     def wanted(self, cap_bytes: int) -> int | None:
         """What would have been reserved under a cap had the request that fails found it [bytes]; None if none fails.
@@ -274,90 +220,29 @@ class _Replays:
         Later caps must be above those that failed.
         """
         for tried in self._tried:
-            if tried.least <= cap_bytes < tried.most:
-                return tried.wanted
-        begun = self._beginning.after(cap_bytes) if self._beginning is not None else None
-        base = self._base if begun is None or begun.event < self._base.event else begun
-        replay = _Capped(self._order, base, cap_bytes)
-        wanted, allocator = replay.wanted(), replay.allocator
-        self._tried.append(_Tried(wanted, allocator.reserved_peak_bytes, allocator.least_refused_bytes))
-        if wanted is not None:
-            self._base = replay.met
-        return wanted
+            if tried.most_bytes <= cap_bytes < tried.least_refused_bytes:
+                return tried.wanted_bytes
+        replayed = self._from(cap_bytes).replay()
+        self._tried.append(replayed)
+        if replayed.wanted_bytes is not None:
+            self._failed = replayed
+        return replayed.wanted_bytes
 
-
-class _Capped:
-    """A replay under a cap from a checkpoint on.
-
-    Attributes
-    ----------
-    allocator : CachingAllocator
-    met : _Checkpoint
-        Where the cap was first met; the one that it began with if it was not.
-    """
-
-    def __init__(self, order: Order, base: _Checkpoint, cap_bytes: int) -> None:
-        self._order, self._first, self.met = order, base.event, base
-        self.allocator = base.allocator.copy()
-        self.allocator.cap_bytes, self.allocator.at_limit = cap_bytes, self._meet
-
-    def wanted(self) -> int | None:
-        """What would have been reserved had the request that fails found it [bytes]; None if none fails."""
-        failed = self._serve()
-        if failed is None:
-            return None
-        return self.allocator.reserved_bytes + segment_bytes(rounded(int(self._order.changes[failed])))
-
-    def _meet(self, index: int) -> None:
-        self.met = _Checkpoint(index, self.allocator.copy())
-        self.allocator.at_limit = None
-
-    def _serve(self) -> int | None:
-        """The event that finds no memory, None if all do.
-
-        A call that reserves nothing and leaves the large pool as it found it does so whenever it finds it so: of its like only the
-        small pool's events are served, as neither pool sees more of the other than what both have reserved.
+    def _from(self, cap_bytes: int) -> Capped:
+        """From before the first request that the last replay that failed was refused and this one is not: up to there they are the
+        same.
         """
-        at = self._first
-        known: dict[int, tuple[int, ...]] = {}
-        for call in self._order.calls:
-            if call.first < at:
-                continue
-            failed = self.allocator.serve(self._order.listed(at, call.first), at)
-            if failed is not None:
-                return failed
-            at, found = call.end, self.allocator.large_pieces
-            if known.get(call.kind) == found and self._small_alone(call):
-                continue
-            before = self.allocator.reserved_bytes, self.allocator.retries
-            failed = self.allocator.serve(self._order.listed(call.first, call.end), call.first)
-            if failed is not None:
-                return failed
-            after = self.allocator.reserved_bytes, self.allocator.retries
-            if after == before and self.allocator.large_pieces == found:
-                known[call.kind] = found
-        return self.allocator.serve(self._order.listed(at), at)
-
-    def _small_alone(self, call: Call) -> bool:
-        """Serve a call's events in the small pool; no, and nothing is done, if that meets the cap."""
-        trial = self.allocator.copy()
-        trial.least_refused_bytes = self.allocator.least_refused_bytes
-        trial.at_limit = _refuse
-        try:
-            trial.serve(self._order.small(call))
-        except _CapMet:
-            return False
-        trial.at_limit = self.allocator.at_limit
-        self.allocator = trial
-        return True
-
-
-class _CapMet(Exception):
-    """Where it is not to be met."""
-
-
-def _refuse(index: int) -> None:
-    raise _CapMet
+        if self._streams is None:
+            if self._beginning is not None and not self._beginning.meets(cap_bytes):
+                self._first = self._beginning.after
+            self._streams = Streams(self._order, self._first.event)
+        refusals = self._failed.refusals if self._failed is not None else []
+        at = next((k for k, refusal in enumerate(refusals) if refusal.wanted_bytes <= cap_bytes), 0)
+        for before in range(at, -1, -1):
+            kept = refusals[before].before if refusals else None
+            if kept is not None:
+                return Capped(self._streams, kept, cap_bytes, refusals[:before])
+        return Capped(self._streams, self._first, cap_bytes)
 
 
 def without(events: Sequence[tuple[int, int]], blocks: Collection[int]) -> list[tuple[int, int]]:

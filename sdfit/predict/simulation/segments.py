@@ -39,8 +39,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable
-from copy import copy
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from sdfit.equation.weights import GRANULE_BYTES
@@ -116,8 +115,6 @@ class CachingAllocator:
     least_refused_bytes : float
         The least that would have been reserved, of the requests that did not fit under the cap; infinite if all did [bytes]. Under
         any cap from the reserved peak on and below this, all would have gone the same way.
-    at_limit : callable or None
-        Called with the index of an event that does not fit under the cap, before anything is given back for it.
 
     Examples
     --------
@@ -140,7 +137,6 @@ class CachingAllocator:
         self.reserved_bytes = self.reserved_peak_bytes = 0
         self.retries = 0
         self.least_refused_bytes = math.inf
-        self.at_limit: Callable[[int], None] | None = None
         # cached pieces, see `PLACES`
         self._small: list[int] = []
         self._large: list[int] = []
@@ -182,7 +178,7 @@ class CachingAllocator:
                     end = ends.pop(begin)
                 else:
                     self.allocated_bytes, self.allocated_peak_bytes = allocated, peak
-                    grown = self._room(size, index)
+                    grown = self._room(size)
                     if grown is None:
                         failed = index
                         break
@@ -287,44 +283,10 @@ class CachingAllocator:
         self._reserve(size_bytes)
         return handed_out
 
-    @property
-    def live_numbers(self) -> set[int]:
-        """The blocks that are live."""
-        return set(self._live)
-
-    @property
-    def large_pieces(self) -> tuple[int, ...]:
-        """What is cached in the large pool, see `PLACES`: all that decides how requests there are served, until one finds nothing."""
-        return tuple(self._large)
-
-    def held_by(self, numbers: Collection[int]) -> tuple[int, int]:
-        """What is reserved as long as some blocks are live, and the most that one other block can have of it [bytes]."""
-        held = room = 0
-        blocks = sorted(self._live[number] for number in numbers)
-        for address, size in self._segments.items():
-            inside = blocks[bisect_left(blocks, (address,)) : bisect_left(blocks, (address + size,))]
-            if inside:
-                held += size
-                ends = [address, *(end for _, end in inside)]
-                begins = [*(begin for begin, _ in inside), address + size]
-                room = max(room, *(begin - end for begin, end in zip(begins, ends, strict=True)))
-        return held, room
-
-    def copy(self) -> CachingAllocator:
-        """Copy the allocator as it stands, for another cap: what was refused, and who is told, is not copied."""
-        twin = copy(self)
-        twin._small, twin._large, twin._live = self._small.copy(), self._large.copy(), self._live.copy()
-        twin._ends, twin._begins, twin._segments = self._ends.copy(), self._begins.copy(), self._segments.copy()
-        twin._driver = twin._below if self._driver == self._below else self._driver
-        twin.least_refused_bytes, twin.at_limit = math.inf, None
-        return twin
-
-    def _room(self, size: int, index: int) -> tuple[int, int] | None:
+    def _room(self, size: int) -> tuple[int, int] | None:
         """`alloc_block`, and once more after giving the cache back; where it fails both times, None."""
         grown = self._grow(size)
         if grown is None:
-            if self.at_limit is not None:
-                self.at_limit(index)
             self.release_cached()
             self.retries += 1
             grown = self._grow(size)

@@ -19,7 +19,7 @@ from sdfit.predict.simulation.meter import Meter, Writer
 from sdfit.predict.simulation.modules import Modules
 from sdfit.predict.simulation.order import Order
 from sdfit.predict.simulation.pipeline import Img2Img
-from sdfit.predict.simulation.programs import ALL_SLICES, Convolution
+from sdfit.predict.simulation.programs import ALL_SLICES, Convolution, Taken
 from sdfit.predict.simulation.workspaces import Workspaces
 from sdfit.workload import CARD_ALONE, ON_A_CARD, STREAMED, Workload, why_it_fails
 
@@ -65,6 +65,7 @@ class Simulator:
         self.workspace, self.num_inference_steps, self.most_slices = workspace, num_inference_steps, most_slices
         self._library = library
         self._unsplit: dict[Any, dict[tuple[str, ...], int]] = {}
+        self._taken: dict[Any, Taken] = {}
 
     def run(self, workload: Workload, *, keep_events: bool = False) -> Traced:
         """Simulate one workload.
@@ -107,7 +108,7 @@ class Simulator:
         standing = self.workspace.standing_bytes if self.workspace is not None else 0
         unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae, workload.execution), {})
         card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
-        modules = Modules(workload, card, library, self._convolution(workload), self.most_slices)
+        modules = Modules(workload, card, library, self._convolution(workload), self.most_slices, self._taken)
         pipeline = Img2Img(modules, self.num_inference_steps)
         buffers = library.left_behind(workload)
         held = [meter.allocate(size) for size in buffers]
@@ -120,6 +121,6 @@ class Simulator:
 
     def _convolution(self, workload: Workload) -> Convolution | None:
         workspace = self.workspace
-        if workspace is None:
+        if workspace is None or not workspace.architecture.rules:
             return None
         return lambda image, weight, out: workspace.convolution(workload.dtype, image, weight, out)
