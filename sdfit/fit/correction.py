@@ -53,6 +53,11 @@ and bfloat16 run the same plans, as far as anybody published.
 
 The size's effect has no place in the equation: a kernel that is chosen at some sizes only, as in published row COL-003, is
 misfit. It makes the plan visit several sizes, and intervals allow for those that it did not."""
+UNEXPLAINED = {"kind": 0.5, "kind, regime": 0.4, "kind, regime, size": 0.3}
+"""The same where no table gives what the runs show: as far as workspaces may go, from none to several copies, at sizes and numbers
+of images that no run shows."""
+UNEXPLAINED_MISFIT = 4.0
+"""And so much further from the equation does a stage lie."""
 ATTENTION_SHARES = {"kind": 0.10, "kind, regime": 0.05, "own": 0.08}
 """The same in stages that depend on the kind of attention: convolutions seldom set their peak, and attention decides which."""
 CARD_BYTES, KIND_BYTES, UNET_BYTES, OWN_BYTES = 64 << 20, 16 << 20, 128 << 20, 2 << 20
@@ -124,11 +129,14 @@ class Prior:
         Those that become part of a corrected model; the others are misfit.
     kernels : Architecture or None
         Those that it was simulated with; None: it cannot be simulated.
+    wide : frozenset of int
+        Bytes of an element of those dtypes of whose kernels no table gives what runs show.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact, self.predictor, self.kernels = artifact, Predictor(artifact), kernels_of_prior(artifact)
         self.effects: dict[tuple[object, ...], int] = {}
+        self.wide: frozenset[int] = frozenset()
         found: list[float] = []
         self._slopes: dict[StageKey, list[float]] = {}
         self._at: dict[tuple[StageKey, int, int], tuple[list[int], list[int]]] = {}
@@ -151,6 +159,18 @@ class Prior:
         """The same effects, on top of another model's equation."""
         twin = copy.copy(self)
         twin.artifact, twin.predictor = artifact, Predictor(artifact)
+        return twin
+
+    def unexplained(self, kernels: Kernels) -> Prior:
+        """The same effects, wide as kernels may be where no table gives what the runs show."""
+        twin = copy.copy(self)
+        twin.wide = frozenset(DTYPE_BYTES[dtype] for dtype in DTYPE_BYTES if not kernels.is_explained(dtype))
+        wide = {
+            name: UNEXPLAINED[str(name[0])]
+            for name in self.effects
+            if str(name[0]) in UNEXPLAINED and twin.wide & set(name)
+        }
+        twin.sd = np.array([wide.get(name, sd) for name, sd in zip(self.effects, self.sd, strict=True)])
         return twin
 
     def variant(self, workload: Workload) -> Variant:
@@ -193,7 +213,8 @@ class Prior:
                 place.append(i)
                 peaks.append(found[stage])
                 weights.append(variant.weights[stage])
-                misfits.append(misfit_bytes(key, found[stage] - variant.weights[stage], top))
+                wide = UNEXPLAINED_MISFIT if DTYPE_BYTES[key[1]] in self.wide else 1.0
+                misfits.append(wide * misfit_bytes(key, found[stage] - variant.weights[stage], top))
                 one_by_one = which in ONE_BY_ONE and "tiny" not in key
                 apart.append(APART * (found[stage] - variant.weights[stage]) if one_by_one else 0.0)
         noise = np.hypot(misfits, apart)
@@ -245,7 +266,7 @@ class Posterior:
     found: Kernels | None
 
 
-def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
+def correct(prior: Prior, records: Sequence[Record], before: Kernels | None = None) -> Posterior:
     """Work out the corrections from runs.
 
     Parameters
@@ -253,6 +274,8 @@ def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
     prior : Prior
     records : sequence of Record
         Runs that succeeded tell all their stages; others nothing.
+    before : Kernels, optional
+        As `sdfit.fit.kernels.recognise` takes it.
 
     Raises
     ------
@@ -273,10 +296,13 @@ def correct(prior: Prior, records: Sequence[Record]) -> Posterior:
     rows = prior.rows([r.workload for r in ok])
     stages = [(i, stage) for i, r in enumerate(ok) for stage in stages_of(r.workload.variant)]
     seen = np.array([ok[i].stage_peaks_bytes.get(s, np.nan) - ok[i].weights_bytes(s) for i, s in stages])
-    kernels = recognise(prior.kernels, ok) if prior.kernels is not None else None
+    kernels = recognise(prior.kernels, ok, before) if prior.kernels is not None else None
+    if kernels is not None:
+        prior = prior.unexplained(kernels)
+        rows = prior.rows([r.workload for r in ok])
     expected = rows.prior_bytes - rows.weights_bytes
     if kernels is not None:
-        held = np.concatenate([kernels.held_bytes(r.workload) for r in ok])
+        held = np.concatenate(kernels.held_bytes([r.workload for r in ok]))
         expected = np.where(np.isfinite(held), held, expected + kernels.constant_bytes)
     error, told = seen - expected, np.isfinite(seen)
     X, error, noise, place = rows.X[told], error[told], rows.misfit_bytes[told], rows.place[told]

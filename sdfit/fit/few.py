@@ -38,7 +38,8 @@ from sdfit.fit.correction import MAIN_TERM, Posterior, Prior, correct, regimes_o
 from sdfit.fit.few_metrics import correct_metrics, sample
 from sdfit.fit.fit import components_of, provenance
 from sdfit.fit.folds import Indices, error_summary
-from sdfit.fit.kernels import Kernels, model_of, simulations
+from sdfit.fit.kernels import Kernels
+from sdfit.fit.remade import model_of
 from sdfit.fit.scores import by_family, kept
 from sdfit.predict.artifact import Artifact, canonical
 from sdfit.predict.conformal import scale
@@ -48,6 +49,8 @@ from sdfit.workload import Workload, variant_name
 
 DRAWS = 40
 """Of the corrections; each gives a score for every workload of the reference."""
+AS_FOUND = 0.4
+"""Share of draws in which the kernels are those found; in the others any that the runs match as well, that one too."""
 REFERENCE = "default"
 """The grid over whose workloads scores are drawn."""
 REPACKED = 0.25
@@ -223,18 +226,31 @@ def drawn_scores(posterior: Posterior, corrected: Artifact) -> tuple[dict[str, A
     known = prior.artifact.evaluation.get("cross_validated", prior.artifact.evaluation["fitted"])
     changed = REPACKED * np.abs(peaks - before) / units
     expected = rows.prior_bytes - rows.weights_bytes
-    simulated = simulations(posterior.found, workloads) if posterior.found is not None else [expected]
-    bent = [np.nan_to_num(held - expected) for held in simulated]
+    bent = _bent(posterior.found, workloads, expected, rng)
     drawn = np.empty((DRAWS, len(workloads)))
     for row in drawn:
         tail = posterior.scale / np.sqrt(rng.chisquare(posterior.degrees) / posterior.degrees)
         effects = posterior.mean + root @ rng.standard_normal(root.shape[1]) * tail
         apart = rows.apart_bytes * rng.standard_normal(rows.apart_bytes.size)
-        misses = bent[rng.integers(len(bent))]
+        misses = sum(some[0 if rng.random() < AS_FOUND else rng.integers(len(some))] for some in bent)
         real = rows.highest(rows.prior_bytes + misses + rows.X @ effects + apart)
         row[:] = (real - peaks + peaks * _equation_errors(known, len(workloads), rng)) / units
     repacked = drawn + changed * rng.uniform(-1, 1, drawn.shape)
     return by_family(zip(places, drawn.T, strict=True)), by_family(zip(places, repacked.T, strict=True))
+
+
+def _bent(
+    found: Kernels | None, workloads: Sequence[Workload], expected: Array, rng: np.random.Generator
+) -> list[list[Array]]:
+    """For each group of dtypes what a simulation has beside the equation: with the table found, then with others [bytes]."""
+    if found is None:
+        return [[0 * expected]]
+    bent = []
+    for dtypes, tables in found.alternatives(rng).items():
+        mine = np.concatenate([np.full(len(stages_of(w.variant)), w.dtype in dtypes) for w in workloads])
+        held = [np.concatenate(found.held_bytes(workloads, {dtypes: table})) for table in tables]
+        bent.append([np.where(mine, np.nan_to_num(some - expected), 0.0) for some in held])
+    return bent or [[0 * expected]]
 
 
 def _within(prior: Prior, workload: Workload, memory_bytes: float) -> bool:

@@ -12,18 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdfit.equation.sizes import Array, Sizes
+from sdfit.equation.stages import stages_of
 from sdfit.errors import FitError
-from sdfit.fit.correction import Prior, Rows, correct
+from sdfit.fit.correction import Posterior, Prior, Rows, correct
 from sdfit.fit.folds import Indices
+from sdfit.fit.kernels import Kernels
+from sdfit.fit.search import MATCH, MATCH_BYTES
 from sdfit.records import Record
 from sdfit.workload import Workload
 
 MOST_RUNS = 48
 """A plan is no longer: from so many runs on a fit of every coefficient is the better one."""
+FIRST = 8
+"""After so many runs those that follow are chosen by what the first have shown."""
+AGAIN = 4
+"""After so many more all tables are tried again, which takes seconds; in between those that did."""
+SAFE = 0.95
+"""Of a card's memory: what tells tables apart is to need no more by the one found."""
 NARROW = 0.02
 """What is enough: intervals of ±2 %."""
 MOST_TARGETS = 450
@@ -52,6 +62,26 @@ class Step:
     width: float
 
 
+class _Apart(NamedTuple):
+    """What tables that runs match alike say of workloads of one group of dtypes.
+
+    Parameters
+    ----------
+    places : array of int, shape (workloads,)
+    wrong : array, shape (tables, workloads)
+        How far from the peak by the table found that by each other lies, relative.
+    differs : array of bool, shape (tables, workloads)
+        Whether a run would tell them apart.
+    peak_bytes : array, shape (workloads,)
+        The peak by the table found.
+    """
+
+    places: Indices
+    wrong: Array
+    differs: Array
+    peak_bytes: Array
+
+
 class Few:
     """A few workloads of a grid, to be run in this order until they tell enough.
 
@@ -70,6 +100,7 @@ class Few:
     Attributes
     ----------
     steps : list of Step
+        As planned before any has run; once `FIRST` have, one that tells apart which tables of kernels they match comes before them.
     words : str
         Why it ended, once it has.
 
@@ -88,35 +119,96 @@ class Few:
         narrow: float = NARROW,
     ) -> None:
         self.prior, self.workloads, self.narrow, self.words = prior, workloads, narrow, ""
-        able = [i for i, w in enumerate(workloads) if prior.knows(w) and _fits(prior, w, memory_bytes)]
+        self.runs, self._memory_bytes = min(runs, MOST_RUNS), math.inf if memory_bytes is None else memory_bytes
+        self._last: tuple[list[Any], Posterior] | None = None
+        self._apart: list[_Apart] = []
+        self._nothing = Kernels(prior.kernels, {}, {}, {}, 0) if prior.kernels is not None else None
+        able = self._able = [i for i, w in enumerate(workloads) if prior.knows(w) and _fits(prior, w, memory_bytes)]
         if not able:
             raise FitError(f"no workload of the grid is known to the prior '{prior.artifact.name}' and fits the card")
         rows = prior.rows([workloads[i] for i in able])
         rows = rows._replace(X=rows.X * prior.sd)  # effects in units of their standard deviations
         self._targets = _targets(rows, len(able))
-        self.steps = self._ordered(able, rows, min(runs, MOST_RUNS))
+        self.steps = self._ordered(able, rows, self.runs)
 
     def __call__(self, records: Sequence[Record]) -> Iterator[int]:
-        """Give the places of the workloads to run; ``records`` grows meanwhile, and says when to end."""
-        for step in self.steps:
+        """Give the places of the workloads to run; ``records`` grows meanwhile, and says what to run next and when to end."""
+        given: set[int] = set()
+        places = {w: i for i, w in enumerate(self.workloads)}
+        planned = iter([step.index for step in self.steps])
+        while True:
             width = self.width(records)
+            ran = {places[r.workload] for r in records if r.workload in places}
             if width <= self.narrow:
                 self.words = (
                     f"enough after {sum(r.outcome == 'ok' for r in records)} runs: 95 % intervals of allocated memory are "
                     f"±{width:.1%} or narrower for 95 % of the grid; --narrow asks for less"
                 )
                 return
-            yield step.index
-        self.words = (
-            f"95 % intervals of allocated memory are now ±{self.width(records):.1%} or narrower for 95 % of the grid"
-        )
+            told = self._telling(records, given | ran) if len(given | ran) >= FIRST else None
+            index = next((i for i in planned if i not in given), None) if told is None else told
+            if index is None or len({*given, *ran, index}) > self.runs:
+                break
+            given.add(index)
+            yield index
+        self.words = f"95 % intervals of allocated memory are now ±{width:.1%} or narrower for 95 % of the grid"
 
     def width(self, records: Sequence[Record]) -> float:
         """Half-width of the 95 % interval that 95 % of the grid's workloads do not exceed, relative, after some runs."""
         if not any(r.outcome == "ok" for r in records):
             return math.inf
-        posterior = correct(self.prior, records)
-        return _width(self._targets, posterior.covariance, posterior.scale, posterior.degrees)
+        posterior = self._known(records)
+        width = _width(self._targets, posterior.covariance, posterior.scale, posterior.degrees)
+        apart = [float(np.quantile(np.abs(some.wrong).max(axis=0), 0.95)) for some in self._apart]
+        return max(width, *apart) if apart else width
+
+    def _known(self, records: Sequence[Record]) -> Posterior:
+        """What some runs tell, kept until there are more."""
+        facts = [(r.workload, r.outcome, r.allocated_bytes) for r in records]
+        if self._last is None or self._last[0] != facts:
+            before = self._last[1].found if self._last is not None and facts[:1] == self._last[0][:1] else self._nothing
+            if len(facts) >= FIRST and (len(facts) - FIRST) % AGAIN == 0:
+                before = None
+            self._last = facts, correct(self.prior, records, before)
+            self._apart = self._told_apart(self._last[1].found)
+        return self._last[1]
+
+    def _telling(self, records: Sequence[Record], ran: set[int]) -> int | None:
+        """The workload that tells tables apart which the runs match alike, and whose answers differ most; None: planned ones tell more."""
+        if not any(r.outcome == "ok" for r in records):
+            return None
+        gain = np.zeros(len(self.workloads))
+        self._known(records)
+        for some in self._apart:
+            safe = some.peak_bytes <= SAFE * self._memory_bytes
+            damage = np.minimum(np.abs(some.wrong).max(axis=1), 1.0)
+            damage[damage < self.narrow / 2] = 0.0
+            gain[some.places] = (damage @ some.differs) * safe / len(damage)
+        seconds = np.array([_seconds(w) for w in self.workloads])
+        worth = gain / np.sqrt(seconds)
+        worth[list(ran)] = 0.0
+        best = int(np.argmax(worth))
+        return best if gain[best] > 0 else None
+
+    def _told_apart(self, found: Kernels | None) -> list[_Apart]:
+        """Of each group of dtypes what the tables that runs match alike say of the grid."""
+        every = []
+        if found is None:
+            return []
+        for dtypes, tables in found.alternatives(np.random.default_rng(0)).items():
+            able = [
+                i for i in self._able if self.workloads[i].dtype in dtypes and found.is_simulated(self.workloads[i])
+            ]
+            if len(tables) < 2 or not able:
+                continue
+            some = tuple(self.workloads[i] for i in able)
+            stages = np.array([found.peaks(some, dtypes, table) for table in tables])
+            starts = np.cumsum([0, *(len(stages_of(w.variant)) for w in some[:-1])])
+            peaks = np.maximum.reduceat(stages, starts, axis=1)
+            unit = 2 * (MATCH_BYTES + MATCH * stages[0])
+            other = np.maximum.reduceat(np.abs(stages[1:] - stages[0]) > unit, starts, axis=1)
+            every.append(_Apart(np.array(able), peaks[1:] / peaks[0] - 1, other, peaks[0]))
+        return every
 
     def _ordered(self, able: list[int], rows: Rows, runs: int) -> list[Step]:
         """Take the workload that tells most for its seconds, again and again."""
@@ -124,7 +216,7 @@ class Few:
         target, rows = self._targets[:, used], rows._replace(X=rows.X[:, used])
         covariance, blocks = np.eye(int(used.sum())), _blocks(rows, len(able))
         seconds = np.array([_seconds(self.workloads[i]) for i in able])
-        apart = _apart(rows, blocks, seconds)
+        apart = _spread(rows, blocks, seconds)
         able, blocks, seconds = [able[i] for i in apart], blocks[apart], seconds[apart]
         pipelines = [_pipeline(self.workloads[i]) for i in able]
         steps: list[Step] = []
@@ -153,7 +245,7 @@ def _width(target: Array, covariance: Array, scale: float = 1.0, degrees: float 
     return float(1.96 * scale * tails * np.sqrt(np.quantile(variance, 0.95)))
 
 
-def _apart(rows: Rows, blocks: Indices, seconds: Array) -> Indices:
+def _spread(rows: Rows, blocks: Indices, seconds: Array) -> Indices:
     """The workloads to choose from: of those that the same effects reach the cheapest, the dearest and the middle one."""
     cells: dict[bytes, list[int]] = {}
     there = rows.X != 0

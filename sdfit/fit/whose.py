@@ -61,7 +61,10 @@ def _of_kernels(known: Mapping[str, Any]) -> list[str]:
         said.setdefault(words, []).append(dtype)
     lines = [f"kernels of {' and '.join(dtypes)}, as the runs show them: {words}" for words, dtypes in said.items()]
     if "kernels" in known and not said:
-        lines = ["kernels: no table of copies gives what the runs show; the prior's are corrected"]
+        lines = [
+            "kernels: no table gives what the runs show; the prior's are corrected, and intervals are as wide as workspaces may be: "
+            "sweep the whole grid of this card"
+        ]
     constant = known.get("constant_bytes", 0)
     return lines + [f"held all the time beside what the prior has: {constant:+,} B"] * bool(constant)
 

@@ -18,7 +18,7 @@ from sdfit.equation.sizes import Sizes
 from sdfit.equation.stages import STAGES, stages_of
 from sdfit.errors import ArtifactError, FitError, SimulatedModelWarning
 from sdfit.fit import few as few_module
-from sdfit.fit import kernels
+from sdfit.fit import remade, search
 from sdfit.fit.card import coefficients, fit_summary, model_card
 from sdfit.fit.correction import MISFIT, Prior, correct, misfit_bytes
 from sdfit.fit.few import fit_few
@@ -221,7 +221,7 @@ def test_failed_runs_and_foreign_variants_are_said(prior: Artifact) -> None:
 def test_which_prior_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows of a card or its trace correct the model of its kernels, never one that was itself corrected."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kernels, "GRIDS", ("quick",))
+    monkeypatch.setattr(remade, "GRIDS", ("quick",))
     monkeypatch.setattr(few_module, "REFERENCE", "quick")
     few_rows = measured([Workload(512, 512)])
     of_card = replace(few_rows, environment={"backend": "cuda", "name": "t4"})
@@ -256,6 +256,9 @@ def test_from_the_command_line(
 ) -> None:
     """Sweep few, go on, fit, ask: the same file grows, the card and --json say what the numbers rest on."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "DEPTH", 1)  # no table gives what the made-up card shows, and looking for one takes long
+    monkeypatch.setattr(search, "COARSE", (20,))
+    monkeypatch.setattr(search, "PARENTS", 4)
     sweep = ("sweep", "--gpu", "mine", "--backend", "fake", "--prior", "sm75", "--narrow", "0.1%")
     assert main([*sweep, "--runs", "5", "--dry-run"]) == 0
     shown = capsys.readouterr().out

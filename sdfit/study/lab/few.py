@@ -69,6 +69,10 @@ class Line:
         Worst errors of a fit of the whole grid, over the holdout and over its own rows.
     coverage, coverage_grid : float
         Share of 95 % intervals of the fit to `WANTED` runs that hold.
+    width : float
+        The half-width that half of the grid's intervals do not exceed, relative.
+    matched : float
+        The share of stages of these runs that the best tables of kernels give: the least of both sizes of dtypes.
     scale : float
         `sdfit.fit.correction.Posterior.scale` of that fit.
     """
@@ -85,6 +89,8 @@ class Line:
     full_grid: float
     coverage: float
     coverage_grid: float
+    width: float
+    matched: float
     scale: float
 
     @property
@@ -122,10 +128,11 @@ class _Judged:
         w, peaks = record.workload, record.stage_peaks_bytes
         return f"{w.height}x{w.width} x{w.batch_size} {max(peaks, key=peaks.__getitem__)}"
 
-    def covered(self, predictor: Predictor) -> float:
-        """The share of 95 % intervals that hold."""
+    def covered(self, predictor: Predictor) -> tuple[float, float]:
+        """The share of 95 % intervals that hold, and the half-width that half of them do not exceed, relative to the truth."""
         ends = np.array([predictor.predict_workload(r.workload).interval for r in self.records])
-        return float(np.mean((ends[:, 0] <= self.actual) & (self.actual <= ends[:, 1])))
+        holds = (ends[:, 0] <= self.actual) & (self.actual <= ends[:, 1])
+        return float(np.mean(holds)), float(np.median((ends[:, 1] - ends[:, 0]) / 2 / self.actual))
 
 
 def study(
@@ -183,7 +190,9 @@ def _line(
     )
     held = {r.index for r in grid_}
     judged, fresh = _Judged(prior, grid_, memory_bytes), _Judged(prior, hold, memory_bytes)
-    planned = [swept[step.index] for step in few.steps if step.index in held]
+    planned: list[Record] = []
+    for index in few(planned):
+        planned += [swept[index]] * (index in held)
     rng = random.Random(7)
     drawn = {count: [correct(prior, rng.sample(grid_, count)) for _ in range(draws)] for count in counts if draws}
     posteriors = {count: correct(prior, planned[:count]) for count in counts}
@@ -202,8 +211,10 @@ def _line(
         worst_at=judged.worst_at(posteriors[WANTED]),
         full=_full(whole, hold, fresh.actual),
         full_grid=_full(whole, grid_, judged.actual),
-        coverage=fresh.covered(predictor),
-        coverage_grid=judged.covered(predictor),
+        coverage=fresh.covered(predictor)[0],
+        coverage_grid=judged.covered(predictor)[0],
+        width=judged.covered(predictor)[1],
+        matched=min(kernels.matched.values(), default=0.0) if (kernels := posteriors[WANTED].found) else 0.0,
         scale=artifact.prior["scale"],
     )
 

@@ -66,7 +66,8 @@ def line(**changed: object) -> Line:
     counts = dict.fromkeys(few.COUNTS, 0.004)
     plain = {
         "card": "made up", "prior": "sm75", "workloads": 500, "planned": counts, "at_random": counts, "planned_grid": counts,
-        "at_random_grid": 0.1, "worst_at": "256x256 x1 unet", "full": 0.001, "full_grid": 0.01, "coverage": 0.97, "coverage_grid": 0.96, "scale": 1.0,
+        "at_random_grid": 0.1, "worst_at": "256x256 x1 unet", "full": 0.001, "full_grid": 0.01, "coverage": 0.97, "coverage_grid": 0.96, "width": 0.02,
+        "matched": 1.0, "scale": 1.0,
     }  # fmt: skip
     return Line(**plain | changed)  # type: ignore[arg-type]
 
