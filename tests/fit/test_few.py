@@ -256,7 +256,9 @@ def test_from_the_command_line(
 ) -> None:
     """Sweep few, go on, fit, ask: the same file grows, the card and --json say what the numbers rest on."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search, "DEPTH", 1)  # no table gives what the made-up card shows, and looking for one takes long
+    monkeypatch.setattr(
+        search, "DEPTH", 1
+    )  # no table gives what the made-up card shows, and looking for one takes long
     monkeypatch.setattr(search, "COARSE", (20,))
     monkeypatch.setattr(search, "PARENTS", 4)
     sweep = ("sweep", "--gpu", "mine", "--backend", "fake", "--prior", "sm75", "--narrow", "0.1%")
