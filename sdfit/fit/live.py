@@ -20,7 +20,7 @@ from sdfit.predict.simulation.meter import Meter, Span
 from sdfit.predict.simulation.programs import WITHOUT_STREAMS, Lengths, Program, Taken, sides
 from sdfit.predict.simulation.simulate import Simulator
 from sdfit.predict.simulation.streaming import Moves
-from sdfit.predict.simulation.workspaces import Architecture, Workspaces
+from sdfit.predict.simulation.workspaces import Architecture, Rule, Workspaces
 from sdfit.workload import Workload
 
 Convolution = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -134,7 +134,8 @@ class _Bare(Workspaces):
     """No workspaces; convolutions that are no part of a program are noted."""
 
     def __init__(self, architecture: Architecture) -> None:
-        super().__init__(Architecture(architecture.name, (), (), architecture.cublas_bytes))
+        nothing = Rule((), (), "of no dtype: what has rules is asked")
+        super().__init__(Architecture(architecture.name, (), (nothing,), architecture.cublas_bytes))
         self.notes: _Notes | None = None
 
     def convolution(self, dtype: str, image: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...]) -> int:
@@ -162,6 +163,7 @@ def skeleton(workload: Workload, cublas_bytes: int) -> Skeleton | None:
         return None
     finally:
         library.noted.clear()
+        simulator._taken.clear()  # a call that is known already would not be noted
         bare.notes = None
     before = run.weights_bytes + run.unsplit_bytes
     return Skeleton(workload, run.component_bytes, before, dict(run.stage_peaks), notes.found)
