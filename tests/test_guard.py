@@ -495,6 +495,15 @@ def test_what_is_set_by_hand_between_two_calls_is_seen(whole: Any, f: Predictor)
     assert guarded.workload(**call) == before
 
 
+def test_an_eager_safety_checker_is_known_but_for_small_pictures(pipe: Any, f: Predictor) -> None:
+    """As transformers before 5 loads it: its scores count where nothing else sets the peak."""
+    pipe.safety_checker.vision_model.set_attn_implementation("eager")
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    assert guarded.workload(image=PICTURE, prompt="a") == Workload(520, 776)
+    with pytest.raises(NotCovered, match="eager attention in the safety checker"):
+        guarded.workload(image=picture(64, 64), prompt="a")
+
+
 def quanto_of(linear: Any, **changes: Any) -> Any:
     """What optimum-quanto 0.2.7 makes of a linear layer, as far as it can be told from outside."""
 

@@ -39,6 +39,8 @@ _ADDED = ("s1", "s2", "b1", "b2", "_compiled_call_impl")
 QUANTO = "optimum.quanto."
 """Where the layers are from that optimum-quanto puts in the place of linear ones."""
 _PLAIN = (bool, int, float, str, type(None))
+EAGER_CHECKER = ("attention by 'eager' (built with 'sdpa')", "a CLIPAttention, built as a CLIPSdpaAttention")
+"""Not differences of a safety checker: transformers before 5 loads it so. `is_eager` says it."""
 _KERNELS = "_attn_implementation"
 """Of transformers' configurations: which attention the modules call."""
 
@@ -98,6 +100,8 @@ def altered(part: str, module: Any, *, explained: bool) -> Iterator[str]:
     found: Counter[str] = Counter()
     first: dict[str, str] = {}
     for path, text in _differences(module, built, explained):
+        if part == "safety_checker" and text in EAGER_CHECKER:
+            continue
         found[text] += 1
         first.setdefault(text, path)
     for text, count in found.items():
@@ -106,6 +110,11 @@ def altered(part: str, module: Any, *, explained: bool) -> Iterator[str]:
         else:
             more = f" and {count - 1} more" if count > 1 else ""
             yield f"{text} in {'.'.join(filter(None, (part, first[text])))}{more}"
+
+
+def is_eager(module: Any) -> bool:
+    """Whether attention layers of a component of transformers materialise their scores."""
+    return any(_kernels(vars(m)) == "eager" for m in module.modules() if "Attention" in type(m).__name__)
 
 
 def _differences(module: Any, built: Mapping[str, _Module], explained: bool) -> Iterator[tuple[str, str]]:
@@ -152,7 +161,7 @@ _known: dict[tuple[type, str], dict[str, _Module]] = {}
 def _as_built(module: Any) -> dict[str, _Module]:
     """The modules of a component as its class builds them from its configuration, by path; built once for each configuration."""
     cls, config = type(module), module.config
-    given = dict(config) if isinstance(config, dict) else config.to_dict()
+    given = dict(config) if isinstance(config, dict) else _public(config.to_dict())
     key = cls, repr(sorted(given.items(), key=lambda item: item[0]))
     if key not in _known:
         with sys.modules["torch"].device("meta"):
@@ -167,6 +176,15 @@ def _as_built(module: Any) -> dict[str, _Module]:
 def _taken(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a class takes; others that its configuration has too are notes."""
     return {name: given[name] for name in inspect.signature(cls).parameters if name in given}
+
+
+def _public(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of transformers without its private notes: among them is which attention was chosen."""
+    return {
+        name: _public(value) if isinstance(value, dict) else value
+        for name, value in given.items()
+        if not str(name).startswith("_")
+    }
 
 
 def _kernels(own: Mapping[str, Any]) -> Any:

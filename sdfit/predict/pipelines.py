@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sdfit.predict.built import is_eager
 from sdfit.predict.parts import CLASSES, foreign, home, is_int8, replaced, unlike
 from sdfit.workload import DTYPE_BYTES, NOT_QUANTISED, QUANTISED, SLICES, VARIANT_FIELDS
 
@@ -42,6 +43,8 @@ class Reading:
         Whether its image processor converts pictures to RGB, which it does not by default.
     scheduler : str
         Name of the scheduler's class.
+    eager_checker : bool
+        Whether its safety checker materialises attention scores, as one loaded by transformers before 5 does.
     """
 
     dtype: str
@@ -55,6 +58,7 @@ class Reading:
     unknown: tuple[str, ...] = ()
     to_rgb: bool = False
     scheduler: str = ""
+    eager_checker: bool = False
 
     @property
     def variant(self) -> dict[str, Any]:
@@ -120,6 +124,7 @@ def read(pipe: Any) -> Reading:
         unknown=(*unknown, *mixed, *odd, *hooks, *(f"VAE tiles of another size ({tile})" for tile in tiles)),
         to_rgb=to_rgb,
         scheduler=type(getattr(pipe, "scheduler", None)).__name__,
+        eager_checker="safety_checker" in parts and is_eager(parts["safety_checker"]),
     )
 
 
