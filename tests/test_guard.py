@@ -317,6 +317,10 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         done(lambda pipe: setattr(pipe, "image_processor", VaeImageProcessor(vae_scale_factor=16))),
         "an image processor with vae_scale_factor=16",
     ),
+    "a replaced step of the image processor": (
+        done(lambda pipe: setattr(pipe.image_processor, "preprocess", print)),
+        r"a replaced VaeImageProcessor\.preprocess",
+    ),
     "offload of the UNet": (done(offload_of_one), "offload of unet alone"),
     "offload without turns": (done(offload_without_turns), "hooks that do not take turns"),
     "mixed attention": (

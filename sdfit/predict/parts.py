@@ -53,7 +53,14 @@ FREE = (
     "force_upcast", "flip_sin_to_cos", "freq_shift", "norm_eps",
 )  # fmt: skip
 """Settings that change values and not amounts. The VAE's sample size sets its tiles, which are compared by themselves."""
-LIBRARIES = ("torch.nn.modules.", "diffusers.models.", "diffusers.pipelines.", "diffusers.schedulers.", "transformers.")
+LIBRARIES = (
+    "torch.nn.modules.",
+    "diffusers.image_processor",
+    "diffusers.models.",
+    "diffusers.pipelines.",
+    "diffusers.schedulers.",
+    "transformers.",
+)
 """Where the modules of an unchanged pipeline come from."""
 QUANTISERS = (QUANTO, "bitsandbytes.", "torchao.")
 """Libraries whose modules hold weights of fewer bits."""

@@ -148,6 +148,7 @@ def _image_processor(pipe: Any) -> tuple[bool, list[str]]:
     expected = {"do_resize": True, "do_convert_grayscale": False, "vae_scale_factor": 8, "vae_latent_channels": 4}
     given = {name: config.get(name, value) for name, value in expected.items()}
     odd = [f"an image processor with {name}={given[name]}" for name, value in expected.items() if given[name] != value]
+    odd += [f"a replaced VaeImageProcessor.{name}" for name in (*replaced(processor), *foreign(type(processor)))]
     return bool(config.get("do_convert_rgb", False)), odd
 
 
