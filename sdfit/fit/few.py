@@ -10,7 +10,8 @@ Where the intervals come from
 -----------------------------
 Runs that a plan chose are too few, and too far from random, for conformal scores of their own. So the scores are drawn: what
 the runs leave open of the corrections (a draw from their posterior, with Student's tails and the spread that the runs
-themselves show), what a simulation has beside the equation, with the kernels found or others that the runs match as well, what no term of the equation tells where images run
+themselves show, and as far as workspaces may go where no table gives what they show), what a simulation has beside the equation, with the
+kernels found or others that the runs match as well, what no term of the equation tells where images run
 one by one, and on top an error of the prior's equation on resolutions that it had not seen, over the workloads of the default grid
 that the card holds. Kernels that are found make them no narrower: that a table holds where no run was is not shown by runs. They
 hold as far as the card departs from its prior in the ways that the corrections allow; tests and ``python -m sdfit.study.lab few``

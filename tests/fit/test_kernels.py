@@ -129,6 +129,7 @@ def test_a_larger_plan_is_taken_while_there_is_room() -> None:
 def test_what_no_table_says_makes_intervals_wide(prior: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workspaces that differ from stage to stage: no table is believed, the prior's are corrected, and the uncertainty is that of any kernels."""
     monkeypatch.setattr(search, "DEPTH", 1)
+    monkeypatch.setattr(search, "COARSE", (20,))
     monkeypatch.setattr(search, "PARENTS", 4)
     rng = np.random.default_rng(3)
     odd = []

@@ -270,6 +270,34 @@ def drawn(seed: int) -> MadeUp:
     )
 
 
+def strange(seed: int) -> MadeUp:
+    """A card drawn at random that no table of copies says: shares of the operands that are no whole numbers, and others by size,
+    number of images and filter. Intervals of few runs are to hold on it all the same."""
+    rng = random.Random(1000 + seed)
+    shares = [rng.uniform(0, 3) for _ in range(3)]
+    edges = sorted(rng.choice((128, 256, 512, 768, 1024)) ** 2 for _ in range(2))
+    by_size = [rng.uniform(0.4, 1.8) for _ in range(3)]
+    by_images = [rng.uniform(0.5, 1.5) for _ in range(3)]
+    by_side = {1: rng.uniform(0, 1), 3: rng.uniform(0.5, 1.2)}
+    half = rng.uniform(0.6, 1.6)
+
+    def held(one: Convolution, live: int, usual: int) -> int:
+        dtype, image, weight, out = one
+        size = by_size[sum(out[2] * out[3] > edge for edge in edges)]
+        operands = [
+            convolution_bytes(
+                Architecture("", (), (Rule((dtype,), (name,), "", element_bytes=2, pad_bytes=0),), 0), *one
+            )
+            for name in ("input", "output", "weight")
+        ]
+        total = sum(share * held for share, held in zip(shares, operands, strict=True))
+        wide = 2.0 if dtype == "float32" else half
+        return int(total * wide * size * by_images[min(image[0], 3) - 1] * by_side.get(weight[-1], 0.7)) // 512 * 512
+
+    constant = rng.choice((0, rng.randint(1, 400))) << 19
+    return MadeUp(f"strange {seed}", "no table says it", Architecture("made up", (), (), CUBLAS_BYTES), constant, held)
+
+
 def _drawn_rules(rng: random.Random, dtypes: tuple[str, ...]) -> list[Rule]:
     found = []
     if rng.random() < 0.3:

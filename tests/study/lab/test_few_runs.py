@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Workspaces
 from sdfit.study.lab import few
-from sdfit.study.lab.cards import MADE_UP, MadeUp, drawn, skeleton, skeletons
+from sdfit.study.lab.cards import MADE_UP, MadeUp, drawn, skeleton, skeletons, strange
 from sdfit.study.lab.few import Line
 from sdfit.workload import Workload
 
@@ -59,6 +59,8 @@ def test_a_drawn_card_is_the_same_again_and_others_differ() -> None:
     found = [drawn(seed) for seed in range(20)]
     assert [card.architecture for card in found] == [drawn(seed).architecture for seed in range(20)]
     assert len({str(card.architecture.facts()) for card in found}) > 15
+    one = skeleton(TRIED[0], Tracer())
+    assert strange(1).record(0, one) == strange(1).record(0, one) != strange(2).record(0, one)
     assert {card.constant_bytes > 0 for card in found} == {card.larger is None for card in found} == {True, False}
 
 
