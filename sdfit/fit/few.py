@@ -54,7 +54,7 @@ AS_FOUND = 0.4
 """Share of draws in which the kernels are those found; in the others any that the runs match as well, that one too."""
 REFERENCE = "default"
 """The grid over whose workloads scores are drawn."""
-REPACKED = 0.25
+REPACKED = 0.5
 """Share of a change of the peak by which reserved and required memory may change otherwise, either way: assumed."""
 MOST_SUMMED = 250
 """Scores of each kind of which all sums are made."""
