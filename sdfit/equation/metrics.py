@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.equation.regimes import REGIMES, regime
+from sdfit.equation.regimes import REGIMES, ROUGH, regime
 from sdfit.equation.sizes import Numbers, Sizes
 from sdfit.equation.stages import STAGES
 from sdfit.equation.terms import COLUMN, products
@@ -25,6 +25,8 @@ from sdfit.workload import DTYPE_BYTES, SLICES, STREAMED, VARIANT_FIELDS, Varian
 
 METRICS = ("allocated", "reserved", "device", "required", "minimum")
 """What the README's glossary explains; each a peak over one run [bytes]."""
+DECIDES = "required"
+"""The metric behind every answer to "does it fit"."""
 NEVER_BELOW_LIVE = ("allocated", "reserved", "device")
 """Metrics that count what is live; the others are caps, under which PyTorch may do without a workspace."""
 LINEAR = ("m·P", "B·A", "n·A", "D")
@@ -92,6 +94,11 @@ class Place(NamedTuple):
         return bool(_SPLIT[self.regime])
 
     @property
+    def rough(self) -> tuple[float, float]:
+        """How much less, and more, than the equation says such runs may need: see `sdfit.equation.regimes.ROUGH`."""
+        return ROUGH if REGIMES[self.regime].rough else (0.0, 0.0)
+
+    @property
     def tiles(self) -> bool:
         """Whether tiles set the peak: only there a pass's pixels are not the image's, and coefficients tell them apart."""
         return self.tiled and self.piece.startswith("vae")
@@ -136,6 +143,24 @@ def metric_groups(place: Place) -> tuple[str, ...]:
     ('1|unet', 'unet', '')
     """
     return tuple(_name(place, names) for names in WIDENING)
+
+
+UNSEEN, LEAST = "unseen", "least"
+
+
+def unseen(place: Place) -> tuple[str, str]:
+    """The families of what packing adds to allocated memory in all kinds of runs, for a kind of which too few were seen.
+
+    The narrower is of those that hold attention scores, that bring weights module by module, or neither. Of each kind it has
+    the most; a twin, its name ending in `LEAST`, the least.
+
+    Examples
+    --------
+    >>> unseen(Place(2, "eager", "tiny", "model", False, False, True, False, 1, "unet"))
+    ('unseen|scores', 'unseen')
+    """
+    like = "streamed" if place.offload in STREAMED else "scores" if place.attention in MATERIALISED else "fused"
+    return f"{UNSEEN}|{like}", UNSEEN
 
 
 REPLAYED_FAMILY = "replayed"

@@ -149,6 +149,39 @@ def is_stage_key(key: StageKey) -> bool:
     return len(executions) <= 1 and all(e in CHOICES["execution"][1:] for e in executions)
 
 
+def beside(key: StageKey) -> StageKey | None:
+    """The coefficients that may stand beside a stage's, whichever gives more; None where a stage of its own has that name.
+
+    The UNet is one stage unless its weights come module by module. What sets its peak is one operation in its blocks of few
+    pixels and many channels, another in those of many pixels: two lines in the sizes, of which the higher counts. On Pascal,
+    whose convolutions hold their filters widened, the first matters up to some megapixels. No attention is at work there, so
+    all kinds of it share that line.
+
+    Examples
+    --------
+    >>> beside(("unet", "float16", "eager")), beside(("unet", "float16", "sdpa", "leaf"))
+    (('unet_deep', 'float16', 'sdpa'), None)
+    """
+    other = ("unet_deep", *told_by(key)[1:])
+    return other if key[0] == "unet" and is_beside(other) else None
+
+
+def told_by(key: StageKey) -> StageKey:
+    """Of a UNet's key the one whose runs tell what stands beside it: those with fused attention, which hides least of it.
+
+    Examples
+    --------
+    >>> told_by(("unet", "float16", "eager", "int8"))
+    ('unet', 'float16', 'sdpa', 'int8')
+    """
+    return (*key[:2], "sdpa", *key[3:])
+
+
+def is_beside(key: StageKey) -> bool:
+    """Whether a key is one that `beside` gives."""
+    return key[0] == "unet_deep" and set(STREAMED.values()).isdisjoint(key)
+
+
 @cache
 def stages_of(variant: VariantKey) -> tuple[str, ...]:
     """The stages that a variant runs through: the tiny VAE has no mid block, the checker may be absent.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdfit.equation.sizes import Array, Numbers, Sizes
-from sdfit.equation.stages import STAGE, UNET_STAGES, StageKey
+from sdfit.equation.stages import STAGE, UNET_STAGES, StageKey, is_beside
 from sdfit.workload import SLICES, Workload
 
 
@@ -63,9 +63,23 @@ def products(B: Numbers, n: Numbers, A: Numbers, L: Numbers, m: Numbers, P: Numb
     return 1.0, m, B, n, mP, mP * P, nA, nA * A, A * A, nL * A, nL, B * A, D
 
 
+SCORES = ("n·A²", "A²", "n·L·A")
+"""The terms that count attention scores in the UNet."""
+
+
 def terms_of(key: StageKey) -> tuple[str, ...]:
-    """The terms of a stage; with sliced attention the scores of one slice do not grow with the batch."""
+    """The terms of a stage; with sliced attention the scores of one slice do not grow with the batch.
+
+    What stands beside the UNet's (`sdfit.equation.stages.beside`) holds no scores: attention is not what sets the peak there.
+
+    Examples
+    --------
+    >>> terms_of(("unet_deep", "float16", "eager"))
+    ('1', 'n·A', 'n', 'n·L')
+    """
     names = STAGE[key[0]].terms
+    if is_beside(key):
+        return tuple(name for name in names if name not in SCORES)
     if key[0] in UNET_STAGES and not SLICES.keys().isdisjoint(key):
         names = tuple("A²" if name == "n·A²" else name for name in names)
     return names

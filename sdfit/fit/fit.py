@@ -16,12 +16,12 @@ import numpy as np
 
 import sdfit
 from sdfit.equation.sizes import Array, domain_columns
-from sdfit.equation.stages import StageKey
+from sdfit.equation.stages import StageKey, told_by
 from sdfit.equation.weights import baseline_label, weights_table
 from sdfit.errors import FitError
 from sdfit.fit.baseline import baseline
 from sdfit.fit.folds import error_summary
-from sdfit.fit.held_out import Mask, counted, cross_validate, fit_stage, predict_stages
+from sdfit.fit.held_out import Mask, counted, cross_validate, fit_stages, own_rows, predict_stages
 from sdfit.fit.metric_models import fit_metrics
 from sdfit.fit.observations import Observations, Runs, observe
 from sdfit.fit.scores import PublishedRow, kept, published_scores
@@ -82,7 +82,7 @@ def fit(
     runs = Runs(data.records)
     seen = observe(runs)
     _enough_sizes(seen)
-    models = {key: fit_stage(key, obs) for key, obs in seen.items()}
+    models = fit_stages(seen)
     held_out, borrowed, folds = cross_validate(runs, seen, models)
     fitted = predict_stages(models, runs)
     metrics, scores, errors = fit_metrics(runs, fitted, held_out)
@@ -105,7 +105,7 @@ def fit(
                 "environment": environment | {"sdfit": sdfit.__version__},
                 "sources": list(sources),
                 "components": components_of(ok),
-                "stages": {"|".join(key): stage_facts(models[key], obs) for key, obs in seen.items()},
+                "stages": stages_facts(models, seen),
                 "metrics": metrics,
                 "scores": kept(scores),
                 "swept": sorted({variant_name(v) for v in {r.workload.variant for r in ok}}),
@@ -195,9 +195,20 @@ def components_of(ok: Sequence[Record]) -> dict[str, dict[str, int]]:
     return found
 
 
-def stage_facts(model: StageModel, seen: Observations) -> dict[str, Any]:
-    """A fitted stage, as `sdfit.predict.artifact.Artifact` has it."""
-    rows = seen.where(counted(model, seen))
+def stages_facts(models: Mapping[StageKey, StageModel], seen: Mapping[StageKey, Observations]) -> dict[str, Any]:
+    """The fitted stages, and what stands beside them, as `sdfit.predict.artifact.Artifact` has them."""
+    found = {}
+    for key, obs in seen.items():
+        for model, mine in own_rows(models[key], obs).items():
+            if model.key == key or key == told_by(key):
+                found["|".join(model.key)] = stage_facts(model, obs, mine)
+    return found
+
+
+def stage_facts(model: StageModel, seen: Observations, mine: Any = slice(None)) -> dict[str, Any]:
+    """A fitted stage; ``mine``: the rows that its coefficients are fitted on, of all that were swept."""
+    own = seen.where(mine)
+    rows = own.where(counted(model, own))
     low, high = model.bounds(rows.X, rows.activation_bytes, rows.peak_bytes, rows.weight, groups=rows.groups)
     certain = seen.X if seen.at_least.all() else seen.X[~seen.at_least]
     columns = domain_columns(certain[:, 0] * certain[:, 1], certain[:, 3], certain[:, 2])
@@ -210,7 +221,7 @@ def stage_facts(model: StageModel, seen: Observations) -> dict[str, Any]:
         "unidentified": model.unidentified_,
         "condition": model.condition_,
         "domain": {name: [int(v.min()), int(v.max())] for name, v in columns.items()},
-        "rows": len(certain),
+        "rows": int(np.sum(~own.at_least)) if not seen.at_least.all() else len(own),
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Array, Sizes
-from sdfit.equation.stages import STAGES, StageKey
+from sdfit.equation.stages import STAGES, StageKey, beside, told_by
 from sdfit.fit.folds import FOLDS, Indices, fold_of
 from sdfit.fit.observations import Observations, Runs
 from sdfit.fit.stage_model import MANY_ROWS, Equations, StageModel
@@ -21,11 +21,34 @@ from sdfit.fit.stage_model import MANY_ROWS, Equations, StageModel
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 MOST_ROUNDS = 20
-"""Fits of one stage until the lower bounds that count are settled."""
+"""Fits of one stage until the lower bounds that count are settled, or which rows are whose of two lines."""
+BESIDE_MISFIT, BESIDE_GAIN, BESIDE_QUANTILE = 5e-3, 2.0, 0.95
+"""A stage gets coefficients beside its own where this quantile of its rows' misfit, relative to the run's peak, is larger
+than the first, and they divide it by the second."""
+BESIDE_STARTS = (0.15, 0.3, 0.6)
+"""Shares of the rows, those of the fewest pixels, that the other coefficients are first fitted on."""
+FEWEST_BESIDE = 4
+"""Rows of which each of the two must give more: a constant and a slope, twice."""
 
 
-def fit_stage(key: StageKey, rows: Observations, equations: Equations | None = None) -> StageModel:
-    """Fit one set of coefficients; a lower bound counts only where the fit lies below it.
+def fit_stages(seen: Mapping[StageKey, Observations]) -> dict[StageKey, StageModel]:
+    """Fit every set of coefficients; what stands beside several is told by one of them."""
+    models: dict[StageKey, StageModel] = {}
+    for key in sorted(seen, key=lambda key: key != told_by(key)):
+        models[key] = fit_stage(key, seen[key], line=line_of(key, models))
+    return {key: models[key] for key in seen}
+
+
+def line_of(key: StageKey, models: Mapping[StageKey, StageModel]) -> StageModel | None:
+    """What stands beside a key's coefficients, if other fitted models tell it."""
+    model = models.get(told_by(key)) if beside(key) else None
+    return None if model is None else model.beside_
+
+
+def fit_stage(
+    key: StageKey, rows: Observations, equations: Equations | None = None, line: StageModel | None = None
+) -> StageModel:
+    """Fit a stage's coefficients, and others beside them where two lines explain what one does not.
 
     Parameters
     ----------
@@ -33,14 +56,76 @@ def fit_stage(key: StageKey, rows: Observations, equations: Equations | None = N
     rows : Observations
     equations : Equations, optional
         Of these rows, where they are known already.
+    line : StageModel, optional
+        What stands beside them, where other rows told it: then it counts, whatever these say.
     """
     equations = equations_of(key, rows) if equations is None else equations
+    one = _fit_one(key, rows, equations)
+    if beside(key) is None:
+        return one
+    if line:
+        one.beside_ = line
+        return _fit_two(key, rows, equations, own_rows(one, rows)[line], line) or one
+    usual = _misfit(one, rows)
+    if key != told_by(key) or usual < BESIDE_MISFIT:
+        return one
+    pixels = np.prod(rows.X[:, [0, 1, 4]], axis=1)
+    starts = [pixels <= np.quantile(pixels, share) for share in BESIDE_STARTS]
+    found = [_fit_two(key, rows, equations, deep) for deep in starts]
+    best = min((two for two in found if two), key=lambda two: _misfit(two, rows), default=one)
+    return best if _misfit(best, rows) * BESIDE_GAIN <= usual else one
+
+
+def _fit_two(
+    key: StageKey, rows: Observations, equations: Equations, deep: Mask, line: StageModel | None = None
+) -> StageModel | None:
+    """Fit two sets of coefficients, each to the rows of which it gives more than the other; None where one would get too few.
+
+    Parameters
+    ----------
+    deep : array of bool, shape (rows,)
+        To begin with, the rows of what stands beside.
+    line : StageModel, optional
+        What stands beside, if it is known already.
+    """
+    other = beside(key) or key
+    others = equations if line else equations_of(other, rows)
+    for _ in range(MOST_ROUNDS):
+        if (~deep).sum() < FEWEST_BESIDE or (line is None and deep.sum() < FEWEST_BESIDE):
+            return None
+        # regimes would take what is left of the other line for a difference of their own
+        model = _fit_one(key, rows.where(~deep), equations.where(~deep), apart=False)
+        model.beside_ = line or _fit_one(other, rows.where(deep), others.where(deep), apart=False)
+        now = own_rows(model, rows)[model.beside_]
+        if (now == deep).all():
+            break
+        deep = now
+    return model
+
+
+def _misfit(model: StageModel, rows: Observations) -> float:
+    """How far the rows that most are nearer than lie from a fit, relative to the run's peak."""
+    known = ~rows.at_least
+    off = np.abs(model.predict(rows.X[known]) - rows.activation_bytes[known]) / rows.peak_bytes[known]
+    return float(np.quantile(off * rows.weight[known], BESIDE_QUANTILE)) if known.any() else 0.0
+
+
+def own_rows(model: StageModel, rows: Observations) -> dict[StageModel, Any]:
+    """Of a model and what stands beside it, which rows each gives more of than the other."""
+    if model.beside_ is None:
+        return {model: np.ones(len(rows), dtype=bool)}
+    deep = model.beside_.predict(rows.X) >= model.predict(rows.X)  # it gives the higher of the two
+    return {model: ~deep, model.beside_: deep}
+
+
+def _fit_one(key: StageKey, rows: Observations, equations: Equations, *, apart: bool | None = None) -> StageModel:
+    """Fit one set of coefficients; a lower bound counts only where the fit lies below it."""
     bound = rows.at_least
     if bound.all() or not bound.any():
-        return StageModel(key).solve(equations)
+        return StageModel(key).solve(equations, apart=apart)
     use = ~bound
     for _ in range(MOST_ROUNDS):
-        model = StageModel(key).solve(equations.where(use))
+        model = StageModel(key).solve(equations.where(use), apart=apart)
         # a bound that the fit has come to exceed must leave again, or it would pull the fit down
         wanted = counted(model, rows)
         if (wanted == use).all():
@@ -63,7 +148,7 @@ def counted(model: StageModel, rows: Observations) -> Any:
 
 
 def fitted_without(
-    key: StageKey, seen: Observations, folds: Indices, whole: StageModel
+    key: StageKey, seen: Observations, folds: Indices, whole: StageModel, lines: Mapping[int, StageModel | None] = {}
 ) -> Iterator[tuple[int, StageModel]]:
     """Fit a stage without each of its folds in turn.
 
@@ -75,13 +160,15 @@ def fitted_without(
         The fold of each row; those of none, -1, are never left out.
     whole : StageModel
         Fitted to all of them.
+    lines : mapping, optional
+        What other rows tell of what stands beside, without each fold.
     """
     count, equations = int(folds.max(initial=-1)) + 1, equations_of(key, seen)
-    if len(seen) <= MANY_ROWS:
+    if len(seen) <= MANY_ROWS or whole.beside_ is not None:
         for fold in range(count):
             stay = np.flatnonzero(folds != fold)
             if not seen.at_least[stay].all():
-                yield fold, fit_stage(key, seen.where(stay), equations.where(stay))
+                yield fold, fit_stage(key, seen.where(stay), equations.where(stay), lines.get(fold))
         return
     use = counted(whole, seen)
     few, of = equations.where(use).summed_up(folds[use])
@@ -136,13 +223,16 @@ def cross_validate(
     count = int(folds.max(initial=-1)) + 1
     peaks = np.full((len(runs), len(STAGES)), np.nan)
     untold = np.zeros((len(runs), len(STAGES)), dtype=bool)
-    for key, (column, rows) in runs.stages.items():
+    lines: dict[StageKey, dict[int, StageModel | None]] = {}
+    for key, (column, rows) in sorted(runs.stages.items(), key=lambda one: one[0] != told_by(one[0])):
         if key not in seen:
             continue
         which = np.broadcast_to(regime(key[0], Sizes.of(*runs.X.T)), len(runs))
         left_out = np.zeros((count + 1, len(REGIMES)), dtype=np.intp)
         np.add.at(left_out, (folds[seen[key].places], which[seen[key].places]), 1)
-        for fold, model in fitted_without(key, seen[key], folds[seen[key].places], models[key]):
+        told = lines.get(told_by(key), {})
+        for fold, model in fitted_without(key, seen[key], folds[seen[key].places], models[key], told):
+            lines.setdefault(key, {})[fold] = model.beside_
             left = rows[runs.ok[rows] & (folds[rows] == fold)]
             peaks[left, column] = model.predict(runs.X[left]) + runs.weights_bytes[left, column]
             untold[left, column] = (left_out.sum(axis=0) == left_out[fold])[which[left]]

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from sdfit.equation.metrics import (
+    DECIDES,
     MATERIALISED,
     METRIC_FEATURES,
     METRICS,
@@ -34,14 +35,12 @@ from sdfit.equation.sizes import Array, Sizes
 from sdfit.equation.stages import STAGES, stages_of
 from sdfit.fit.folds import Indices, left_out
 from sdfit.fit.observations import Runs
-from sdfit.fit.scores import by_family
+from sdfit.fit.scores import ENDS, EVERY_FAMILY, WIDEST, by_family, of_kinds
 from sdfit.fit.stage_model import MANY_ROWS, lengths
-from sdfit.predict.conformal import scale
+from sdfit.predict.conformal import PACKED_SHARE, scale
 
-DECIDES = "required"
-"""The metric behind every answer to "does it fit"; the others are told less finely, or an artifact would be twice as large."""
 COARSE = 3
-"""The first of `metric_groups` that those others use."""
+"""The first of `metric_groups` that the metrics use which decide nothing: or an artifact would be twice as large."""
 FEWEST_ROWS = 8
 """A group with fewer rows leaves its workloads to a wider one."""
 FEWEST_IN_RANGE = 5
@@ -75,8 +74,8 @@ class _Seen:
         The columns of `METRIC_FEATURES`.
     extent : array
         Images times pixels.
-    base_bytes, peak_bytes, scale_bytes : array
-        The weights in the stage that sets the peak, the peak, the unit of a score.
+    base_bytes, peak_bytes, scale_bytes, packed_bytes : array
+        The weights in the stage that sets the peak, the peak, the unit of a score, that of what packing adds.
     """
 
     places: list[Place]
@@ -86,6 +85,7 @@ class _Seen:
     base_bytes: Array
     peak_bytes: Array
     scale_bytes: Array
+    packed_bytes: Array
 
     @classmethod
     def of(cls, runs: Runs, peaks_bytes: Array, rows: Indices) -> _Seen:
@@ -93,7 +93,7 @@ class _Seen:
         places: dict[Place, int] = {}
         count = len(runs)
         at, features = np.full(count, -1), np.full((count, len(METRIC_FEATURES)), np.nan)
-        extents, base, peak, unit = (np.full(count, np.nan) for _ in range(4))
+        extents, base, peak, unit, packed = (np.full(count, np.nan) for _ in range(5))
         wanted = np.zeros(count, dtype=bool)
         wanted[rows] = True
         for variant, every in runs.variants.items():
@@ -110,8 +110,9 @@ class _Seen:
             features[mine] = np.column_stack(metric_features(peaks, weights, sizes))
             extents[mine] = extent(sizes)
             base[mine], peak[mine] = weights_at_peak(peaks, weights), highest(peaks)
-            unit[mine] = scale(peaks, weights)
-        return cls(list(places), at[rows], features[rows], extents[rows], base[rows], peak[rows], unit[rows])
+            unit[mine], packed[mine] = scale(peaks, weights), scale(peaks, weights, share=PACKED_SHARE)
+        arrays: tuple[Any, ...] = (at, features, extents, base, peak, unit, packed)
+        return cls(list(places), *(array[rows] for array in arrays))
 
     def where(self, rows: Any) -> _Seen:
         """Some of the runs."""
@@ -276,8 +277,11 @@ def fit_metrics(runs: Runs, fitted: Array, held_out: Array) -> tuple[dict[str, A
             edges = {name: found["edges"] for name, found in metrics[metric].items()}
             predicted = _held_out(model, unseen, known, runs.groups[rows], edges)
         misses = (actual[known] - predicted) / unseen.scale_bytes
-        scored = ((place, misses[mine]) for place, mine in unseen.by_place(np.arange(len(known))))
-        scores[metric] = by_family(scored, narrow=metric in ("allocated", DECIDES))
+        added = (actual[known] - unseen.peak_bytes) / unseen.packed_bytes
+        of_place = unseen.by_place(np.arange(len(known)))
+        kinds = of_kinds((place, added[mine]) for place, mine in of_place) if metric == DECIDES else {}
+        keep = ENDS if kinds else EVERY_FAMILY if metric in ("allocated", DECIDES) else WIDEST
+        scores[metric] = by_family(((place, misses[mine]) for place, mine in of_place), keep) | kinds
         errors[metric] = (predicted - actual[known]) / actual[known]
     return metrics, scores, errors
 

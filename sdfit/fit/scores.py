@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sdfit.equation.metrics import REPLAYED_FAMILY, Place, families
+from sdfit.equation.metrics import FAMILIES, LEAST, REPLAYED_FAMILY, UNSEEN, Place, families, unseen
 from sdfit.equation.sizes import Array
 from sdfit.predict.conformal import Scores
 
 FEWEST_SCORES = 50
 """A family with fewer scores uses those of a wider one."""
+FEWEST_KINDS = 19
+"""So many kinds support a bound at level 0.95 of one that was never seen."""
 
 
 class PublishedRow(Protocol):
@@ -47,6 +49,10 @@ class PublishedRow(Protocol):
         """The conformal score: how far the published number lies above the trace, in units of the scale."""
 
     @property
+    def simulated_score(self) -> float:
+        """The conformal score of a run that is simulated, in the units of `sdfit.predict.conformal.scale_beside_trace`."""
+
+    @property
     def optional(self) -> bool:
         """Whether what the trace misses is memory that PyTorch does without where it does not fit."""
 
@@ -55,18 +61,36 @@ class PublishedRow(Protocol):
         """Why the trace misses it, as far as anybody knows."""
 
 
-def by_family(scored: Iterable[tuple[Place, float | Array]], *, narrow: bool = True) -> dict[str, Array]:
-    """Sort scores, one or more a place, by the families of the places; ``""`` holds all, families with too few are left out.
+EVERY_FAMILY, WIDEST, ENDS = slice(None), slice(-2, None), slice(None, None, len(FAMILIES) - 1)
+"""Which of `families` are kept: of metrics that decide nothing the two widest; where runs of a kind that was never seen have
+scores of their own, the narrowest and the widest."""
 
-    Without ``narrow`` only the two widest are kept: of metrics that decide nothing.
-    """
+
+def by_family(scored: Iterable[tuple[Place, float | Array]], keep: slice = EVERY_FAMILY) -> dict[str, Array]:
+    """Sort scores, one or more a place, by the families of the places; ``""`` holds all, families with too few are left out."""
     table: dict[str, list[Array]] = {"": [np.empty(0)]}
     for place, value in scored:
         found = np.atleast_1d(np.asarray(value, dtype=float))
-        for name in families(place)[0 if narrow else -2 :]:
+        for name in families(place)[keep]:
             table.setdefault(name, []).append(found)
     sorted_ = {name: np.sort(np.concatenate(values)) for name, values in table.items()}
     return {name: values for name, values in sorted_.items() if not name or len(values) >= FEWEST_SCORES}
+
+
+def of_kinds(added: Iterable[tuple[Place, Array]]) -> dict[str, Array]:
+    """What packing added to allocated memory in each kind of run, at most and at least (`sdfit.equation.metrics.unseen`).
+
+    Empty of fewer than `FEWEST_KINDS` kinds.
+    """
+    kinds: dict[tuple[str, str], list[Array]] = {}
+    for place, values in added:
+        for name in unseen(place):
+            kinds.setdefault((name, families(place)[0]), []).append(values)
+    ends: dict[str, list[float]] = {}
+    for (name, _), parts in kinds.items():
+        ends.setdefault(name, []).append(max(part.max() for part in parts))
+        ends.setdefault(f"{name}|{LEAST}", []).append(min(part.min() for part in parts))
+    return {name: np.sort(values) for name, values in ends.items() if len(values) >= FEWEST_KINDS}
 
 
 def published_scores(
@@ -78,7 +102,7 @@ def published_scores(
     one published score and one of the metric's own scores against the trace, which takes the model of the allocator
     to be right. What a run takes only where there is room (an optional workspace) widens what is allocated and reserved,
     not what is required.
-    A run that is replayed has no score of its own: its family holds the published ones as they are.
+    A run that is replayed has no score of its own: its family holds the published ones, in units of their own.
     """
     every_row = np.array(sorted(row.score for row in published))
     needed = np.array(sorted(row.score for row in published if not row.optional))
@@ -88,9 +112,17 @@ def published_scores(
         if metric == "allocated":
             found[metric] = {"": known}
             continue
-        found[metric] = {name: np.add.outer(known, own).ravel() for name, own in table.items() if len(own)}
+        found[metric] = {
+            # of kinds the furthest published error, and not every one: a kind still counts once
+            name: own + known[0 if name.endswith(LEAST) else -1]
+            if name.startswith(UNSEEN)
+            else np.add.outer(known, own).ravel()
+            for name, own in table.items()
+            if len(own)
+        }
         if metric in ("required", "minimum"):
-            found[metric][REPLAYED_FAMILY] = needed
+            simulated = sorted(row.simulated_score for row in published if not row.optional)
+            found[metric][REPLAYED_FAMILY] = np.array(simulated)
     return found
 
 

@@ -105,6 +105,8 @@ class StageModel:
         Which row of ``coef_`` each of `sdfit.equation.regimes.REGIMES` uses.
     unidentified_ : dict
         Terms that the data cannot tell from others, and what to sweep to tell them.
+    beside_ : StageModel or None
+        The coefficients that stand beside these (`sdfit.equation.stages.beside`): whichever gives more counts.
 
     Examples
     --------
@@ -117,6 +119,7 @@ class StageModel:
 
     def __init__(self, key: StageKey = ("unet", "float16", "sdpa")) -> None:
         self.key = key
+        self.beside_: StageModel | None = None
 
     def fit(self, X: Any, y: Any, peak_bytes: Any = None, weight: Any = None) -> StageModel:
         """Fit the coefficients.
@@ -159,7 +162,7 @@ class StageModel:
         """Peak activations [bytes] for rows of `SIZE_COLUMNS`."""
         sizes = Sizes.of(*np.asarray(X, dtype=float).T)
         total: Array = np.sum(self.coef_[self.sets(sizes)] * design_matrix(self.key, sizes), axis=1)
-        return total
+        return total if self.beside_ is None else np.maximum(total, self.beside_.predict(X))
 
     def sets(self, sizes: Sizes) -> Any:
         """The row of ``coef_`` that each of some sizes uses."""

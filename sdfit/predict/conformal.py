@@ -27,6 +27,8 @@ LEAST_SCALE_BYTES = 1 << 20
 WEIGHTS_SHARE = 1 / 2
 """How much of the weights counts in the scale. Of what published runs lie beside their traces, a few MB stay the same
 whatever the size: the order in which the components were loaded, and rounding in print."""
+PACKED_SHARE = 1 / 8
+"""The same of what packing adds: a stage whose weights come and go leaves some of their segments unused."""
 LEAST_LEVEL = 1e-6
 """Below it the arithmetic of ranks ends, and a bound would come out as wide as the sample."""
 KEPT = 6
@@ -106,6 +108,34 @@ class Scores(NamedTuple):
         return (self.ranks[kept - 1] if kept else 0) / (self.size + 1)
 
 
+class Packing(NamedTuple):
+    """What the allocator adds to live memory, for a kind of run that was never seen: in units of `scale` with `PACKED_SHARE`.
+
+    Each kind that was seen counts once, with the run that needed most of it, and the one that needed least: a new kind is one
+    draw of kinds. At a level that so few do not reach the furthest of them stands. ``rough``: how much less, and more, live
+    memory may be than the equation says.
+    """
+
+    least: Scores
+    most: Scores
+    rough: tuple[float, float] = (0.0, 0.0)
+
+    def end(self, level: float, *, upper: bool) -> float:
+        """The one-sided bound of what is added.
+
+        Examples
+        --------
+        >>> Packing(Scores.of([0.0, 0.1]), Scores.of([0.2, 0.5])).end(0.99, upper=True)
+        0.5
+        """
+        level = min(level, supported_level(self.most))
+        return self.most.quantile(level) + self.rough[1] if upper else self.least.lower_quantile(level) - self.rough[0]
+
+    def chance(self, added: float) -> float:
+        """The chance that no more than so much is added."""
+        return self.most.share_below(added - self.rough[1])
+
+
 NONE = Scores(0, (), ())
 """Of a family without scores."""
 
@@ -125,7 +155,9 @@ def kept_ranks(count: int) -> list[int]:
     return sorted({*below, *(count + 1 - rank for rank in below)})
 
 
-def scale(peaks: Mapping[str, Any], weights: Mapping[str, float], stretch: Any = 1.0) -> Any:
+def scale(
+    peaks: Mapping[str, Any], weights: Mapping[str, float], stretch: Any = 1.0, share: float = WEIGHTS_SHARE
+) -> Any:
     """What a score is in units of [bytes]: the largest activations of any stage and a share of its weights.
 
     Activations are what lies above the weights that are on the card in that stage: under offload a stage whose weights
@@ -139,10 +171,26 @@ def scale(peaks: Mapping[str, Any], weights: Mapping[str, float], stretch: Any =
     above = []
     for stage, peak in peaks.items():
         resident = weights[stage]
-        above.append((peak - resident) * stretch + WEIGHTS_SHARE * resident)
+        above.append((peak - resident) * stretch + share * resident)
     if not isinstance(above[0], np.ndarray):
         return max(LEAST_SCALE_BYTES, *above)
     return np.maximum.reduce([np.maximum(a, LEAST_SCALE_BYTES) for a in above])
+
+
+STAYS_BYTES = 8 << 30
+"""What a published whole run needs beside its trace stays the same, as far as the rows say; that it is twice as much where the
+activations are so many is a little above the upper 95 % limit of its growth (`sdfit.study.comparison.residuals.growth`)."""
+
+
+def scale_beside_trace(activation_bytes: Any) -> Any:
+    """What the score of a run that was simulated is in units of [bytes].
+
+    Examples
+    --------
+    >>> scale_beside_trace(5 << 30) / 2**30
+    13.0
+    """
+    return STAYS_BYTES + activation_bytes
 
 
 def best(scores: Mapping[str, Scores], families: Iterable[str], level: float) -> Scores:

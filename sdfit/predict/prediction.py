@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sdfit.equation.sizes import Sizes
 from sdfit.predict.artifact import Artifact
+from sdfit.predict.conformal import Packing
 from sdfit.workload import VariantKey, Workload, effective
 
 BEYOND = "beyond allocated"
@@ -36,6 +37,12 @@ class Basis(Protocol):
 
     def knows(self, metric: str, code: int) -> bool:
         """Whether the scores are those of runs of its own kind."""
+
+    def packing(self, metric: str, code: int) -> Packing | None:
+        """What may lie between live memory and the metric, where no runs of its own kind tell it; otherwise None."""
+
+    def packed_unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
+        """What that is in units of [bytes]."""
 
     def quantile(self, metric: str, code: int, level: float, *, upper: bool) -> float:
         """How far above a prediction its one-sided bound lies, or below it, in those units."""
@@ -181,6 +188,10 @@ class Prediction(float):
         """The conformal chance that the run needs no more than some memory, from the scores that support ``level``."""
         variant, _, metric, level = self._facts
         told = self._told()
+        packing = variant.packing(metric, self._standing()[0])
+        if packing is not None:
+            live, unit = self._packed()
+            return packing.chance((memory_bytes - live) / unit)
         return variant.chance(told["peaks"], told["sizes"], metric, memory_bytes - self, level)
 
     @property
@@ -212,7 +223,17 @@ class Prediction(float):
     def _margin(self, level: float, *, upper: bool) -> float:
         variant, _, metric, _ = self._facts
         code, unit = self._standing()
-        return variant.quantile(metric, code, level, upper=upper) * unit
+        packing = variant.packing(metric, code)
+        if packing is None:
+            return variant.quantile(metric, code, level, upper=upper) * unit
+        live, unit = self._packed()
+        beyond = live + packing.end(level, upper=upper) * unit - self
+        return max(beyond if upper else -beyond, 0.0)
+
+    def _packed(self) -> tuple[float, float]:
+        """The peak of allocated memory, and what packing adds is in units of [bytes]."""
+        told = self._told()
+        return max(told["peaks"].values()), self._facts[0].packed_unit(told["peaks"], told["sizes"])
 
     def _standing(self) -> tuple[int, float]:
         told = self._told()

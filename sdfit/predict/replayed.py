@@ -29,7 +29,7 @@ from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed, Stages, least_bytes
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.predict.table import predict_table
-from sdfit.predict.variant import Variant
+from sdfit.predict.variant import SURE, Variant
 from sdfit.predict.verdict import finite
 from sdfit.workload import VariantKey, Workload, variant_name
 
@@ -111,22 +111,35 @@ class Run:
         return 1.0
 
     def standing(self, peaks: Mapping[str, float], sizes: Sizes) -> tuple[int, float]:
-        """No place of its own; and what its scores are in units of [bytes]."""
-        return 0, float(conformal.scale(self._peaks, self._weights))
+        """No place of its own; bounds are in bytes."""
+        return 0, 1.0
 
     def knows(self, metric: str, code: int) -> bool:
         """A simulation knows no kinds."""
         return True
 
+    def packing(self, metric: str, code: int) -> None:
+        """A simulation knows how its blocks pack."""
+
+    def packed_unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
+        """Of nothing."""
+
     def quantile(self, metric: str, code: int, level: float, *, upper: bool) -> float:
-        """How far above the simulated number its one-sided bound lies, or below it, in the units of `standing`."""
+        """How far above the simulated number its one-sided bound lies, or below it [bytes]."""
         scores = self._scores(metric)
         level = min(level, conformal.supported_level(scores))
-        return max(scores.quantile(level) if upper else -scores.lower_quantile(level), 0.0)
+        return max(scores.quantile(level) if upper else -scores.lower_quantile(level), 0.0) * self._unit(metric)
 
     def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
         """The chance that the run needs no more than ``spare_bytes`` above the simulated number."""
-        return self._scores(metric).share_below(spare_bytes / self.standing(peaks, sizes)[1])
+        return self._scores(metric).share_below(spare_bytes / self._unit(metric))
+
+    def _unit(self, metric: str) -> float:
+        """What scores are in units of [bytes]."""
+        if metric not in CAPS:
+            return float(conformal.scale(self._peaks, self._weights))
+        above = max(peak - self._weights[stage] for stage, peak in self._peaks.items())
+        return float(conformal.scale_beside_trace(above))
 
     def _scores(self, metric: str) -> conformal.Scores:
         """Of published runs: all of them, and of caps those that no optional workspace is in."""
@@ -380,10 +393,6 @@ def why_not(model: Predictor) -> str:
     except SdfitError:
         same = False
     return "" if same else f"'{model.name}' rests on the kernels of another table than this sdfit knows: {table}"
-
-
-SURE = 0.99
-"""Level of the equation's bounds beyond which a run is not replayed."""
 
 
 def _again(model: Predictor, replay: Replay, limit_bytes: float | None) -> Replayed:

@@ -84,7 +84,8 @@ def _one_variant(
         value[cut] = found.metric(peaks, metric, sizes)
         if level is not None:
             for end in (0, 1):
-                margins[end, cut] = found.margin(peaks, sizes, metric, (1 + level) / 2, upper=bool(end), own=own)
+                each = (1 + level) / 2
+                margins[end, cut] = found.margins(value[cut], peaks, sizes, metric, each, upper=bool(end), own=own)
     return value, margins
 
 

@@ -12,13 +12,15 @@ import math
 import struct
 from bisect import bisect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdfit.equation.metrics import (
     CONSTANT_BYTES,
+    DECIDES,
     FEATURE_COLUMNS,
+    LEAST,
     NEVER_BELOW_LIVE,
     extent,
     families,
@@ -28,10 +30,11 @@ from sdfit.equation.metrics import (
     place_codes,
     place_of,
     scalar_code,
+    unseen,
 )
 from sdfit.equation.regimes import edges, regime
 from sdfit.equation.sizes import Sizes, domain_columns
-from sdfit.equation.stages import resident, stage_key, stages_of
+from sdfit.equation.stages import beside, resident, stage_key, stages_of
 from sdfit.equation.terms import COLUMN, TERMS, products, terms_of
 from sdfit.equation.weights import baseline_label, weights_table, with_both_baselines
 from sdfit.errors import NeverSwept, UnknownVariant, listed
@@ -46,6 +49,8 @@ _WIDTH, _empty = len(TERMS), np.empty
 _pack = struct.Struct(f"{_WIDTH}d").pack_into
 MOST_BELOW = 2.0
 """How much wider an interval becomes below the swept domain, at most."""
+SURE = 0.99
+"""Level of the bounds that a number keeps to for a kind of run that was never seen, and beyond which none is simulated."""
 MOST_NEAR = 3
 """Variants that a message names."""
 
@@ -91,8 +96,10 @@ class Variant:
         self.stages = stages_of(key)
         self.weights = {stage: self._resident(stage, values) for stage in self.stages}
         models = {stage: artifact.stages["|".join(stage_key(stage, key))] for stage in self.stages}
-        self._regimes = {stage: model["regimes"] for stage, model in models.items()}
-        self._coefficients = {stage: _aligned(model, self.weights[stage]) for stage, model in models.items()}
+        others = {stage: "|".join(beside(stage_key(stage, key)) or ()) for stage in self.stages}
+        self._beside = [stage for stage, other in others.items() if other in artifact.stages]
+        lines = [*models.items(), *((stage, artifact.stages[others[stage]]) for stage in self._beside)]
+        self._lines = [_Line(stage, model["regimes"], _aligned(model, self.weights[stage])) for stage, model in lines]
         self.domain = _common_domain([model["domain"] for model in models.values()])
         self._metrics = artifact.metrics
         self._edges = edges(self.stages)
@@ -102,6 +109,7 @@ class Variant:
             for metric, table in artifact.scores.items()
         }
         self._quantiles: dict[Any, float] = {}
+        self._packings: dict[int, conformal.Packing | None] = {}
         self._groups: dict[tuple[str, int], Mapping[str, Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,16 +161,19 @@ class Variant:
 
     def stage_peaks(self, sizes: Sizes) -> dict[str, float]:
         """The peak of each stage of one workload [bytes], resident weights included."""
-        return dict(zip(self.stages, self._matrix(*sizes).dot(_row(sizes)).tolist(), strict=True))
+        values = self._matrix(*sizes).dot(_row(sizes)).tolist()
+        found = dict(zip(self.stages, values, strict=False))
+        for stage, value in zip(self._beside, values[len(self.stages) :], strict=True):
+            found[stage] = max(found[stage], value)
+        return found
 
     def _matrix(self, B: int, n: int, A: int, L: int, m: int, P: int, D: int) -> Array:
-        """Coefficients, a row per stage, a column per term, weights in the first: those of the sizes' regimes."""
+        """Coefficients, a row per line, a column per term, weights in the first: those of the sizes' regimes."""
         cell = B, n, m, bisect(self._edges, m * P)
         found = self._matrices.get(cell)
         if found is None:
             sizes = Sizes(B, n, A, L, m, P, D)
-            rows = [self._coefficients[s][self._regimes[s][regime(s, sizes)]] for s in self.stages]
-            found = self._matrices[cell] = np.array(rows)
+            found = self._matrices[cell] = np.array([line.at(sizes) for line in self._lines])
         return found
 
     def stage_arrays(self, sizes: Sizes) -> dict[str, Array]:
@@ -171,23 +182,15 @@ class Variant:
         for column, product in zip(columns, products(*sizes), strict=True):
             column[...] = product
         found: dict[str, Array] = {}
-        for stage in self.stages:
-            coefficients = self._coefficients[stage]
-            if len(coefficients) == 1:
-                found[stage] = coefficients[0] @ columns
-                continue
-            rows = np.asarray(self._regimes[stage])[regime(stage, sizes)]
-            used = np.flatnonzero(np.bincount(rows.ravel(), minlength=len(coefficients)))
-            values = coefficients[used] @ columns
-            found[stage] = values[0]
-            for row, value in zip(used[1:], values[1:], strict=True):
-                np.copyto(found[stage], value, where=rows == row)
+        for line in self._lines:
+            values = line.along(columns, sizes)
+            found[line.stage] = np.maximum(found[line.stage], values) if line.stage in found else values
         return found
 
     def breakdown(self, sizes: Sizes, stage: str) -> dict[str, float]:
         """The resident weights and each term of a stage [bytes]."""
-        row = self._coefficients[stage][self._regimes[stage][regime(stage, sizes)]]
-        shares = dict(zip(TERMS, (float(c * x) for c, x in zip(row, products(*sizes), strict=True)), strict=True))
+        parts = [line.at(sizes) * _row(sizes) for line in self._lines if line.stage == stage]
+        shares = dict(zip(TERMS, max(parts, key=np.sum).tolist(), strict=True))
         shares["1"] -= self.weights[stage]
         terms = {name: shares[name] for name in terms_of(stage_key(stage, self.key)) if shares[name] > 0}
         return {"weights": float(self.weights[stage])} | terms
@@ -214,7 +217,19 @@ class Variant:
         if isinstance(sizes.A, int):
             return self._one_metric(peaks, metric, sizes)
         found = metric_value(self._metrics[metric], self.key, peaks, self.weights, sizes)
+        if metric == DECIDES:
+            found = self._within_packing(found, peaks, sizes)
         return np.maximum(found, highest(peaks)) if metric in NEVER_BELOW_LIVE else found
+
+    def _within_packing(self, found: Array, peaks: Mapping[str, Any], sizes: Sizes) -> Array:
+        """What a wider group of runs says of a kind that was never seen, within what packing added in any."""
+        codes, unit, live = place_codes(peaks, sizes), self.packed_unit(peaks, sizes), highest(peaks)
+        for code in np.unique(codes):
+            packing = self.packing(DECIDES, int(code))
+            if packing is not None:
+                least, most = (live + packing.end(SURE, upper=upper) * unit for upper in (False, True))
+                found = np.where(codes == code, np.minimum(np.maximum(found, least), most), found)
+        return found
 
     def _one_metric(self, peaks: Mapping[str, float], metric: str, sizes: Sizes) -> float:
         """`metric_value` of one workload, its group looked up once per place."""
@@ -231,6 +246,11 @@ class Variant:
         every, base = products(*sizes), self.weights[self.stages[top]]
         found: float = base + row[0] * CONSTANT_BYTES + row[1] * (peak - base)
         found += sum(c * every[column] for c, column in zip(row[2:], FEATURE_COLUMNS, strict=True) if c)
+        packing = self.packing(metric, code)
+        if packing is not None:
+            unit = self.packed_unit(peaks, sizes)
+            found = max(found, peak + packing.end(SURE, upper=False) * unit)
+            found = min(found, peak + packing.end(SURE, upper=True) * unit)
         return max(found, peak) if metric in NEVER_BELOW_LIVE else found
 
     def _basis(self, metric: str) -> str:
@@ -262,32 +282,61 @@ class Variant:
         """Whether runs at a place of `place_codes` have conformal scores of their own, not those of a wider family alone."""
         return families(place_of(self.key, code))[0] in self._scores.get(self._basis(metric), {})
 
-    def margin(
-        self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, level: float, *, upper: bool, own: bool = False
-    ) -> Any:
-        """How far above a prediction its one-sided bound lies, or below it [bytes]; numbers or arrays.
+    def packing(self, metric: str, code: int) -> conformal.Packing | None:
+        """What may lie between live memory and a metric at a place, where no runs of its own kind tell it; otherwise None."""
+        if metric != DECIDES:
+            return None
+        if code not in self._packings:
+            table = self._scores.get(metric, {})
+            place = place_of(self.key, code)
+            name = next((n for n in unseen(place) if n in table and not self.knows(metric, code)), None)
+            ends = None if name is None else (table[f"{name}|{LEAST}"], table[name])
+            self._packings[code] = ends and conformal.Packing(*ends, place.rough)
+        return self._packings[code]
 
-        ``own``: of arrays infinite where it does not `knows` the place, and outside the swept domain.
+    def margins(
+        self,
+        values: Array,
+        peaks: Mapping[str, Array],
+        sizes: Sizes,
+        metric: str,
+        level: float,
+        *,
+        upper: bool,
+        own: bool,
+    ) -> Array:
+        """How far above predictions their one-sided bounds lie, or below them [bytes].
+
+        ``own``: infinite where it does not `knows` the place, and outside the swept domain.
         """
-        if isinstance(sizes.A, int):
-            code, unit = self.standing(peaks, sizes)
-            return self.quantile(metric, code, level, upper=upper) * unit
-        unit = self._unit(peaks, sizes)
+        unit, live = self._unit(peaks, sizes), highest(peaks)
+        packed = self.packed_unit(peaks, sizes) if metric == DECIDES else unit
         codes = place_codes(peaks, sizes)
         found = np.empty(np.shape(codes))
         for code in np.unique(codes):
-            known = not own or self.knows(metric, int(code))
-            found[codes == code] = self.quantile(metric, int(code), level, upper=upper) if known else math.inf
-        return np.where(self.stretch(sizes) > 1, math.inf, found * unit) if own else found * unit
+            mine, packing = codes == code, self.packing(metric, int(code))
+            if own and not self.knows(metric, int(code)):
+                found[mine] = math.inf
+            elif packing is None:
+                found[mine] = self.quantile(metric, int(code), level, upper=upper) * unit[mine]
+            else:
+                beyond = live[mine] + packing.end(level, upper=upper) * packed[mine] - values[mine]
+                found[mine] = np.maximum(beyond if upper else -beyond, 0.0)
+        return np.where(self.stretch(sizes) > 1, math.inf, found) if own else found
 
     def chance(self, peaks: Mapping[str, Any], sizes: Sizes, metric: str, spare_bytes: float, level: float) -> float:
         """The chance that a run needs no more than ``spare_bytes`` above its prediction."""
-        scores = self.scores(metric, int(place_codes(peaks, sizes)), level)
-        return scores.share_below(spare_bytes / float(self._unit(peaks, sizes)))
+        code, unit = self.standing(peaks, sizes)
+        rough = place_of(self.key, code).rough[1]
+        return self.scores(metric, code, level).share_below(spare_bytes / unit - rough)
 
     def _unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
         """What a score is in units of [bytes]; outside the swept domain it grows with the distance."""
         return conformal.scale(peaks, self.weights, self.stretch(sizes))
+
+    def packed_unit(self, peaks: Mapping[str, Any], sizes: Sizes) -> Any:
+        """What `packing` is in units of [bytes]."""
+        return conformal.scale(peaks, self.weights, self.stretch(sizes), conformal.PACKED_SHARE)
 
     def standing(self, peaks: Mapping[str, float], sizes: Sizes) -> tuple[int, float]:
         """Where one workload stands (see `place_codes`), and what its scores are in units of [bytes]."""
@@ -299,9 +348,33 @@ class Variant:
         wanted = metric, code, level, upper
         found = self._quantiles.get(wanted)
         if found is None:
-            scores = self.scores(metric, code, level)
-            found = max(scores.quantile(level), 0.0) if upper else max(-scores.lower_quantile(level), 0.0)
+            scores, rough = self.scores(metric, code, level), place_of(self.key, code).rough[upper]
+            found = max(scores.quantile(level) if upper else -scores.lower_quantile(level), 0.0) + rough
             self._quantiles[wanted] = found
+        return found
+
+
+class _Line(NamedTuple):
+    """Coefficients of a stage, or beside them: a row in the columns of `products` for each set, and the set of each regime."""
+
+    stage: str
+    regimes: list[int]
+    sets: Array
+
+    def at(self, sizes: Sizes) -> Any:
+        """Those of one workload."""
+        return self.sets[self.regimes[int(regime(self.stage, sizes))]]
+
+    def along(self, columns: Array, sizes: Sizes) -> Any:
+        """What they give of many [bytes]."""
+        if len(self.sets) == 1:
+            return self.sets[0] @ columns
+        rows = np.asarray(self.regimes)[regime(self.stage, sizes)]
+        used = np.flatnonzero(np.bincount(rows.ravel(), minlength=len(self.sets)))
+        values = self.sets[used] @ columns
+        found = values[0]
+        for row, value in zip(used[1:], values[1:], strict=True):
+            np.copyto(found, value, where=rows == row)
         return found
 
 

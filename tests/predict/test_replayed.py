@@ -290,13 +290,13 @@ def test_three_images_past_many_elements_are_simulated_though_the_equation_has_a
     "options", [{"vae_slicing": True, "offload": "model"}, {"vae": "tiny", "attention": "eager", "offload": "model"}]
 )
 def test_what_the_equation_has_no_runs_of_its_kind_for_is_not_settled_by_it(options):
-    """These were never swept together: the equation says a quarter too little of them, and its bound is below the truth."""
+    """These were never swept together: the equation says a seventh too little of them or less; only its bound is above the truth."""
     f = sdfit.load("t4")
     run = Workload(1024, 1024, batch_size=2, **options)
     needed = f.predict_workload(run, metric="required", level=0.99)
     alone = f.equation.predict_workload(run, metric="required", level=0.99)
-    assert alone.upper < needed and not alone.of_its_kind
-    memory = (float(alone.upper) + float(needed)) / 2
+    assert alone < 0.86 * needed and needed <= alone.upper and not alone.of_its_kind
+    memory = (float(alone) + float(needed)) / 2
     assert not f.fits(**run.to_dict(), memory=memory) and f.verdict(**run.to_dict(), memory=memory).answer != "fits"
     batch = f.max_batch_size(1024, 1024, memory=memory, **options)
     assert batch < 2

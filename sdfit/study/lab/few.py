@@ -20,7 +20,7 @@ from sdfit.equation.sizes import Array
 from sdfit.files import shipped
 from sdfit.fit.correction import Posterior, Prior, Rows, correct
 from sdfit.fit.few import fit_few, with_kernels
-from sdfit.fit.held_out import fit_stage, predict_stages
+from sdfit.fit.held_out import fit_stages, predict_stages
 from sdfit.fit.observations import Runs, observe
 from sdfit.fit.planning import Few
 from sdfit.predict.loading import load_artifact
@@ -198,7 +198,7 @@ def _line(
     rng = random.Random(7)
     drawn = {count: [correct(prior, rng.sample(grid_, count)) for _ in range(draws)] for count in counts if draws}
     posteriors = {count: correct(prior, planned[:count]) for count in counts}
-    whole = {key: fit_stage(key, rows) for key, rows in observe(grid_).items()}
+    whole = fit_stages(observe(grid_))
     environment = {"backend": "trace", "name": card.name, "total_memory_bytes": int(memory_bytes)}
     artifact = fit_few(RecordsFile(environment, planned[:WANTED], []), prior.artifact)
     predictor = Predictor(artifact)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sdfit.equation import metrics as m
-from sdfit.equation.regimes import REGIMES
+from sdfit.equation.regimes import REGIMES, ROUGH
 from sdfit.equation.sizes import TILE_PIXELS, TILE_STRIDE
 from sdfit.equation.stages import COMPONENTS, RESIDENT_WHEN_OFFLOADED, RESIDENT_WHEN_STREAMED, STAGE
 from sdfit.equation.terms import TERMS
@@ -23,7 +23,7 @@ from sdfit.predict.memory import left, of_box
 from sdfit.predict.options import COSTS, SAVING
 from sdfit.predict.predictor import DEFAULT_LEVEL, WRONG_HALF, Predictor
 from sdfit.predict.replayed import why_not
-from sdfit.predict.variant import MOST_BELOW
+from sdfit.predict.variant import MOST_BELOW, SURE
 from sdfit.predict.verdict import ANSWERS, SAFE_LEVEL
 from sdfit.workload import (
     CHOICES,
@@ -61,7 +61,8 @@ def equation_facts() -> dict[str, Any]:
             {"name": s.name, "batch": s.batch, "fields": s.fields, "widest_channels": s.widest_channels}
             for s in STAGE.values()
         ],
-        "regimes": [{"images": _ends(r.images), "elements": _ends(r.elements)} for r in REGIMES],
+        "regimes": [{"images": _ends(r.images), "elements": _ends(r.elements), "rough": r.rough} for r in REGIMES],
+        "rough": ROUGH,
         "tile": {"pixels": TILE_PIXELS, "stride": TILE_STRIDE},
         "vae_scale": VAE_SCALE,
         "chunk_tokens": CHUNK_TOKENS,
@@ -79,6 +80,10 @@ def equation_facts() -> dict[str, Any]:
         "pieces": m.PIECE,
         "metrics": m.METRICS,
         "never_below_live": m.NEVER_BELOW_LIVE,
+        "decides": m.DECIDES,
+        "unseen": m.UNSEEN,
+        "least": m.LEAST,
+        "materialised": m.MATERIALISED,
         "feature_columns": m.FEATURE_COLUMNS,
         "constant_bytes": m.CONSTANT_BYTES,
         "widening": m.WIDENING,
@@ -86,7 +91,9 @@ def equation_facts() -> dict[str, Any]:
         "kept": conformal.KEPT,
         "least_scale_bytes": conformal.LEAST_SCALE_BYTES,
         "weights_share": conformal.WEIGHTS_SHARE,
+        "packed_share": conformal.PACKED_SHARE,
         "most_below": MOST_BELOW,
+        "sure": SURE,
         "level": DEFAULT_LEVEL,
         "safe_level": SAFE_LEVEL,
         "answers": ANSWERS,

@@ -92,6 +92,12 @@ const sdfit = (() => {
     return [1, m, B, n, mP, mP * P, nA, nA * A, A * A, nL * A, nL, B * A, D];
   }
 
+  function dot(row, every) {
+    let sum = 0;
+    for (let t = 0; t < row.length; t++) sum += row[t] * every[t];
+    return sum;
+  }
+
   /** The regime of a stage, an index into `facts.regimes`. */
   function regimeOf(facts, stage, sizes) {
     const images = sizes[stage.batch];
@@ -147,15 +153,14 @@ const sdfit = (() => {
       const found = this.stages.map((stage) => artifact.stages[this.stageKey(stage)]);
       this.regimes = found.map((stage) => stage.regimes);
       this.terms = found.map((stage) => stage.terms);
-      this.rows = found.map((stage, i) => stage.coef.map((coef) => {
-        const row = new Array(facts.terms.length).fill(0);
-        stage.terms.forEach((term, t) => { row[facts.terms.indexOf(term)] = coef[t]; });
-        row[facts.terms.indexOf("1")] += this.weights[i];
-        return row;
-      }));
+      this.rows = found.map((stage, i) => this.aligned(stage, this.weights[i]));
+      this.beside = this.stages.map((stage, i) => {
+        const other = artifact.stages[this.besideKey(stage)];
+        return other && { regimes: other.regimes, rows: this.aligned(other, this.weights[i]) };
+      });
       this.domain = Object.keys(found[0].domain).map((column) => [column,
         Math.max(...found.map((stage) => stage.domain[column][0])), Math.min(...found.map((stage) => stage.domain[column][1]))]);
-      this.groups = new Map(); this.quantiles = new Map();
+      this.groups = new Map(); this.quantiles = new Map(); this.packings = new Map();
     }
 
     /** The coefficients that a stage uses (`sdfit.equation.stages.stage_key`). */
@@ -167,6 +172,24 @@ const sdfit = (() => {
       const usual = this.facts.choices.execution[0];
       if (values.execution !== usual && (stage.name.startsWith("unet") || values.execution === "tf32")) key.push(values.execution);
       return key.join("|");
+    }
+
+    /** The coefficients that may stand beside a stage's, whichever gives more (`sdfit.equation.stages.beside`). */
+    besideKey(stage) {
+      const streamed = this.values.offload in this.facts.streamed;
+      if (stage.name !== "unet" || streamed) return "";
+      return this.stageKey({ ...stage, name: "unet_deep" }).replace(`|${this.values.attention}`, `|${this.facts.choices.attention[0]}`);
+    }
+
+    /** A stage's sets of coefficients in the columns of `products`, the weights added to the constant. */
+    aligned(stage, weights) {
+      const { terms } = this.facts;
+      return stage.coef.map((coef) => {
+        const row = new Array(terms.length).fill(0);
+        stage.terms.forEach((term, t) => { row[terms.indexOf(term)] = coef[t]; });
+        row[terms.indexOf("1")] += weights;
+        return row;
+      });
     }
 
     /** Bytes of weights in a stage; refuses what was never swept. */
@@ -194,17 +217,16 @@ const sdfit = (() => {
       return labels.reduce((sum, label) => sum + weights[label], 0);
     }
 
-    rowOf(i, sizes) { return this.rows[i][this.regimes[i][regimeOf(this.facts, this.stages[i], sizes)]]; }
+    /** The coefficients of a stage that count at some sizes. */
+    rowOf(i, sizes, every) {
+      const regime = regimeOf(this.facts, this.stages[i], sizes), row = this.rows[i][this.regimes[i][regime]];
+      if (!this.beside[i]) return row;
+      const other = this.beside[i].rows[this.beside[i].regimes[regime]];
+      return dot(other, every) > dot(row, every) ? other : row;
+    }
 
     /** The peak of each stage [bytes], resident weights included. */
-    stagePeaks(sizes, every) {
-      return this.stages.map((_, i) => {
-        const row = this.rowOf(i, sizes);
-        let sum = 0;
-        for (let t = 0; t < row.length; t++) sum += row[t] * every[t];
-        return sum;
-      });
-    }
+    stagePeaks(sizes, every) { return this.stages.map((_, i) => dot(this.rowOf(i, sizes, every), every)); }
 
     /** Where a run stands (`sdfit.equation.metrics.Place`): what it has in common with others that pack alike. */
     place(top, sizes) {
@@ -239,6 +261,12 @@ const sdfit = (() => {
       let found = base + row[0] * facts.constant_bytes + row[1] * (peak - base), rest = 0;
       facts.feature_columns.forEach((column, i) => { if (row[2 + i]) rest += row[2 + i] * every[column]; });
       found += rest;
+      const packing = this.packing(metric, told);
+      if (packing) {
+        const unit = this.unit(told, facts.packed_share);
+        found = Math.max(found, peak + endOf(packing, facts.sure, false) * unit);
+        found = Math.min(found, peak + endOf(packing, facts.sure, true) * unit);
+      }
       return facts.never_below_live.includes(metric) ? Math.max(found, peak) : found;
     }
 
@@ -255,9 +283,44 @@ const sdfit = (() => {
     }
 
     /** What a score is in units of [bytes]. */
-    unit(told) {
-      const stretch = this.stretch(told.sizes), { least_scale_bytes: least, weights_share: share } = this.facts;
+    unit(told, share = this.facts.weights_share) {
+      const stretch = this.stretch(told.sizes), least = this.facts.least_scale_bytes;
       return told.peaks.reduce((most, peak, i) => Math.max(most, (peak - this.weights[i]) * stretch + share * this.weights[i]), least);
+    }
+
+    /** What may lie between live memory and a metric where no runs of its own kind tell it (`Variant.packing`); else null. */
+    packing(metric, { place, code }) {
+      const { facts } = this;
+      if (metric !== facts.decides) return null;
+      if (!this.packings.has(code)) {
+        const table = this.model.scores[metric] ?? {}, [own] = namesOf(place, facts.families);
+        const like = place.offload in facts.streamed ? "streamed" : facts.materialised.includes(place.attention) ? "scores" : "fused";
+        const name = [`${facts.unseen}|${like}`, facts.unseen].find((one) => !(own in table) && one in table);
+        this.packings.set(code, name ? { least: table[`${name}|${facts.least}`], most: table[name], rough: this.rough(place) } : null);
+      }
+      return this.packings.get(code);
+    }
+
+    /** How much less, and more, than the equation says runs at a place may need (`Place.rough`). */
+    rough({ regime }) { return this.facts.regimes[regime].rough ? this.facts.rough : [0, 0]; }
+
+    /** How far above a prediction its one-sided bound lies, or below it [bytes]. */
+    margin(metric, told, value, unit, level, upper) {
+      const packing = this.packing(metric, told);
+      if (!packing) return this.quantile(metric, told, level, upper) * unit;
+      const packed = this.unit(told, this.facts.packed_share);
+      const beyond = told.peaks[told.top] + endOf(packing, level, upper) * packed - value;
+      return Math.max(upper ? beyond : -beyond, 0);
+    }
+
+    /** The chance that a run needs no more than some memory. */
+    chance({ metric, told, value, unit, level }, memory) {
+      const packing = this.packing(metric, told);
+      if (packing) {
+        const added = (memory - told.peaks[told.top]) / this.unit(told, this.facts.packed_share);
+        return packing.most.shareBelow(added - packing.rough[1]);
+      }
+      return this.scores(metric, told.place, level).shareBelow((memory - value) / unit - this.rough(told.place)[1]);
     }
 
     /** The scores of the narrowest family that supports a level. */
@@ -276,7 +339,7 @@ const sdfit = (() => {
       let found = this.quantiles.get(known);
       if (found === undefined) {
         const scores = this.scores(metric, told.place, level);
-        found = upper ? Math.max(scores.quantile(level), 0) : Math.max(-scores.lowerQuantile(level), 0);
+        found = Math.max(upper ? scores.quantile(level) : -scores.lowerQuantile(level), 0) + this.rough(told.place)[upper ? 1 : 0];
         this.quantiles.set(known, found);
       }
       return found;
@@ -290,6 +353,12 @@ const sdfit = (() => {
       const place = this.place(top, sizes);
       return { sizes, every, peaks, top, place, code: Object.values(place).join(" ") };
     }
+  }
+
+  /** `sdfit.predict.conformal.Packing.end`. */
+  function endOf({ least, most, rough }, level, upper) {
+    const at = Math.min(level, most.size / (most.size + 1));
+    return upper ? most.quantile(at) + rough[1] : least.lowerQuantile(at) - rough[0];
   }
 
   const namesOf = (place, every) => every.map((fields) => fields.map((field) => {
@@ -351,7 +420,7 @@ const sdfit = (() => {
 
     prediction(variant, told, metric, level) {
       const value = variant.metric(metric, told), unit = variant.unit(told), each = (1 + level) / 2;
-      const margin = (at, upper) => variant.quantile(metric, told, at, upper) * unit;
+      const margin = (at, upper) => variant.margin(metric, told, value, unit, at, upper);
       return {
         metric, level, value, unit, variant, told,
         low: Math.max(value - margin(each, false), 0), high: value + margin(each, true),
@@ -364,7 +433,7 @@ const sdfit = (() => {
 
     /** What the peak of allocated memory is made of [bytes]: weights, then each term of the stage that sets it. */
     breakdown({ variant, told }) {
-      const { facts } = this, i = told.top, row = variant.rowOf(i, told.sizes), weights = variant.weights[i];
+      const { facts } = this, i = told.top, row = variant.rowOf(i, told.sizes, told.every), weights = variant.weights[i];
       const share = (term) => row[facts.terms.indexOf(term)] * told.every[facts.terms.indexOf(term)] - (term === "1" ? weights : 0);
       const shares = variant.terms[i].map((term) => [term, share(term)]);
       return [["weights", weights], ...shares.filter(([, bytes]) => bytes > 0)];
@@ -380,15 +449,16 @@ const sdfit = (() => {
     /** The upper bound alone [bytes]: what a map asks a thousand times. */
     upper(workload) {
       const variant = this.variant(workload), told = variant.tell(workload), metric = this.bestMetric;
-      return variant.metric(metric, told) + variant.quantile(metric, told, this.safeLevel, true) * variant.unit(told);
+      const value = variant.metric(metric, told);
+      return value + variant.margin(metric, told, value, variant.unit(told), this.safeLevel, true);
     }
 
     verdict(workload, memory) {
-      const needed = this.bound(workload), { variant, told } = needed;
+      const needed = this.bound(workload);
       const answer = (words, chance, slower = false) => ({ answer: words, chance, slower, memory, margin: memory - needed.upper, prediction: needed });
       const [fits, may, no] = this.facts.answers;
       if (this.artifact.provenance === "traced") return answer(needed.lower > memory ? no : may, null);
-      const chance = variant.scores(needed.metric, told.place, needed.level).shareBelow((memory - needed.value) / needed.unit);
+      const chance = needed.variant.chance(needed, memory);
       if (needed.upper <= memory) return answer(fits, Math.max(chance, needed.level));
       const slower = needed.lower > memory && this.withoutWorkspaces(workload, needed) <= memory;
       return answer(needed.lower > memory && !slower ? no : may, chance, slower);
