@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from sdfit.fit.fit import stage_facts
-from sdfit.fit.held_out import fit_stage
+from sdfit.equation.stages import beside
+from sdfit.fit.fit import stages_facts
+from sdfit.fit.held_out import fit_stages
 from sdfit.fit.kernels import Kernels
 from sdfit.fit.live import skeleton
 from sdfit.fit.observations import Runs, observe
@@ -40,10 +41,14 @@ def model_of(prior: Artifact, kernels: Kernels, memory_bytes: float = math.inf) 
         by_default, by_all = _fitted(kernels.own, dtypes, table, kernels.constant_bytes, memory_bytes)
         for name, stage in prior.stages.items():
             if name.split("|")[1] in dtypes:
-                told = by_default.get(name)
-                if told is None or not set(told["unidentified"]) <= set(stage["unidentified"]):
-                    told = by_all.get(name)
-                stages[name] = stages[name] if told is None else told
+                told = by_default
+                if name not in told or not set(told[name]["unidentified"]) <= set(stage["unidentified"]):
+                    told = by_all
+                stages[name] = told.get(name, stages[name])
+                other = "|".join(beside(tuple(name.split("|"))) or ())
+                if name in told and other:  # what stands beside comes and goes with the kernels
+                    stages.pop(other, None)
+                    stages |= {other: told[other]} if other in told else {}
     return replace(prior, stages=stages)
 
 
@@ -71,7 +76,7 @@ def _fitted(
 
 def _stages(records: Sequence[Record]) -> dict[str, Any]:
     seen = observe(Runs(records)) if records else {}
-    return canonical({"|".join(key): stage_facts(fit_stage(key, rows), rows) for key, rows in seen.items()})
+    return canonical(stages_facts(fit_stages(seen), seen))
 
 
 def _raised(stage: Mapping[str, Any], more_bytes: int) -> dict[str, Any]:
