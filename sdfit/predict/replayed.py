@@ -55,6 +55,10 @@ class Replay(Protocol):
     def stages(self, workload: Workload) -> Stages:
         """The peak of each stage, and the weights that are on the card in it."""
 
+    @property
+    def anyway(self) -> Replay:
+        """The same for runs that nothing else answers, more patient and a little less exact."""
+
 
 class Run:
     """A run that was simulated: what its prediction has in place of a `Variant`.
@@ -238,16 +242,16 @@ class Replayed(Predictor):
             found = super().predict_workload(workload, metric=metric, level=level)
         except NeverSwept as never:
             with _never_simulated(self.artifact.name, workload, never):
-                return self._by_simulation(workload, metric, level)
+                return self._by_simulation(workload, metric, level, self._replay.anyway)
         if metric not in REPLAYED:
             if is_rough(stages_of(workload.variant), Sizes.of_workload(workload)):
                 with suppress(NotSimulated):
-                    return self._by_simulation(workload, metric, level)
+                    return self._by_simulation(workload, metric, level, self._replay)
             return found
         if self.limit_bytes is not None and _settled(found, self.limit_bytes, alone=False):
             return found
         try:
-            needed = self._needed(workload, metric)
+            needed = self._needed(workload, metric, self._replay)
         except NotSimulated:
             return found
         return ReplayedPrediction(needed, Run.of(self.variant(workload.variant), workload), workload, metric, level)
@@ -268,32 +272,36 @@ class Replayed(Predictor):
             if least_bytes(workload) > limit_bytes:
                 return False
             with _never_simulated(self.artifact.name, workload, never):
-                return self._suffices(self._simulated(workload), workload, metric, limit_bytes, level)
+                run = self._simulated(workload)
+                return self._suffices(run, workload, metric, limit_bytes, level, self._replay.anyway)
         if metric not in REPLAYED:
             return super().is_sure(workload, limit_bytes, metric=metric, level=level)
         if simulated or not _settled(found, limit_bytes, alone=True):
             run = Run.of(self.variant(workload.variant), workload)
             with suppress(NotSimulated):
-                return self._suffices(run, workload, metric, limit_bytes, level)
+                return self._suffices(run, workload, metric, limit_bytes, level, self._replay)
         return finite(self, found).upper <= limit_bytes
 
-    def _suffices(self, run: Run, workload: Workload, metric: str, limit_bytes: float, level: float) -> bool:
+    def _suffices(
+        self, run: Run, workload: Workload, metric: str, limit_bytes: float, level: float, replay: Replay
+    ) -> bool:
         """Whether a run's bound is within a limit; each question is asked once."""
         context = self.context_bytes if metric == "device" else 0
         cap = limit_bytes - context - ReplayedPrediction(0, run, workload, metric, level).upper
         key = workload, "reserved" if metric == "device" else metric, cap
         if key not in self._answers:
-            self._answers[key] = self._replay.suffices(*key)
+            self._answers[key] = replay.suffices(*key)
         return self._answers[key]
 
-    def _by_simulation(self, workload: Workload, metric: str, level: float) -> Prediction:
+    def _by_simulation(self, workload: Workload, metric: str, level: float, replay: Replay) -> Prediction:
         """A run of which nothing is the equation's."""
-        return ReplayedPrediction(self._needed(workload, metric), self._simulated(workload), workload, metric, level)
+        needed = self._needed(workload, metric, replay)
+        return ReplayedPrediction(needed, self._simulated(workload), workload, metric, level)
 
     def _simulated(self, workload: Workload) -> Run:
         """What is known of such a run; each is simulated once."""
         if workload not in self._runs:
-            self._runs[workload] = Run(self.artifact, workload.variant, *self._replay.stages(workload))
+            self._runs[workload] = Run(self.artifact, workload.variant, *self._replay.anyway.stages(workload))
         return self._runs[workload]
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
@@ -322,20 +330,20 @@ class Replayed(Predictor):
             middle = (low + high) // 2
             workload = Workload(**{name: column[middle] for name, column in columns.items()})
             try:
-                far = not self._replay.suffices(workload, "allocated", FAR * limit_bytes)
+                far = not self._replay.anyway.suffices(workload, "allocated", FAR * limit_bytes)
                 first = middle if far else first
             except NotSimulated:  # too long a run, most likely
                 far = True
             low, high = (low, middle) if far else (middle + 1, high)
         return np.arange(rows) >= first
 
-    def _needed(self, workload: Workload, metric: str) -> int:
+    def _needed(self, workload: Workload, metric: str, replay: Replay) -> int:
         """A metric of a run [bytes]; each is simulated once."""
         if metric == "device":
-            return self._needed(workload, "reserved") + self.context_bytes
+            return self._needed(workload, "reserved", replay) + self.context_bytes
         key = workload, metric
         if key not in self._needs:
-            self._needs[key] = self._replay(workload, metric)
+            self._needs[key] = replay(workload, metric)
         return self._needs[key]
 
 

@@ -131,6 +131,18 @@ def test_a_run_of_too_many_allocations_is_the_equations(f, monkeypatch):
     assert got == f.predict_workload(Workload(512, 512), metric="required") and got.replayed is False
 
 
+def test_what_nothing_else_answers_is_simulated_however_long_it_takes(f, monkeypatch):
+    """Up to a length that is bounded too; the number is that of a simulation without such a limit."""
+    g = sdfit.load("t4")
+    whole = g(512, 512, **NEVER_SWEPT, metric="required")
+    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_EVENTS", 5_000)
+    again = replaying(f)(512, 512, **NEVER_SWEPT, metric="required")
+    assert again == whole and again.replayed and g.max_batch_size(512, 512, memory="4 GiB", **NEVER_SWEPT) >= 1
+    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_ANYWAY", 5_000)
+    with pytest.raises(NeverSwept, match="5,000 allocations"):
+        replaying(f)(512, 512, **NEVER_SWEPT, metric="required")
+
+
 def test_a_model_of_other_kernels_is_not_replayed(f):
     """Of a table that was calibrated elsewhere, or that has changed since: its own equation answers, with no word of a replay."""
     for table in ("sm75 0123456789abcdef", None):
@@ -143,7 +155,8 @@ def test_a_model_of_other_kernels_is_not_replayed(f):
 @pytest.mark.parametrize(
     "options",
     [{"attention": "eager"}, {"offload": "model"}, {"vae_tiling": True}, {"offload": "group_block"},
-     {"offload": "sequential", "attention": "sliced", "dtype": "bfloat16"}],
+     {"offload": "sequential", "attention": "sliced", "dtype": "bfloat16"},
+     {"offload": "sequential", "attention": "sliced", "dtype": "bfloat16", "height": 64, "width": 64}],
     ids=str,
 )  # fmt: skip
 def test_a_real_replay_equals_a_record(options):
@@ -151,7 +164,7 @@ def test_a_real_replay_equals_a_record(options):
     pytest.importorskip("diffusers")
     from sdfit.backends.trace.backend import TraceBackend
 
-    w, g = Workload(584, 712, **options), sdfit.load("t4")
+    w, g = Workload(**({"height": 584, "width": 712} | options)), sdfit.load("t4")
     record = TraceBackend("t4", workspaces=True).measure(w)
     never_swept = isinstance(g.predict_workload(w), ReplayedPrediction)
     assert never_swept == ("dtype" in options)
@@ -214,8 +227,10 @@ def test_questions_about_what_was_never_swept_agree():
     asked = Workload(1024, 1024, dtype="bfloat16", attention="sliced_max")
     for option in options_that_fit(g, asked, memory="3.5 GiB"):
         assert g.fits(**asked.to_dict() | option.change, memory="3.5 GiB")
-    with pytest.raises(NeverSwept, match=r"no coefficients for float16 eager .* not simulated: .* 8 pixels more"):
-        g(64, 64, **NEVER_SWEPT)
+    with pytest.raises(
+        NeverSwept, match=r"no coefficients for float16 eager .* not simulated: .* 2,000,000 allocations"
+    ):
+        g(16384, 16384, batch_size=4, vae_slicing=True, vae_tiling=True, **NEVER_SWEPT, metric="required")
 
 
 @pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"dtype": "float32", "batch_size": 2}])

@@ -29,7 +29,9 @@ COMPONENT = {TEXT: "text_encoder", UNET: "unet", ENCODER: "vae", DECODER: "vae",
 LATENT_CHANNELS, IMAGE_CHANNELS, TEXT_CHANNELS = 4, 3, 768
 
 MOST_EVENTS = 400_000
-"""Of a run; one has ten to forty thousand, but for slices and tiles by the thousand. Replaying as many takes seconds."""
+"""Of a run; one has ten to forty thousand, but for slices and tiles by the hundred. Replaying as many takes seconds."""
+MOST_ANYWAY = 2_000_000
+"""Where there is nothing else to ask; it takes a quarter of a minute."""
 WITHOUT_EVENTS = 50
 """As many events as a call counts for where none are kept."""
 
@@ -48,6 +50,8 @@ class Modules:
         See `sdfit.predict.simulation.programs.Program.call`.
     taken : dict, optional
         Calls of other runs of the same kernels, of modules that do not see the image.
+    anyway : bool
+        See `sdfit.predict.simulation.simulate.Simulator`.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Modules:
         convolution: Convolution | None,
         most_slices: int = ALL_SLICES,
         taken: dict[Any, Taken] | None = None,
+        *,
+        anyway: bool = False,
     ) -> None:
         self.workload, self.card, self.meter = workload, card, card.meter
         self.each_bytes = DTYPE_BYTES[workload.dtype]
@@ -66,7 +72,7 @@ class Modules:
         self._taken: dict[tuple[str, Lengths], Taken] = {}
         self._of_all = {} if taken is None else taken
         self._spans: dict[tuple[str, Lengths], Span] = {}
-        self._events = 0
+        self._events, self._anyway = 0, anyway
 
     def text_encoder(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state, and what is pooled of it."""
@@ -135,18 +141,19 @@ class Modules:
 
     def _count(self, kind: str, lengths: Lengths) -> None:
         """Refuse a run that goes on for too long."""
-        program = self._library.program(kind, self.workload, lengths)
+        program = self._library.program(kind, self.workload, lengths, anyway=self._anyway)
         moves = 2 * len(program.calls) if COMPONENT[kind] in self._moves else 0
         self._events += (
             moves + program.count(lengths.batch, self._most_slices) if self.meter.events is not None else WITHOUT_EVENTS
         )
-        if self._events > MOST_EVENTS:
-            raise NotSimulated(f"a run of more than {MOST_EVENTS} allocations and frees takes too long to simulate")
+        most = MOST_ANYWAY if self._anyway else MOST_EVENTS
+        if self._events > most:
+            raise NotSimulated(f"a run of more than {most:,} allocations and frees takes too long to simulate")
 
     def _plays(self, kind: str, lengths: Lengths) -> tuple[Span, list[int]]:
         key = (kind, lengths)
         if key not in self._taken:
-            program = self._library.program(kind, self.workload, lengths)
+            program = self._library.program(kind, self.workload, lengths, anyway=self._anyway)
             keep_events = self.meter.events is not None
             moves = self._moves.get(COMPONENT[kind])
             shared = (Key.of(kind, self.workload, lengths), self.workload.dtype, lengths, keep_events)

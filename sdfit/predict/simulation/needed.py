@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 from sdfit.equation.metrics import MATERIALISED
 from sdfit.predict.simulation.capped import Beginning
@@ -36,6 +37,8 @@ class Needed:
     ----------
     kernels : str
         Whose workspaces the kernels take: an architecture such as ``sm75``, or a card.
+    anyway : bool
+        See `Simulator`.
 
     Raises
     ------
@@ -48,17 +51,22 @@ class Needed:
     3523215360
     """
 
-    def __init__(self, kernels: str) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: str, *, anyway: bool = False) -> None:
+        self.kernels, self._anyway = kernels, anyway
         workspaces = workspaces_for(kernels)
-        self._simulator = Simulator(workspaces, most_slices=MOST_SLICES)
-        self._bare = Simulator(workspaces.bare(), most_slices=MOST_SLICES)
+        self._simulator = Simulator(workspaces, most_slices=MOST_SLICES, anyway=anyway)
+        self._bare = Simulator(workspaces.bare(), most_slices=MOST_SLICES, anyway=anyway)
         self._last: dict[Simulator, tuple[Workload, Order]] = {}
         self._took: tuple[Workload, Traced] | None = None
         self._beginning: Beginning | None = None
 
-    def __reduce__(self) -> tuple[type[Needed], tuple[str]]:
-        return (Needed, (self.kernels,))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (partial(Needed, anyway=self._anyway), (self.kernels,))
+
+    @cached_property
+    def anyway(self) -> Needed:
+        """The same for runs that nothing else answers: also those that take long, and feature maps of one pixel."""
+        return self if self._anyway else Needed(self.kernels, anyway=True)
 
     def __call__(self, workload: Workload, metric: str) -> int:
         """``required``: the smallest cap under which the run succeeds [bytes]; ``minimum``: if no kernel takes a workspace;
