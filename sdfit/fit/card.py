@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdfit.equation.metrics import REPLAYED_FAMILY
+from sdfit.equation.metrics import REPLAYED_FAMILY, UNSEEN
 from sdfit.equation.regimes import REGIMES, regime
 from sdfit.equation.sizes import Array, Sizes
 from sdfit.equation.stages import STAGE
@@ -301,9 +301,11 @@ def evidence_lines(artifact: Artifact) -> list[str]:
             caps = REPLAYED_FAMILY in artifact.scores[metric]
             without = " (but for one whose excess is likeliest an optional workspace)" * caps
             scored = artifact.scores[metric][REPLAYED_FAMILY] if caps else artifact.scores["allocated"][""]
+            kinds = artifact.scores[metric].get(UNSEEN)
+            unseen = f", or of a kind never swept what packing added in {kinds['count']} others" if kinds else ""
             lines.append(
                 f"{metric}: by the equation, every sum of one published error of allocated memory{without} and one error of the "
-                f"regression against the simulated allocator; of a simulated run, those {scored['count']} published errors alone, "
+                f"regression against the simulated allocator{unseen}; of a simulated run, those {scored['count']} published errors alone, "
                 "the furthest of them at a level that so few do not reach; nobody has published this metric of whole runs"
             )
     return lines
