@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,8 +40,7 @@ coefficients."""
 CAPS = ("required", "minimum")
 """Those under which PyTorch does without an optional workspace."""
 FAR = 2.0
-"""Times a limit by which the equation's number is never too high: of options that were swept together it is off by an eighth at
-most, of others by three quarters."""
+"""Times a limit by which the equation's number is never too high: it is off by three quarters at most, mostly by an eighth."""
 
 
 class Replay(Protocol):
@@ -211,7 +211,7 @@ class Replayed(Predictor):
         self._runs: dict[Workload, Run] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_again, (self._model, self._replay, self.limit_bytes))
+        return (partial(Replayed, limit_bytes=self.limit_bytes), (self._model, self._replay))
 
     @property
     def _alone(self) -> Callable[..., Prediction]:
@@ -272,8 +272,9 @@ class Replayed(Predictor):
             if least_bytes(workload) > limit_bytes:
                 return False
             with _never_simulated(self.artifact.name, workload, never):
-                run = self._simulated(workload)
-                return self._suffices(run, workload, metric, limit_bytes, level, self._replay.anyway)
+                return self._suffices(
+                    self._simulated(workload), workload, metric, limit_bytes, level, self._replay.anyway
+                )
         if metric not in REPLAYED:
             return super().is_sure(workload, limit_bytes, metric=metric, level=level)
         if simulated or not _settled(found, limit_bytes, alone=True):
@@ -295,8 +296,8 @@ class Replayed(Predictor):
 
     def _by_simulation(self, workload: Workload, metric: str, level: float, replay: Replay) -> Prediction:
         """A run of which nothing is the equation's."""
-        needed = self._needed(workload, metric, replay)
-        return ReplayedPrediction(needed, self._simulated(workload), workload, metric, level)
+        run = self._simulated(workload)
+        return ReplayedPrediction(self._needed(workload, metric, replay), run, workload, metric, level)
 
     def _simulated(self, workload: Workload) -> Run:
         """What is known of such a run; each is simulated once."""
@@ -396,12 +397,7 @@ def why_not(model: Predictor) -> str:
     if REPLAYED_FAMILY not in model.artifact.scores.get("required", {}):
         return f"'{model.name}' was fitted before runs could be replayed; fit it again: sdfit fit"
     table = model.artifact.environment.get("workspaces")
-    try:
-        same = table == workspaces_for(model.artifact.name).label
-    except SdfitError:
-        same = False
-    return "" if same else f"'{model.name}' rests on the kernels of another table than this sdfit knows: {table}"
-
-
-def _again(model: Predictor, replay: Replay, limit_bytes: float | None) -> Replayed:
-    return Replayed(model, replay, limit_bytes=limit_bytes)
+    with suppress(SdfitError):
+        if table == workspaces_for(model.artifact.name).label:
+            return ""
+    return f"'{model.name}' rests on the kernels of another table than this sdfit knows: {table}"

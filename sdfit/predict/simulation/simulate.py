@@ -55,7 +55,7 @@ class Simulator:
         from the third on the allocator serves them alike: what it needs is the same, and the events are fewer.
     anyway : bool
         Simulate also runs that take long, and those in which a feature map has one pixel (`Library.program`). The latter have up to
-        some sixty copies of a few KB more than a trace: of 60 drawn ones what is live and what is required came out to the byte, and
+        some sixty copies of a few KB more than a trace: of 90 drawn ones what is live and what is required came out to the byte, and
         what is reserved but for one, 2 MiB too high.
     """
 
