@@ -56,8 +56,8 @@ class Replay(Protocol):
         """The peak of each stage, and the weights that are on the card in it."""
 
     @property
-    def anyway(self) -> Replay:
-        """The same for runs that nothing else answers, more patient and a little less exact."""
+    def patient(self) -> Replay:
+        """The same for runs that nothing else answers: it takes longer ones, too."""
 
 
 class Run:
@@ -242,7 +242,7 @@ class Replayed(Predictor):
             found = super().predict_workload(workload, metric=metric, level=level)
         except NeverSwept as never:
             with _never_simulated(self.artifact.name, workload, never):
-                return self._by_simulation(workload, metric, level, self._replay.anyway)
+                return self._by_simulation(workload, metric, level, self._replay.patient)
         if metric not in REPLAYED:
             if is_rough(stages_of(workload.variant), Sizes.of_workload(workload)):
                 with suppress(NotSimulated):
@@ -273,7 +273,7 @@ class Replayed(Predictor):
                 return False
             with _never_simulated(self.artifact.name, workload, never):
                 return self._suffices(
-                    self._simulated(workload), workload, metric, limit_bytes, level, self._replay.anyway
+                    self._simulated(workload), workload, metric, limit_bytes, level, self._replay.patient
                 )
         if metric not in REPLAYED:
             return super().is_sure(workload, limit_bytes, metric=metric, level=level)
@@ -302,7 +302,7 @@ class Replayed(Predictor):
     def _simulated(self, workload: Workload) -> Run:
         """What is known of such a run; each is simulated once."""
         if workload not in self._runs:
-            self._runs[workload] = Run(self.artifact, workload.variant, *self._replay.anyway.stages(workload))
+            self._runs[workload] = Run(self.artifact, workload.variant, *self._replay.patient.stages(workload))
         return self._runs[workload]
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
@@ -331,7 +331,7 @@ class Replayed(Predictor):
             middle = (low + high) // 2
             workload = Workload(**{name: column[middle] for name, column in columns.items()})
             try:
-                far = not self._replay.anyway.suffices(workload, "allocated", FAR * limit_bytes)
+                far = not self._replay.patient.suffices(workload, "allocated", FAR * limit_bytes)
                 first = middle if far else first
             except NotSimulated:  # too long a run, most likely
                 far = True

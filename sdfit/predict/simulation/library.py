@@ -118,12 +118,12 @@ class Library:
         self.programs, self.weights, self.brought = dict(programs), dict(weights), dict(brought)
         self.found_in = dict(found_in)
 
-    def program(self, kind: str, workload: Workload, lengths: Lengths, *, anyway: bool = False) -> Program:
+    def program(self, kind: str, workload: Workload, lengths: Lengths, *, one_pixel: bool = False) -> Program:
         """The program of a call.
 
         Parameters
         ----------
-        anyway : bool
+        one_pixel : bool
             Also where a feature map has one pixel, which PyTorch takes for laid out either way: it leaves out some copies of a few KB
             there that the program has.
 
@@ -133,7 +133,7 @@ class Library:
             If there is none.
         """
         pairs = zip(sides(lengths.height, kind)[1:], sides(lengths.width, kind)[1:], strict=True)
-        if not anyway and kind not in (TEXT, CHECKER) and any(height == width == 1 for height, width in pairs):
+        if not one_pixel and kind not in (TEXT, CHECKER) and any(height == width == 1 for height, width in pairs):
             raise NotSimulated(
                 "a feature map of one pixel, as of an image of 64x64 or of 8x8 left over by tiles, is laid out in any order; "
                 "ask for 8 pixels more"

@@ -30,7 +30,7 @@ LATENT_CHANNELS, IMAGE_CHANNELS, TEXT_CHANNELS = 4, 3, 768
 
 MOST_EVENTS = 400_000
 """Of a run; one has ten to forty thousand, but for slices and tiles by the hundred. Replaying as many takes seconds."""
-MOST_ANYWAY = 2_000_000
+MOST_PATIENT = 2_000_000
 """Where there is nothing else to ask; it takes a quarter of a minute."""
 WITHOUT_EVENTS = 50
 """As many events as a call counts for where none are kept."""
@@ -50,7 +50,7 @@ class Modules:
         See `sdfit.predict.simulation.programs.Program.call`.
     taken : dict, optional
         Calls of other runs of the same kernels, of modules that do not see the image.
-    anyway : bool
+    one_pixel, patient : bool
         See `sdfit.predict.simulation.simulate.Simulator`.
     """
 
@@ -63,7 +63,8 @@ class Modules:
         most_slices: int = ALL_SLICES,
         taken: dict[Any, Taken] | None = None,
         *,
-        anyway: bool = False,
+        one_pixel: bool = False,
+        patient: bool = False,
     ) -> None:
         self.workload, self.card, self.meter = workload, card, card.meter
         self.each_bytes = DTYPE_BYTES[workload.dtype]
@@ -72,7 +73,7 @@ class Modules:
         self._taken: dict[tuple[str, Lengths], Taken] = {}
         self._of_all = {} if taken is None else taken
         self._spans: dict[tuple[str, Lengths], Span] = {}
-        self._events, self._anyway = 0, anyway
+        self._events, self._one_pixel, self._most = 0, one_pixel, MOST_PATIENT if patient else MOST_EVENTS
 
     def text_encoder(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state, and what is pooled of it."""
@@ -141,19 +142,18 @@ class Modules:
 
     def _count(self, kind: str, lengths: Lengths) -> None:
         """Refuse a run that goes on for too long."""
-        program = self._library.program(kind, self.workload, lengths, anyway=self._anyway)
+        program = self._library.program(kind, self.workload, lengths, one_pixel=self._one_pixel)
         moves = 2 * len(program.calls) if COMPONENT[kind] in self._moves else 0
         self._events += (
             moves + program.count(lengths.batch, self._most_slices) if self.meter.events is not None else WITHOUT_EVENTS
         )
-        most = MOST_ANYWAY if self._anyway else MOST_EVENTS
-        if self._events > most:
-            raise NotSimulated(f"a run of more than {most:,} allocations and frees takes too long to simulate")
+        if self._events > self._most:
+            raise NotSimulated(f"a run of more than {self._most:,} allocations and frees takes too long to simulate")
 
     def _plays(self, kind: str, lengths: Lengths) -> tuple[Span, list[int]]:
         key = (kind, lengths)
         if key not in self._taken:
-            program = self._library.program(kind, self.workload, lengths, anyway=self._anyway)
+            program = self._library.program(kind, self.workload, lengths, one_pixel=self._one_pixel)
             keep_events = self.meter.events is not None
             moves = self._moves.get(COMPONENT[kind])
             shared = (Key.of(kind, self.workload, lengths), self.workload.dtype, lengths, keep_events)

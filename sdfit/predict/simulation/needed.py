@@ -37,7 +37,7 @@ class Needed:
     ----------
     kernels : str
         Whose workspaces the kernels take: an architecture such as ``sm75``, or a card.
-    anyway : bool
+    patient : bool
         See `Simulator`.
 
     Raises
@@ -51,22 +51,23 @@ class Needed:
     3523215360
     """
 
-    def __init__(self, kernels: str, *, anyway: bool = False) -> None:
-        self.kernels, self._anyway = kernels, anyway
+    def __init__(self, kernels: str, *, patient: bool = False) -> None:
+        self.kernels, self._patient = kernels, patient
         workspaces = workspaces_for(kernels)
-        self._simulator = Simulator(workspaces, most_slices=MOST_SLICES, anyway=anyway)
-        self._bare = Simulator(workspaces.bare(), most_slices=MOST_SLICES, anyway=anyway)
+        ways: dict[str, Any] = {"most_slices": MOST_SLICES, "one_pixel": True, "patient": patient}
+        self._simulator = Simulator(workspaces, **ways)
+        self._bare = Simulator(workspaces.bare(), **ways)
         self._last: dict[Simulator, tuple[Workload, Order]] = {}
         self._took: tuple[Workload, Traced] | None = None
         self._beginning: Beginning | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (partial(Needed, anyway=self._anyway), (self.kernels,))
+        return (partial(Needed, patient=self._patient), (self.kernels,))
 
     @cached_property
-    def anyway(self) -> Needed:
-        """The same for runs that nothing else answers: also those that take long, and feature maps of one pixel."""
-        return self if self._anyway else Needed(self.kernels, anyway=True)
+    def patient(self) -> Needed:
+        """The same for runs that nothing else answers: also those that take long."""
+        return self if self._patient else Needed(self.kernels, patient=True)
 
     def __call__(self, workload: Workload, metric: str) -> int:
         """``required``: the smallest cap under which the run succeeds [bytes]; ``minimum``: if no kernel takes a workspace;

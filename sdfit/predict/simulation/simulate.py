@@ -3,8 +3,8 @@
 **Covered**: every dtype and resolution, batches of any size, prompts of any length, guidance on and off, both VAEs, VAE
 slicing and tiling, the safety checker, every kind of attention and of offload. **Not covered** (`Simulator.run` raises
 `NotSimulated`): what diffusers fails on, executions that a card alone can tell, int8 weights that come module by module, an image or a tile so small that a feature map has
-one pixel (64x64, and a corner of 8x8), workspaces of measured kernels, and runs of slices and tiles by the hundred; all but the first three
-and measured kernels are simulated where it is asked for (``anyway``). Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
+one pixel (64x64, and a corner of 8x8; but where ``one_pixel`` is asked for), workspaces of measured kernels, and runs of slices and tiles
+by the hundred (by the thousand where it is to be ``patient``). Those are left to `sdfit.backends.trace.tracer`, which this is held against event by event.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ class Simulator:
     most_slices : int
         Of an attention that is computed in slices, no more are played. Each takes and gives back what the one before did, so that
         from the third on the allocator serves them alike: what it needs is the same, and the events are fewer.
-    anyway : bool
-        Simulate also runs that take long, and those in which a feature map has one pixel (`Library.program`). The latter have up to
-        some sixty copies of a few KB more than a trace: of 90 drawn ones what is live and what is required came out to the byte, and
-        what is reserved but for one, 2 MiB too high.
+    one_pixel : bool
+        Simulate also runs in which a feature map has one pixel (`Library.program`). They have up to some sixty copies of a few KB
+        more than a trace: of 90 drawn ones what is live and what is required came out to the byte, and what is reserved but for
+        one, 2 MiB too high.
+    patient : bool
+        Simulate also runs that take long.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Simulator:
         num_inference_steps: int = 2,
         library: Library | None = None,
         most_slices: int = ALL_SLICES,
-        anyway: bool = False,
+        one_pixel: bool = False,
+        patient: bool = False,
     ) -> None:
-        self._anyway = anyway
+        self._ways = {"one_pixel": one_pixel, "patient": patient}
         self.workspace, self.num_inference_steps, self.most_slices = workspace, num_inference_steps, most_slices
         self._library = library
         self._unsplit: dict[Any, dict[tuple[str, ...], int]] = {}
@@ -116,7 +119,7 @@ class Simulator:
         unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae, workload.execution), {})
         card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
         convolution = self._convolution(workload)
-        modules = Modules(workload, card, library, convolution, self.most_slices, self._taken, anyway=self._anyway)
+        modules = Modules(workload, card, library, convolution, self.most_slices, self._taken, **self._ways)
         pipeline = Img2Img(modules, self.num_inference_steps)
         buffers = library.left_behind(workload)
         held = [meter.allocate(size) for size in buffers]
