@@ -94,7 +94,7 @@ def breakdown(peak: Prediction) -> list[str]:
     """What a prediction is made of, a line a part."""
     from sdfit.equation.terms import TERMS
     from sdfit.predict.prediction import BEYOND
-    from sdfit.predict.replayed import ACTIVATIONS
+    from sdfit.predict.simulated import ACTIVATIONS
 
     words = {
         ACTIVATIONS: "what that stage holds above them, simulated",

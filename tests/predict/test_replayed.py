@@ -12,7 +12,8 @@ from sdfit.cli import main
 from sdfit.errors import NeverSwept, SdfitError
 from sdfit.predict.options import options_that_fit
 from sdfit.predict.predictor import Predictor
-from sdfit.predict.replayed import Replayed, ReplayedPrediction, replaying, why_not
+from sdfit.predict.replayed import Replayed, replaying, why_not
+from sdfit.predict.simulated import ReplayedPrediction
 from sdfit.predict.simulation.needed import Needed
 from sdfit.units import GIB
 from sdfit.workload import Workload

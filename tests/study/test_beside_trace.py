@@ -10,7 +10,7 @@ from sdfit.predict.artifact import Artifact
 from sdfit.predict.cards import kernels_of
 from sdfit.predict.conformal import STAYS_BYTES, Scores, scale_beside_trace
 from sdfit.predict.loading import load_artifact
-from sdfit.predict.replayed import Run
+from sdfit.predict.simulated import Run
 from sdfit.study.comparison.residuals import Residual, growth, read
 
 WHOLE = [row for row in read() if row.pipeline in ("img2img", "txt2img") and not row.optional]
