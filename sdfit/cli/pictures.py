@@ -85,7 +85,7 @@ def check(
         f = f.equation
     there = available(memory, f.card)
     found = map(pictures.look, pictures.find(paths))
-    answers = list(pictures.check(f, found, memory=there.memory_bytes, level=level, **options))
+    answers = pictures.check(f, found, memory=there.memory_bytes, level=level, **options)
     lines: list[tuple[str, ...]] = []
     for answer in answers:
         p, v = answer.picture, answer.verdict

@@ -6,7 +6,7 @@ bound at the chosen level allows, *likely* what the bound at level `LIKELY` does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -101,45 +101,54 @@ def largest(
     NothingFits
         If the smallest is not sure to fit.
     """
-    sizes, search = _ladder(predictor, memory, aspect, step, metric, level, options)
+    sizes = _ladder(aspect, step)
+    search = _among(sizes, predictor, memory, metric, level, options)
     sure, likely = search.sure_and_likely("no size of {}:{}".format(*aspect), lambda k: "x".join(map(str, sizes[k])))
     return LargestSize(sizes[sure], sizes[likely])
 
 
 def largest_sure(
     predictor: Model,
+    aspects: Iterable[tuple[int, int]],
     *,
     memory: str | float,
-    aspect: tuple[int, int] = (1, 1),
-    step: int | None = None,
-    metric: str | None = None,
     level: float | None = None,
     **options: Any,
-) -> tuple[int, int] | None:
-    """The largest size that is sure to fit alone, as `largest` gives it; None if there is none."""
-    sizes, search = _ladder(predictor, memory, aspect, step, metric, level, options)
-    sure = search.largest(level)
-    return None if sure is None else sizes[sure]
+) -> dict[tuple[int, int], tuple[int, int] | None]:
+    """The largest sizes of some aspect ratios that are sure to fit alone, as `largest` gives each; None where there is none."""
+    ladders = {aspect: _ladder(aspect, None) for aspect in aspects}
+    if not ladders:
+        return {}
+    sizes = sorted({size for ladder in ladders.values() for size in ladder}, key=lambda size: (size[0] * size[1], size))
+    search = _among(sizes, predictor, memory, None, level, options)
+    place = {sizes[k]: k for k in search.open(level)}  # of all of them at once: a table costs what a row does
+    return {
+        aspect: next((size for size in reversed(ladder) if size in place and search.is_sure(place[size], level)), None)
+        for aspect, ladder in ladders.items()
+    }
 
 
-def _ladder(
-    predictor: Model,
-    memory: str | float,
-    aspect: Any,
-    step: int | None,
-    metric: str | None,
-    level: float | None,
-    options: Mapping[str, Any],
-) -> tuple[list[tuple[int, int]], Search]:
-    """The sizes of an aspect ratio, and the search among them."""
-    check_keywords(options)
+def _ladder(aspect: Any, step: int | None) -> list[tuple[int, int]]:
+    """The sizes of an aspect ratio, which may be anything."""
     across, down = (whole_number("aspect", part, 1, 100) for part in _pair(aspect))
     if step is not None and whole_number("step", step, VAE_SCALE, 1024) % VAE_SCALE:
         raise InvalidWorkload(f"step is {step}; it must be a multiple of {VAE_SCALE}", given=step)
-    sizes = sizes_of_aspect((across, down), step)
+    return sizes_of_aspect((across, down), step)
+
+
+def _among(
+    sizes: Sequence[tuple[int, int]],
+    predictor: Model,
+    memory: str | float,
+    metric: str | None,
+    level: float | None,
+    options: Mapping[str, Any],
+) -> Search:
+    """A search among sizes, by rising area."""
+    check_keywords(options)
     table = Workload(*sizes[0], **options).to_dict()
     table |= dict(zip(("height", "width"), np.array(sizes).T, strict=True))
-    return sizes, Search(predictor, parse_bytes(memory), metric, level, lambda k: Workload(*sizes[k], **options), table)
+    return Search(predictor, parse_bytes(memory), metric, level, lambda k: Workload(*sizes[k], **options), table)
 
 
 STEPS, SHARE = (64, 32, 16, 8), 16
@@ -257,13 +266,13 @@ class Search:
             If there is none that is sure; ``what`` says of what, ``words`` names a k.
         """
         low = LIKELY if self.level is None else min(self.level, LIKELY)
-        certain, likely = set(self._open(self.level)), None
+        certain, likely = set(self.open(self.level)), None
         sure = None
         # asked for less than the level, what is sure is at least as likely: what is not likely is not asked for more
-        for index in self._open(low):
-            if likely is None and self._is_sure(index, low):
+        for index in self.open(low):
+            if likely is None and self.is_sure(index, low):
                 likely = index
-            if likely is not None and index in certain and self._is_sure(index, self.level):
+            if likely is not None and index in certain and self.is_sure(index, self.level):
                 sure = index
                 break
         if sure is None:
@@ -273,15 +282,16 @@ class Search:
 
     def largest(self, level: float | None) -> int | None:
         """The largest k whose bound at a level is within the limit."""
-        return next((index for index in self._open(level) if self._is_sure(index, level)), None)
+        return next((index for index in self.open(level) if self.is_sure(index, level)), None)
 
-    def _open(self, level: float | None) -> list[int]:
+    def open(self, level: float | None) -> list[int]:
         """Those that are not beyond the limit by far, from the largest on."""
         metric, at = metric_and_level(self.model, self.metric, level)
         beyond = self.model.beyond(self.table, self.limit_bytes, metric=metric, level=at)
         return [int(index) for index in reversed(np.flatnonzero(~beyond).tolist())]
 
-    def _is_sure(self, index: int, level: float | None) -> bool:
+    def is_sure(self, index: int, level: float | None) -> bool:
+        """Whether the bound of one at a level is within the limit."""
         metric, at = metric_and_level(self.model, self.metric, level)
         return self.model.is_sure(self.run(index), self.limit_bytes, metric=metric, level=at)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -172,8 +172,8 @@ class Answer:
 
 def check(
     model: Model, pictures: Iterable[Picture], *, memory: float, level: float | None = None, **options: Any
-) -> Iterator[Answer]:
-    """Say of each picture whether its run fits.
+) -> list[Answer]:
+    """Say of each picture whether its run fits, and of one that is not sure to, which size of its shape is.
 
     Parameters
     ----------
@@ -188,29 +188,23 @@ def check(
     """
     if level is not None:
         check_level(level)  # else it would be said of each picture, or of none
-    known: dict[Any, tuple[int, int] | None] = {}
     quick = model.within(memory)
-    for picture in pictures:
+
+    def answer(picture: Picture) -> Answer:
         if picture.problem:
-            yield Answer(picture)
-            continue
+            return Answer(picture)
         try:
             workload = Workload(picture.height, picture.width, **options)
             found = verdict(quick, workload, memory=memory, level=level)
         except InvalidWorkload as error:
-            yield Answer(Picture(picture.path, picture.height, picture.width, str(error)))
-            continue
-        if found.answer == FITS:
-            size = found.prediction.workload
-            yield Answer(picture, found, (size.effective_height, size.effective_width))
-            continue
-        shape = _shape(picture)
-        if shape not in known:
-            try:
-                known[shape] = largest_sure(model, memory=memory, aspect=shape, level=level, **options)
-            except InvalidWorkload:
-                known[shape] = None
-        yield Answer(picture, found, known[shape])
+            return Answer(Picture(picture.path, picture.height, picture.width, str(error)))
+        fits = (workload.effective_height, workload.effective_width) if found.answer == FITS else None
+        return Answer(picture, found, fits)
+
+    answers = [answer(picture) for picture in pictures]
+    less = [a for a in answers if a.verdict is not None and a.largest is None]
+    known = largest_sure(model, {_shape(a.picture) for a in less}, memory=memory, level=level, **options)
+    return [a if a.largest or a.verdict is None else replace(a, largest=known[_shape(a.picture)]) for a in answers]
 
 
 def _shape(picture: Picture) -> tuple[int, int]:

@@ -244,6 +244,6 @@ def test_check_of_1000_pictures(benchmark: Any, tmp_path: Path) -> None:
 
     def check() -> int:
         f = sdfit.load("t4")
-        return len(list(pictures.check(f, map(pictures.look, pictures.find([tmp_path])), memory=8 << 30)))
+        return len(pictures.check(f, map(pictures.look, pictures.find([tmp_path])), memory=8 << 30))
 
     assert benchmark.pedantic(check, rounds=3) == 1000

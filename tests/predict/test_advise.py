@@ -47,9 +47,10 @@ def test_the_largest_size_is_the_largest(noisy: Predictor, aspect: tuple[int, in
 
 def test_what_is_sure_alone_is_what_the_whole_answer_says(noisy: Predictor) -> None:
     """The same size; none where nothing is sure."""
-    for aspect in ((1, 1), (16, 9), (2, 3)):
-        assert largest_sure(noisy, memory=9 * GIB, aspect=aspect) == largest(noisy, memory=9 * GIB, aspect=aspect)
-    assert largest_sure(noisy, memory=1) is None
+    aspects = (1, 1), (16, 9), (2, 3)
+    alone = {aspect: largest(noisy, memory=9 * GIB, aspect=aspect) for aspect in aspects}
+    assert largest_sure(noisy, aspects, memory=9 * GIB) == alone and largest_sure(noisy, (), memory=1) == {}
+    assert largest_sure(noisy, aspects, memory=1) == dict.fromkeys(aspects)
 
 
 @pytest.mark.parametrize("aspect", [(1, 1), (3, 2), (2, 3), (16, 9), (1, 4), (7, 5), (21, 9)])

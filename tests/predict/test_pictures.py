@@ -147,7 +147,7 @@ def test_each_picture_gets_an_answer(noisy: Predictor) -> None:
     pictures = [
         Picture(Path(n), h, w) for n, h, w in (("a", 512, 512), ("b", 4000, 3000), ("c", 40, 40), ("d", 3000, 4000))
     ]
-    answers = list(check(noisy, [*pictures, Picture(Path("e"), problem="torn")], memory=8 * GIB, level=0.9))
+    answers = check(noisy, [*pictures, Picture(Path("e"), problem="torn")], memory=8 * GIB, level=0.9)
     small, big, tiny, other, torn = answers
     assert small.verdict is not None and small.verdict.answer == "fits" and small.largest == (512, 512)
     assert big.verdict is not None and big.verdict.answer == "does not fit" and big.largest is not None
