@@ -21,6 +21,7 @@ from sdfit.cli.options import (
     note,
     replay_option,
     suited,
+    suited_fields,
     workload_from,
     workload_options,
     wrongly,
@@ -54,8 +55,8 @@ def predict(
     from sdfit.predict.predictor import DEFAULT_LEVEL
     from sdfit.predict.verdict import best_metric
 
-    f = _model(gpu, replay)
-    workload = workload_from(suited(fields, f), image)
+    workload, f = workload_from(fields, image), _model(gpu, replay)
+    workload = suited(f, workload)
     level = DEFAULT_LEVEL if level is None else level
     shown = [metric] if metric is not None else [best_metric(f), *(m for m in f.metrics if m != best_metric(f))]
     peaks = [f.predict_workload(workload, metric=name, level=level) for name in shown]
@@ -210,7 +211,7 @@ def largest(
     except ValueError:
         raise click.UsageError(f"--aspect is '{aspect}'; write for example 3:2") from None
     f = _model(gpu, replay)
-    fields, there = suited(fields, f), available(memory, f.card)
+    fields, there = suited_fields(f, fields), available(memory, f.card)
     try:
         found = f.largest(memory=there.memory_bytes, aspect=(across, down), step=step, level=level, **fields)
     except NothingFits as error:
@@ -279,8 +280,8 @@ def _asked(gpu: str, memory: str | None, replay: bool, fields: dict[str, Any]) -
     """The model, the run, and the memory that is there."""
     from sdfit.predict.memory import available
 
-    f = _model(gpu, replay)
-    return f, workload_from(suited(fields, f)), available(memory, f.card)
+    workload, f = workload_from(fields), _model(gpu, replay)
+    return f, suited(f, workload), available(memory, f.card)
 
 
 def _options_in_words(options: list[Option], verb: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -163,14 +164,18 @@ def workload_from(fields: dict[str, Any], image: Path | None = None) -> Workload
     return Workload.from_dict(fields)
 
 
-def suited(fields: dict[str, Any], *models: Predictor) -> dict[str, Any]:
-    """A run's fields as its card takes them: in float32 where it computes float16 wrongly and no dtype was asked for."""
-    return fields | {"dtype": "float32"} if _in_float32(*models) else fields
+def suited(f: Predictor, workload: Workload) -> Workload:
+    """A run as its card takes it: in float32 where it computes float16 wrongly and no dtype was asked for."""
+    return replace(workload, dtype="float32") if _in_float32(f) else workload
 
 
-def _in_float32(*models: Predictor) -> bool:
-    asked = click.get_current_context().get_parameter_source("dtype") is not ParameterSource.DEFAULT
-    return not asked and any(f.wrong_half for f in models)
+def suited_fields(f: Predictor, fields: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run's fields."""
+    return fields | {"dtype": "float32"} if _in_float32(f) else fields
+
+
+def _in_float32(f: Predictor) -> bool:
+    return f.wrong_half and click.get_current_context().get_parameter_source("dtype") is ParameterSource.DEFAULT
 
 
 def wrongly(f: Predictor, dtype: str) -> list[str]:

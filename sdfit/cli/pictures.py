@@ -21,7 +21,7 @@ from sdfit.cli.options import (
     note,
     out_option,
     replay_option,
-    suited,
+    suited_fields,
     workload_options,
     wrongly,
 )
@@ -79,8 +79,8 @@ def check(
     from sdfit.predict.library import load
     from sdfit.predict.memory import available
 
-    f = load(gpu)
-    options = suited(_options(fields), f)
+    options, f = _options(fields), load(gpu)
+    options = suited_fields(f, options)
     if not replay:
         f = f.equation
     there = available(memory, f.card)
@@ -146,8 +146,8 @@ def validate(
     from sdfit.predict.memory import available
     from sdfit.predict.predictor import DEFAULT_LEVEL
 
-    f = load(gpu)
-    options = suited(_options(fields), f)
+    options, f = _options(fields), load(gpu)
+    options = suited_fields(f, options)
     there = available(memory, f.card)
     found = [pictures.look(path) for path in pictures.find(paths)]
     name = f.card.slug if f.card else f.name

@@ -79,12 +79,11 @@ def explain(
 
     if gpu is not None and derives:
         raise click.UsageError("--gpu adds a model's terms and --derive those of the closed form; give one of them")
+    workload = workload_from(fields)
     equation: Any = None
     if gpu is not None:
         f = load(gpu)
-        fields = suited(fields, f)
-    workload = workload_from(fields)
-    if gpu is not None:
+        workload = suited(f, workload)
         peak = f.predict_workload(workload)
         equation, kernels = peak.breakdown, kernels or _kernels_of(f)
     tracer = _tracer(kernels)

@@ -47,8 +47,8 @@ def strategies(
     from sdfit.study.comparison.strategies import strategies as compared
     from sdfit.study.comparison.times import measured_times, published_times
 
-    f = load(gpu)
-    workload, there = workload_from(suited(fields, f)), available(memory, f.card)
+    workload, f = workload_from(fields), load(gpu)
+    workload, there = suited(f, workload), available(memory, f.card)
     times = published_times()
     if records:
         from sdfit.fit.files import read_pooled
@@ -127,7 +127,7 @@ def curve(
     level = DEFAULT_LEVEL if level is None else level
     found = []
     for f in models:
-        own = workload_from(suited(fields, f))
+        own = suited(f, workload)
         there = available(memory, f.card).memory_bytes if memory is not None or f.card is not None else None
         for text in ("", *variant):
             name = " ".join([f.name, *([f"dtype={own.dtype}"] if own != workload else []), *([text] if text else [])])

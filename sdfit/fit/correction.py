@@ -185,13 +185,16 @@ class Prior:
             return False
 
     def effects_on(self, key: StageKey, which: int, term: str) -> Array:
-        """What each effect adds to a coefficient of a corrected model, the constant or the main term, in a regime."""
+        """What each effect adds to a coefficient of a corrected model, the constant or the main term, in a regime.
+
+        Nothing, where the prior has no such line: it came with the kernels.
+        """
         row = np.zeros(len(self.sd))
-        constants, shares = self._at[key, which, 0]
+        constants, shares = self._at.get((key, which, 0), ([], []))
         if term == "1":
             row[constants] = 1.0
         else:
-            row[shares] = self._slopes[key][which]
+            row[shares] = self._slopes[key][which] if shares else 0.0
         kept: Array = row * self.kept
         return kept
 

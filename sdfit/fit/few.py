@@ -140,13 +140,14 @@ def _stages(posterior: Posterior, given: Artifact, ok: Sequence[Record]) -> tupl
     stages, told = {}, {}
     for name, stage in prior.artifact.stages.items():
         key: StageKey = tuple(name.split("|"))
+        before_it = given.stages.get(name, stage)  # what stands beside the UNet's line may have come with the kernels
         terms = ("1", MAIN_TERM[key[0]])
         at = [stage["terms"].index(term) for term in terms]
         found: dict[tuple[Any, ...], int] = {}
         regimes, of_prior, shares = [], [], []
         for which in range(len(REGIMES)):
             own = min(which, len(regimes_of(key)) - 1)
-            before, of_given = stage["regimes"][own], given.stages[name]["regimes"][own]
+            before, of_given = stage["regimes"][own], before_it["regimes"][own]
             values, low, high = (list(stage[part][before]) for part in ("coef", "low", "high"))
             share = []
             for column, term in zip(at, terms, strict=True):
@@ -156,11 +157,12 @@ def _stages(posterior: Posterior, given: Artifact, ok: Sequence[Record]) -> tupl
                 values[column] = max(values[column] + move, 0.0) or 0
                 low[column] = max(values[column] - 1.96 * sd * posterior.scale, 0.0) or 0
                 high[column] = values[column] + 1.96 * sd * posterior.scale
-                share.append(round(1 - sd**2 / float(effects @ effects), 4))
+                possible = float(effects @ effects)
+                share.append(round(1 - sd**2 / possible, 4) if possible else 0.0)
             row = (tuple(values), tuple(low), tuple(high), tuple(share), before, of_given)
             if row not in found:
                 found[row] = len(found)
-                of_prior.append([given.stages[name]["coef"][of_given][column] for column in at])
+                of_prior.append([before_it["coef"][of_given][column] for column in at])
                 shares.append(share)
             regimes.append(found[row])
         stages[name] = stage | {

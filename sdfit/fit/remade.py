@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from sdfit.equation.stages import beside
+from sdfit.equation.stages import beside, told_by
 from sdfit.fit.fit import stages_facts
 from sdfit.fit.held_out import fit_stages
 from sdfit.fit.kernels import Kernels
@@ -45,8 +45,9 @@ def model_of(prior: Artifact, kernels: Kernels, memory_bytes: float = math.inf) 
                 if name not in told or not set(told[name]["unidentified"]) <= set(stage["unidentified"]):
                     told = by_all
                 stages[name] = told.get(name, stages[name])
-                other = "|".join(beside(tuple(name.split("|"))) or ())
-                if name in told and other:  # what stands beside comes and goes with the kernels
+                key = tuple(name.split("|"))
+                other = "|".join(beside(key) or ())
+                if name in told and other and key == told_by(key):  # what stands beside comes and goes with the kernels
                     stages.pop(other, None)
                     stages |= {other: told[other]} if other in told else {}
     return replace(prior, stages=stages)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdfit.errors import InvalidWorkload, SdfitError, shown
+from sdfit.predict.conformal import check_level
 from sdfit.predict.verdict import Model, metric_and_level
 from sdfit.units import format_bytes, parse_bytes
 from sdfit.workload import MAX_BATCH_SIZE, MAX_SIDE, MIN_SIDE, VAE_SCALE, Workload, check_keywords, whole_number
@@ -265,7 +266,7 @@ class Search:
         NothingFits
             If there is none that is sure; ``what`` says of what, ``words`` names a k.
         """
-        low = LIKELY if self.level is None else min(self.level, LIKELY)
+        low = LIKELY if self.level is None else min(check_level(self.level), LIKELY)
         certain, likely = set(self.open(self.level)), None
         sure = None
         # asked for less than the level, what is sure is at least as likely: what is not likely is not asked for more

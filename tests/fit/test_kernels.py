@@ -227,3 +227,20 @@ def test_the_model_is_what_a_sweep_of_such_a_card_would_give(
     for spoilt in ({"kernels": {"float8": "x"}}, {"kernels": {"float16": 3}}, {"constant_bytes": 0.5}):
         with pytest.raises(ArtifactError, match="'prior'"):
             replace(artifact, prior=artifact.prior | spoilt).save(tmp_path / "spoilt.joblib")
+
+
+def test_a_second_line_of_the_unet_comes_with_the_kernels(
+    prior: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pascal's widened filters set the peak of small images where the prior has one line; the model is whole, and is saved."""
+    monkeypatch.setattr(remade, "GRIDS", ("default",))
+    monkeypatch.setattr(few, "REFERENCE", "quick")
+    pascal = replace(T4, rules=ARCHITECTURES["sm61"].rules)
+    file = RecordsFile({"backend": "trace", "name": "new", "workspaces": None}, runs_of(pascal, more=0), [])
+    artifact = fit_few(file, prior)
+    deep = "unet_deep|float16|sdpa"
+    assert deep in artifact.stages and deep not in prior.stages and set(artifact.prior["kernels"]) == set(HALF)
+    (true,) = runs_of(pascal, 0, [Workload(256, 256, offload="model")])
+    assert float(Predictor(artifact).predict_workload(true.workload)) == pytest.approx(true.allocated_bytes, rel=0.01)
+    assert "the kernels'" in fit_summary(artifact) and model_card(artifact)
+    assert load_artifact(artifact.save(tmp_path / "new.joblib")) == artifact
