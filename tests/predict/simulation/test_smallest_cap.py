@@ -140,7 +140,7 @@ def test_a_run_that_fits_under_less_and_not_under_more_is_not_sure():
 @pytest.mark.parametrize("seed", range(3))
 def test_runs_are_answered_as_by_whole_replays(seed):
     """Drawn runs of all kinds, with workspaces and without, under caps near the smallest: pool by pool, from checkpoints, with what
-    comes to nothing left out. Of 400 runs and 2,400 caps all were equal to what whole replays say."""
+    comes to nothing left out. Of 400 runs and 2,400 caps all were equal to what was said before pools were served apart."""
     simulators = (
         Simulator(workspaces_for("sm75"), most_slices=4),
         Simulator(workspaces_for("sm75").bare(), most_slices=4),
