@@ -92,7 +92,9 @@ class Kernels:
         for dtypes in self.matched:
             kinds: dict[tuple[object, ...], list[Table]] = {}
             for table in self.likely.get(dtypes, ()):
-                kinds.setdefault((table.winograd, *(odd.kind for odd in table.odd)), []).append(table)
+                kinds.setdefault(
+                    (table.winograd, *((odd.kind, odd.room_bytes is None) for odd in table.odd)), []
+                ).append(table)
             found = [self.table(dtypes)]
             for kind in kinds.values():
                 at = rng.permutation(len(kind))[: max(MOST_ALTERNATIVES // len(kinds), 1)]

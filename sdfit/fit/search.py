@@ -36,6 +36,8 @@ MOST_NEARBY = 6
 SCOPES = ("all", "one", "upsampled", "one upsampled")
 COARSE = (11, 13, 16, 20, 25, 30)
 """Of `TENTHS`; those between are tried near the best of these."""
+FURTHER = tuple(1.5**step for step in range(8))
+"""Of the most memory in use that the runs show: up to where a plan may be taken that they show taken always."""
 MOST_ROOMS = 24
 """So many amounts of memory are tried, up to which a larger plan may be taken."""
 
@@ -141,6 +143,9 @@ class Search:
         if not tried or not self._matches(tried):
             tried = self._tried(larger, widely=not is_more)
         lowest = min(fit.score for fit in tried.values())
+        for table in [table for table, fit in tried.items() if fit.score <= lowest + SAME]:
+            tried |= {end: self.fit(end) for end in self._ends(table)}
+        lowest = min(fit.score for fit in tried.values())
         near = sorted((t for t in tried if tried[t].score <= lowest + AS_LIKELY), key=self.known.changes)
         best = next(table for table in near if tried[table].score <= lowest + SAME)
         match = np.abs(tried[best].off) <= 1
@@ -160,9 +165,6 @@ class Search:
             made = [table._replace(odd=(Odd("larger", None, tenths),)) for table in plain for tenths in COARSE]
             tried |= {table: self.fit(table) for table in made}
             self._grow(tried)
-        lowest = min(fit.score for fit in tried.values())
-        for table in [table for table, fit in tried.items() if fit.score <= lowest + SAME]:
-            tried |= {end: self.fit(end) for end in self._ends(table)}
         return tried
 
     def _grow(self, tried: dict[Table, Fit]) -> None:
@@ -257,16 +259,20 @@ class Search:
         return found[found > 0]
 
     def _ends(self, table: Table) -> Iterator[Table]:
-        """The same with the least and the most pixels, or memory in use, that say the same of the runs."""
+        """The same with other ends of what it says, of pixels or of memory in use, that the runs allow: the least and the most. A plan
+        that is always taken may end anywhere above the most in use that they show."""
         for odd in table.odd:
-            if odd.kind == "larger" and odd.room_bytes is not None:
+            if odd.kind == "larger":
                 seen, at = self._needed(table, odd), odd.room_bytes
             elif odd.kind == "small":
                 seen, at = np.unique(self.shown.pixels[self.shown.highest(table)]), odd.amount
             else:
                 continue
-            below, above = seen[seen <= at], seen[seen > at]
-            for end in (*below[-1:].tolist(), *(above[:1] - 1).tolist()):
+            if at is None:
+                ends = [int(seen[-1] * times) for times in FURTHER] if len(seen) else []
+            else:
+                ends = [*seen[seen <= at][-1:].tolist(), *(seen[seen > at][:1] - 1).tolist()]
+            for end in ends:
                 moved = odd._replace(room_bytes=end) if odd.kind == "larger" else odd._replace(amount=end)
                 yield table._replace(odd=tuple(moved if one == odd else one for one in table.odd))
 
