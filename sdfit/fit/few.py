@@ -85,7 +85,8 @@ def fit_few(
         If no run succeeded, or the prior lacks a variant that ran.
     """
     memory = float(data.environment.get("total_memory_bytes") or math.inf)
-    posterior = with_kernels(correct(Prior(prior), data.records), memory)
+    given = correct(Prior(prior), data.records)
+    posterior = with_kernels(given, memory)
     ok = [r for r in data.records if r.outcome == "ok"]
     stages, told = _stages(posterior, prior, ok)
     environment = dict(data.environment)
@@ -115,7 +116,7 @@ def fit_few(
         | _kernels(posterior.found),
     )
     metrics, stretched = correct_metrics(corrected, ok)
-    drawn, repacked = drawn_scores(posterior, corrected)
+    drawn, repacked = drawn_scores(posterior, corrected, given.prior)
     scores = {"allocated": drawn} | _beside(prior, repacked, stretched)
     fields = {name: getattr(corrected, name) for name in Artifact.__dataclass_fields__}
     return Artifact(**canonical(fields | {"metrics": metrics, "scores": kept(scores)}))
@@ -212,18 +213,18 @@ def _baselines(prior: Prior, ok: Sequence[Record]) -> Array:
     )
 
 
-def drawn_scores(posterior: Posterior, corrected: Artifact) -> tuple[dict[str, Array], dict[str, Array]]:
+def drawn_scores(posterior: Posterior, corrected: Artifact, given: Prior) -> tuple[dict[str, Array], dict[str, Array]]:
     """Scores by family: draws of what is open of the corrections, and errors of the equation.
 
     The second are those of metrics that packing decides: with other workspaces blocks pack otherwise, by up to `REPACKED` of
-    what the correction changed.
+    what the kernels found and the corrections changed of the prior that was ``given``.
     """
     prior, rng = posterior.prior, np.random.default_rng(SEED)
     memory = corrected.environment.get("total_memory_bytes") or math.inf
     workloads = [w for w in grid.load(REFERENCE).workloads if prior.knows(w) and _within(prior, w, memory)]
     rows = prior.rows(workloads)
     plain = rows.prior_bytes + (rows.X * prior.kept) @ posterior.mean
-    peaks, before = rows.highest(plain), rows.highest(rows.prior_bytes)
+    peaks, before = rows.highest(plain), (first := given.rows(workloads)).highest(first.prior_bytes)
     units, places = _units(prior, workloads, rows.place, plain)
     root = prior.sd[:, None] * _root(posterior.covariance)
     known = prior.artifact.evaluation.get("cross_validated", prior.artifact.evaluation["fitted"])

@@ -125,6 +125,7 @@ CHANGES: list[tuple[Change, str]] = [
     (put("scores", "allocated", "", [1.0]), "is a list; it must be a table"),
     (put("scores", "allocated", {}), "lacks the name ''"),
     (put("scores", {}), "lacks the name 'allocated'"),
+    (put("scores", "allocated", "unseen", {"count": 1, "values": [0.0]}), r"lacks the name 'unseen\|least'"),
     # what the card and the tables print
     (put("name", "x\n# forged"), "printable text"),
     (put("name", "../../x"), "the name of a file"),
