@@ -150,7 +150,14 @@ class Table(NamedTuple):
             copies = 0 if self.copies is other.copies else 2
         else:
             copies = sum(abs(a - b) for a, b in zip(self.copies, other.copies, strict=True))
-        plain = sum(a != b for a, b in zip(self[1:4], other[1:4], strict=True))
+        nothing = not all(
+            any(one.copies or (1,)) for one in (self, other)
+        )  # then it says nothing which convolutions copy it
+        plain = (
+            (self.winograd != other.winograd)
+            if nothing
+            else sum(a != b for a, b in zip(self[1:4], other[1:4], strict=True))
+        )
         return copies + plain + 3 * len(set(self.odd) ^ set(other.odd))
 
 
