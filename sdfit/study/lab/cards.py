@@ -18,6 +18,9 @@ from sdfit.backends.trace.follow import Operation
 from sdfit.backends.trace.tracer import Tracer
 from sdfit.equation.stages import stages_of
 from sdfit.equation.weights import rounded
+from sdfit.fit.live import Convolution
+from sdfit.fit.live import Skeleton as Bare
+from sdfit.fit.shown import record_of
 from sdfit.predict.simulation.meter import Meter, Span
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, HALF, Architecture, Rule, convolution_bytes
 from sdfit.records import Record
@@ -26,32 +29,11 @@ from sdfit.workload import Workload
 CUBLAS_BYTES = 8_519_680
 """What the skeletons hold for a cuBLAS handle; a card with another takes the difference in every stage."""
 
-Convolution = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""dtype and shapes (B, C, H, W), (K, C, R, S), (B, K, P, Q) of one convolution."""
 
+class Skeleton(Bare):
+    """A traced run without kernel workspaces; in its stages' peaks `CUBLAS_BYTES` are included."""
 
-@dataclass(frozen=True, slots=True)
-class Skeleton:
-    """A traced run without kernel workspaces.
-
-    Parameters
-    ----------
-    workload : Workload
-    component_bytes : dict
-        Component -> its weights [bytes].
-    baseline_bytes : int
-        The weights and the allocator's remainders around them.
-    bare_bytes : dict
-        Stage -> its peak without workspaces, `CUBLAS_BYTES` included.
-    live_bytes : dict
-        Stage -> convolution -> most that was live while it ran, without its workspace [bytes].
-    """
-
-    workload: Workload
-    component_bytes: dict[str, int]
-    baseline_bytes: int
-    bare_bytes: dict[str, int]
-    live_bytes: dict[str, dict[Convolution, int]]
+    __slots__ = ()
 
     def stage_peaks(self, card: MadeUp) -> dict[str, int]:
         """The peak of each stage on a card [bytes]."""
@@ -194,16 +176,7 @@ class MadeUp:
 
     def record(self, index: int, one: Skeleton) -> Record:
         """What a sweep of the card would have written of a workload."""
-        peaks = one.stage_peaks(self)
-        return Record(
-            index,
-            one.workload,
-            "ok",
-            peaks,
-            one.component_bytes,
-            allocated_bytes=max(peaks.values()),
-            baseline_bytes=one.baseline_bytes,
-        )
+        return record_of(index, one, list(one.stage_peaks(self).values()))
 
     def records(self, found: Sequence[Skeleton]) -> list[Record]:
         """A record of each workload, in their order."""
