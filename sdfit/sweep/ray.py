@@ -100,8 +100,9 @@ class RayPool:
         if self._own:
             self._join(address)
         on_card = backend == "cuda" or "cards" in self.options
-        what = "GPU" if on_card else "CPU"
-        free, total = self._room(what, workers)
+        self._what = what = "GPU" if on_card else "CPU"
+        self._freed = time.monotonic() + FREED_S  # what ended before this pool was made holds nothing any more
+        free, total = self._room(workers)
         if not free:  # an actor would wait for one for ever
             self.close()
             held = f"has none of its {total} {what}s free" if total else f"has no {what}"
@@ -184,17 +185,23 @@ class RayPool:
                 address=address,
             ) from error
 
-    def _room(self, what: str, wanted: int | None) -> tuple[int, int]:
+    def _room(self, wanted: int | None) -> tuple[int, int]:
         """How many cards or processors are free, and how many there are."""
-        until = time.monotonic() + FREED_S
         while True:
             total, free = (
-                int(resources.get(what, 0))
+                int(resources.get(self._what, 0))
                 for resources in (self.ray.cluster_resources(), self.ray.available_resources())
             )
-            if free >= min(wanted or total, total) or time.monotonic() > until:
+            if free >= min(wanted or total, total) or time.monotonic() > self._freed:
                 return free, total
             time.sleep(0.1)
+
+    def _has_another(self) -> bool:
+        """Whether there is a card that no actor of this pool has been given, where some were taken when it was made."""
+        if self._started >= self._free:
+            coming = len(self._starting)  # they may or may not have theirs already
+            self._free = max(self._free, self._started + self._room(coming + 1)[0] - coming)
+        return self._started < self._free
 
     def _start(self, spare: bool = False) -> None:
         self._started += not spare
@@ -235,7 +242,7 @@ class RayPool:
             self._idle.append(member)
         else:
             self._refused.append(member)
-            if self._started < self._free and not member.spare:
+            if not member.spare and self._has_another():
                 self._start()
             elif not (self._starting or self._busy or self._idle):
                 raise answer

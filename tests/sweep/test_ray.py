@@ -6,6 +6,8 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,22 @@ def cluster() -> Iterator[Any]:
     yield made
     ray.shutdown()
     made.shutdown()
+
+
+def holding(cards: int) -> Any:
+    """An actor that has so many cards as soon as they are free, the first ones first."""
+    import ray
+
+    class Holder:
+        def held(self) -> list[int]:
+            return [int(card) for card in ray.get_gpu_ids()]
+
+    waited = time.monotonic() + 30
+    while ray.available_resources().get("GPU", 0) < ray.cluster_resources()["GPU"] and time.monotonic() < waited:
+        time.sleep(0.05)
+    actor = ray.remote(num_gpus=cards, num_cpus=0)(Holder).remote()
+    assert sorted(ray.get(actor.held.remote())) == list(range(cards))
+    return actor
 
 
 def test_actors_record_what_local_workers_do(cluster: Any, tmp_path: Path) -> None:
@@ -173,7 +191,12 @@ def test_a_workload_that_takes_machines_down_is_a_row_in_the_end(
 def test_rows_of_different_cards_go_to_the_files_of_their_own_cards(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each kind of card runs the whole plan; one that is not asked for is left out and its place given to another."""
+    """Each kind of card runs the whole plan; one that is not asked for is left out and its place given to another.
+
+    That is so for places, too, that were still taken when the sweep began.
+    """
+    import ray
+
     monkeypatch.chdir(tmp_path)
     cards = cluster.add_node(num_gpus=3, num_cpus=0, **STORE)
     cluster.wait_for_nodes()
@@ -184,6 +207,8 @@ def test_rows_of_different_cards_go_to_the_files_of_their_own_cards(
     for path in outcome.paths:
         file = read(path)
         assert file.environment["name"] == path.parts[1] and file.records == told()
+    holder = holding(2)  # as a sweep does that has just ended: the third card is not the one asked for
+    threading.Timer(1.0, ray.kill, (holder,)).start()
     with pytest.warns(SweepWarning, match=r"a worker is left out: the card asked for is 'b', and there is 'a'"):
         only = sweep(PLAN, "fake", {**options, "gpu": "b"}, tmp_path / "b.jsonl", engine="ray", workers=1)
     assert only.complete and read(only.path).environment["name"] == "b"
