@@ -139,7 +139,7 @@ def _enough_sizes(seen: Mapping[StageKey, Observations]) -> None:
             continue
         sizes = np.unique(np.prod(obs.X[~obs.at_least, :2], axis=1))
         if len(sizes) < FEWEST_SIZES:
-            term = ("constant", "H·W", "(H·W)²")[len(sizes)] if len(sizes) < FEWEST_SIZES else ""
+            term = ("constant", "H·W", "(H·W)²")[len(sizes)]
             raise FitError(
                 f"{len(sizes)} size(s) of {' '.join(key[1:])} cannot determine the term {term}: constant, H·W and (H·W)² "
                 f"need {FEWEST_SIZES} sizes; sweep {FEWEST_SIZES - len(sizes)} more",
