@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ FURTHER = tuple(1.5**step for step in range(8))
 """Of the most memory in use that the runs show: up to where a plan may be taken that they show taken always."""
 MOST_ROOMS = 24
 """So many amounts of memory are tried, up to which a larger plan may be taken."""
+BETWEEN = (0.25, 0.5, 0.75)
+"""Where between the least and the most that the runs allow such an amount is tried too, by ratio: the run that halves what is open is
+then the one that tells most of them apart."""
 
 
 class Fit(NamedTuple):
@@ -147,7 +151,7 @@ class Search:
             tried |= {end: self.fit(end) for end in self._ends(table)}
         lowest = min(fit.score for fit in tried.values())
         near = sorted((t for t in tried if tried[t].score <= lowest + AS_LIKELY), key=self.known.changes)
-        best = next(table for table in near if tried[table].score <= lowest + SAME)
+        best = _middle([table for table in near if tried[table].score <= lowest + SAME])
         match = np.abs(tried[best].off) <= 1
         found = min(match.mean(), match[self.part].mean()) >= ENOUGH
         return Sought(best, tried[best], [table for table in near if table != best][:MOST_LIKELY], bool(found))
@@ -259,8 +263,8 @@ class Search:
         return found[found > 0]
 
     def _ends(self, table: Table) -> Iterator[Table]:
-        """The same with other ends of what it says, of pixels or of memory in use, that the runs allow: the least and the most. A plan
-        that is always taken may end anywhere above the most in use that they show."""
+        """The same with other ends of what it says, of pixels or of memory in use, that the runs allow: the least and the most, and of
+        memory some between. A plan that is always taken may end anywhere above the most in use that they show."""
         for odd in table.odd:
             if odd.kind == "larger":
                 seen, at = self._needed(table, odd), odd.room_bytes
@@ -272,9 +276,26 @@ class Search:
                 ends = [int(seen[-1] * times) for times in FURTHER] if len(seen) else []
             else:
                 ends = [*seen[seen <= at][-1:].tolist(), *(seen[seen > at][:1] - 1).tolist()]
-            for end in ends:
-                moved = odd._replace(room_bytes=end) if odd.kind == "larger" else odd._replace(amount=end)
-                yield table._replace(odd=tuple(moved if one == odd else one for one in table.odd))
+                if odd.kind == "larger" and len(ends) == 2:
+                    ends += [int(ends[0] * (ends[1] / ends[0]) ** share) for share in BETWEEN]
+            yield from (_ending(table, odd, end) for end in ends)
+
+
+def _middle(tables: Sequence[Table]) -> Table:
+    """The first of some tables; of those that differ from it in nothing but up to where a larger plan is taken, the middle one."""
+    larger = tables[0].having("larger")
+    if larger is None or larger.room_bytes is None:
+        return tables[0]
+    rooms = [odd.room_bytes for table in tables if (odd := table.having("larger")) is not None and odd.room_bytes]
+    alike = sorted({room for room in rooms if _ending(tables[0], larger, room) in tables})
+    middle = math.sqrt(alike[0] * alike[-1])
+    return _ending(tables[0], larger, min(alike, key=lambda room: abs(math.log(room / middle))))
+
+
+def _ending(table: Table, odd: Odd, end: int) -> Table:
+    """A table with another end of one of its ways."""
+    moved = odd._replace(room_bytes=end) if odd.kind == "larger" else odd._replace(amount=end)
+    return table._replace(odd=tuple(moved if one == odd else one for one in table.odd))
 
 
 def _neighbours(copies: tuple[int, ...]) -> list[tuple[int, ...]]:
