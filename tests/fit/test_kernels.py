@@ -126,6 +126,32 @@ def test_a_larger_plan_is_taken_while_there_is_room() -> None:
     assert set(room) > {None}, "where it ends is not known, and intervals are to allow for it"
 
 
+def test_where_a_larger_plan_ends_is_the_middle_of_what_runs_allow() -> None:
+    """One run took it and a larger one did not: it ends somewhere between, and what is as likely lies on both sides of what is found."""
+    workloads = (Workload(512, 512, 77, 1, 1.0), Workload(1536, 1536, 77, 1, 1.0))
+    larger = Odd("larger", None, 18, 4 << 30, "one upsampled")
+    made = Table((1, 1, 1), "aligned", True, False, (larger,))
+    shown = shown_of(workloads, HALF, T4)
+    needed = shown.needed(made, larger)
+    assert needed[needed > 0].min() < 4 << 30 < needed.max(), "the plan of one run fits, that of the other does not"
+    runs, at = [], 0
+    for i, w in enumerate(workloads):
+        bare = skeleton(w, T4.cublas_bytes)
+        assert bare is not None
+        runs.append(record_of(i, bare, shown.peaks(made)[at : at + len(bare.bare_bytes)].tolist()))
+        at += len(bare.bare_bytes)
+    sought = search.Search(T4, runs, HALF).best(None, (), [made], is_more=True)
+    ends = {odd.room_bytes or 0 for table in [sought.table, *sought.likely] for odd in table.odd}
+    found = sought.table.having("larger")
+    assert found is not None and found.room_bytes == pytest.approx((min(ends) * max(ends)) ** 0.5, rel=0.01)
+    below, above = (
+        [end for end in ends if least < end < most]
+        for least, most in ((min(ends), found.room_bytes), (found.room_bytes, max(ends)))
+    )
+    assert below and above and min(ends) in needed and max(ends) + 1 in needed
+    assert sought.matched == 1.0
+
+
 def test_what_no_table_says_makes_intervals_wide(prior: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workspaces that differ from stage to stage: no table is believed, the prior's are corrected, and the uncertainty is that of any kernels."""
     monkeypatch.setattr(search, "DEPTH", 1)
