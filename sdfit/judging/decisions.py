@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from sdfit.predict.predictor import Predictor
 from sdfit.predict.replayed import Replayed
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.needed import Needed
-from sdfit.predict.verdict import SAFE_LEVEL, best_metric
+from sdfit.predict.verdict import SAFE_LEVEL, best_metric, supported_in_words
 from sdfit.records import Record
 from sdfit.units import GIB, aligned, percent
 from sdfit.workload import MIN_SIDE, Workload, variant_name
@@ -84,7 +84,9 @@ class Decisions:
     artifact : str
         The model's name.
     level : float
-        Of its bounds.
+        That its bounds were asked for at.
+    supported : float
+        That they hold at, the least of them: ``level``, or what their scores support where those are too few for it.
     source : str
         What the truth is: ``measured``, ``simulated`` or ``recorded``.
     lines : tuple of Line
@@ -98,6 +100,7 @@ class Decisions:
 
     artifact: str
     level: float
+    supported: float
     source: str
     lines: tuple[Line, ...]
     skipped: int
@@ -131,16 +134,19 @@ class Decisions:
             for line in self.lines
         ]
         how = ", every run replayed," if self.replayed else ""
-        title = f"largest sizes by '{self.artifact}'{how} at level {self.level:g}, beside those by {self.source} runs"
+        asked = f" (asked for: {self.level:g})" if self.supported < self.level else ""
+        at = supported_in_words(self.supported, self.level) + asked
+        title = f"largest sizes by '{self.artifact}'{how} at {at}, beside those by {self.source} runs"
         return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes"
 
 
 class _Rung(NamedTuple):
-    """A size of a ladder: its run, what that needs by the records, and at most by the model [bytes]."""
+    """A size of a ladder: its run, what that needs by the records, and at most by the model [bytes], at what level."""
 
     workload: Workload
     needed: float
     upper: float
+    supported: float
 
 
 @dataclass(slots=True)
@@ -151,7 +157,8 @@ class _Tally:
     failed: int = 0
     fitting: int = 0
     refused: int = 0
-    above: list[float] | None = None
+    above: list[float] = field(default_factory=list)
+    supported: list[float] = field(default_factory=list)
 
 
 def decide(
@@ -221,7 +228,7 @@ def decide_by_simulation(
     if not isinstance(truth, Replayed):
         raise RecordsError(f"the model '{truth.name}' simulates no runs; give records: sdfit sweep --grid decisions")
     metric = best_metric(predictor)
-    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([], above=[]))
+    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([]))
     skipped = 0
     for options, shape, batch in product(variants, shapes, batches):
         sizes = [size for size in sizes_of_aspect(shape) if max(size) > MIN_SIDE]  # 64x64 is not simulated
@@ -248,10 +255,10 @@ def decide_by_simulation(
                 tally.fitting += len(fitting) + (0 if answer is None else answer + 1)
                 tally.refused += len(fitting)
             if answer is not None:
-                upper = predictor.predict_workload(runs[answer], metric=metric, level=level).upper
+                found = predictor.predict_workload(runs[answer], metric=metric, level=level)
                 for tally in mine:
-                    assert tally.above is not None
-                    tally.above.append((upper - needed) / needed)
+                    tally.above.append((found.upper - needed) / needed)
+                    tally.supported.append(found.supported)
     return _decisions(predictor, tallies, level, "simulated", skipped)
 
 
@@ -265,18 +272,20 @@ def _judged(
     metric = best_metric(predictor)
     ladders: dict[tuple[Any, ...], list[_Rung]] = defaultdict(list)
     for w, needed in known:
-        upper = predictor.predict_workload(w, metric=metric, level=level).upper
+        bound = predictor.predict_workload(w, metric=metric, level=level)
         shape = round(4 * math.log2(w.effective_width / w.effective_height))
-        ladders[variant_name(w.variant), shape, w.batch_size, w.guided, w.tokens].append(_Rung(w, needed, upper))
+        ladders[variant_name(w.variant), shape, w.batch_size, w.guided, w.tokens].append(
+            _Rung(w, needed, bound.upper, bound.supported)
+        )
     ladders = {key: sorted(sizes, key=lambda r: r.workload.pixels) for key, sizes in ladders.items() if len(sizes) > 1}
     if not ladders:
         raise RecordsError("these records hold no ladders of sizes with required memory; sweep the grid 'decisions'")
-    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([], above=[]))
+    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([]))
     skipped = 0
     for (variant, *_), rungs in ladders.items():
         mine = (tallies[variant], tallies[ALL])
         for tally in mine:
-            assert tally.above is not None
+            tally.supported += [rung.supported for rung in rungs]
             tally.above += [(rung.upper - rung.needed) / rung.needed for rung in rungs if math.isfinite(rung.needed)]
         for capacity in capacities:
             fitting = [rung for rung in rungs if rung.needed <= capacity]
@@ -298,7 +307,8 @@ def _decisions(
 ) -> Decisions:
     names = [*sorted(name for name in tallies if name != ALL), ALL]
     lines = tuple(_line(n, tallies[n]) for n in names if tallies[n].kept)
-    return Decisions(predictor.name, level, source, lines, skipped, isinstance(predictor, Replayed))
+    supported = min(tallies[ALL].supported, default=level)
+    return Decisions(predictor.name, level, supported, source, lines, skipped, isinstance(predictor, Replayed))
 
 
 def _answer(predictor: Predictor, runs: Sequence[Workload], capacity: int, metric: str, level: float) -> int | None:

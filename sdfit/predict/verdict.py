@@ -162,10 +162,20 @@ def finite(predictor: Model, prediction: Prediction) -> Prediction:
 
 def level_in_words(prediction: Prediction) -> str:
     """The level that a bound holds at, and, where it is less than was asked for, why."""
-    level = prediction.supported
-    if level >= prediction.level or not level:
-        return f"level {prediction.level:.3g}"
-    return f"level {level:.3g}, the most that {round(level / (1 - level))} runs support"
+    return supported_in_words(prediction.supported, prediction.level)
+
+
+def supported_in_words(supported: float, level: float) -> str:
+    """The level that bounds hold at which some scores support up to another, and, where that is less, why.
+
+    Examples
+    --------
+    >>> supported_in_words(0.99, 0.99), supported_in_words(38 / 39, 0.99)
+    ('level 0.99', 'level 0.974, the most that 38 runs support')
+    """
+    if supported >= level or not supported:
+        return f"level {level:.3g}"
+    return f"level {supported:.3g}, the most that {round(supported / (1 - supported))} runs support"
 
 
 def fits(

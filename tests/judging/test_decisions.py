@@ -80,7 +80,11 @@ def test_decisions_by_simulation_are_those_that_a_person_gets() -> None:
         f = sdfit.load("t4")
     capacity, options = 4 * GIB, {"attention": "eager"}
     asked: dict[str, Any] = {"variants": [options], "shapes": [(3, 2)], "batches": [4], "capacities": [capacity]}
-    line = decide_by_simulation(f, f, **asked).lines[-1]
+    found = decide_by_simulation(f, f, **asked)
+    line = found.lines[-1]
+    one = f.predict_workload(Workload(512, 512), metric="required", level=0.99)
+    assert found.level == 0.99 and found.supported == one.supported
+    assert "level 0.974, the most that 38 runs support (asked for: 0.99), beside" in found.table()
     fitting = [
         size
         for size in sizes_of_aspect((3, 2))
