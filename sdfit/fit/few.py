@@ -23,7 +23,7 @@ memory keep the prior's regressions, moved by what the runs show, and the prior'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,8 +54,9 @@ AS_FOUND = 0.4
 """Share of draws in which the kernels are those found; in the others any that the runs match as well, that one too."""
 REFERENCE = "default"
 """The grid over whose workloads scores are drawn."""
-REPACKED = 0.5
-"""Share of a change of the peak by which reserved and required memory may change otherwise, either way: assumed."""
+REPACKED = {"required": 0.5, "minimum": 0.5, "reserved": 1.0, "device": 1.0}
+"""Share of a change of the peak by which each metric may change otherwise, either way: assumed. Segments that are there anyway may hold
+all of a change, and then reserved memory stays as it was."""
 MOST_SUMMED = 250
 """Scores of each kind of which all sums are made."""
 SEED = 20261125
@@ -116,7 +117,7 @@ def fit_few(
         | _kernels(posterior.found),
     )
     metrics, stretched = correct_metrics(corrected, ok)
-    drawn, repacked = drawn_scores(posterior, corrected, given.prior)
+    drawn, repacked = drawn_scores(posterior, corrected, given.prior, stretched)
     scores = {"allocated": drawn} | _beside(prior, repacked, stretched)
     fields = {name: getattr(corrected, name) for name in Artifact.__dataclass_fields__}
     return Artifact(**canonical(fields | {"metrics": metrics, "scores": kept(scores)}))
@@ -213,10 +214,12 @@ def _baselines(prior: Prior, ok: Sequence[Record]) -> Array:
     )
 
 
-def drawn_scores(posterior: Posterior, corrected: Artifact, given: Prior) -> tuple[dict[str, Array], dict[str, Array]]:
+def drawn_scores(
+    posterior: Posterior, corrected: Artifact, given: Prior, metrics: Iterable[str] = ()
+) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
     """Scores by family: draws of what is open of the corrections, and errors of the equation.
 
-    The second are those of metrics that packing decides: with other workspaces blocks pack otherwise, by up to `REPACKED` of
+    The second are those of ``metrics`` that packing decides: with other workspaces blocks pack otherwise, by up to `REPACKED` of
     what the kernels found and the corrections changed of the prior that was ``given``.
     """
     prior, rng = posterior.prior, np.random.default_rng(SEED)
@@ -228,7 +231,7 @@ def drawn_scores(posterior: Posterior, corrected: Artifact, given: Prior) -> tup
     units, places = _units(prior, workloads, rows.place, plain)
     root = prior.sd[:, None] * _root(posterior.covariance)
     known = prior.artifact.evaluation.get("cross_validated", prior.artifact.evaluation["fitted"])
-    changed = REPACKED * np.abs(peaks - before) / units
+    changed = np.abs(peaks - before) / units
     expected = rows.prior_bytes - rows.weights_bytes
     bent = _bent(posterior.found, workloads, expected, rng)
     drawn = np.empty((DRAWS, len(workloads)))
@@ -239,8 +242,10 @@ def drawn_scores(posterior: Posterior, corrected: Artifact, given: Prior) -> tup
         misses = sum(some[0 if rng.random() < AS_FOUND else rng.integers(len(some))] for some in bent)
         real = rows.highest(rows.prior_bytes + misses + rows.X @ effects + apart)
         row[:] = (real - peaks + peaks * _equation_errors(known, len(workloads), rng)) / units
-    repacked = drawn + changed * rng.uniform(-1, 1, drawn.shape)
-    return by_family(zip(places, drawn.T, strict=True)), by_family(zip(places, repacked.T, strict=True))
+    otherwise = changed * rng.uniform(-1, 1, drawn.shape)
+    repacked = {metric: drawn + REPACKED[metric] * otherwise for metric in metrics}
+    beside = {metric: by_family(zip(places, scores.T, strict=True)) for metric, scores in repacked.items()}
+    return by_family(zip(places, drawn.T, strict=True)), beside
 
 
 def _bent(
@@ -286,7 +291,9 @@ def _equation_errors(found: Mapping[str, float], count: int, rng: np.random.Gene
     return signed
 
 
-def _beside(prior: Artifact, drawn: Mapping[str, Array], stretched: Mapping[str, float]) -> dict[str, dict[str, Array]]:
+def _beside(
+    prior: Artifact, drawn: Mapping[str, Mapping[str, Array]], stretched: Mapping[str, float]
+) -> dict[str, dict[str, Array]]:
     """Scores of the metrics beside allocated memory: every sum of one that was drawn and one of the prior's."""
     found: dict[str, dict[str, Array]] = {}
     for metric, factor in stretched.items():
@@ -295,6 +302,6 @@ def _beside(prior: Artifact, drawn: Mapping[str, Array], stretched: Mapping[str,
         for family, own in prior.scores.get(basis, {}).items():
             if family == REPLAYED_FAMILY:  # a replay is of the prior's workspaces, not of the card's
                 continue
-            some = np.quantile(drawn.get(family, drawn[""]), np.linspace(0, 1, MOST_SUMMED))
+            some = np.quantile(drawn[metric].get(family, drawn[metric][""]), np.linspace(0, 1, MOST_SUMMED))
             found[metric][family] = np.add.outer(some, factor * sample(own, MOST_SUMMED)).ravel()
     return found

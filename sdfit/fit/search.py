@@ -41,6 +41,12 @@ FURTHER = tuple(1.5**step for step in range(8))
 """Of the most memory in use that the runs show: up to where a plan may be taken that they show taken always."""
 MOST_ROOMS = 24
 """So many amounts of memory are tried, up to which a larger plan may be taken."""
+BEYOND = (1, 2, 4, 8)
+"""Of the most pixels that the runs show a kernel's result to have: from where on others may be copied."""
+MUCH = Table((2, 2, 2), "all", False, True)
+"""By which most convolutions that could set a peak do."""
+OTHERS = ((0, 0, 0), (1, 1, 1), (2, 2, 2))
+"""What may be there, where the prior's own rules hold below."""
 BETWEEN = (0.25, 0.5, 0.75)
 """Where between the least and the most that the runs allow such an amount is tried too, by ratio: the run that halves what is open is
 then the one that tells most of them apart."""
@@ -113,7 +119,7 @@ class Search:
         peaks = np.array([r.stage_peaks_bytes.get(s, 0) for r, s in told])
         self._seen, self._unit = np.array(seen) + self.shown.weights_bytes, MATCH_BYTES + MATCH * peaks
         self._told = np.isfinite(self._seen)
-        most = self.shown.peaks(Table((2, 2, 2), "all", False, True))
+        most = self.shown.peaks(MUCH)
         self.part = (most > self.shown.bare_bytes)[self._told]
 
     def fit(self, table: Table) -> Fit:
@@ -154,7 +160,9 @@ class Search:
         best = _middle([table for table in near if tried[table].score <= lowest + SAME])
         match = np.abs(tried[best].off) <= 1
         found = min(match.mean(), match[self.part].mean()) >= ENOUGH
-        return Sought(best, tried[best], [table for table in near if table != best][:MOST_LIKELY], bool(found))
+        likely = [table for table in near if table != best][:MOST_LIKELY]
+        likely += [t for t in self._beyond(best) if t not in near and self.fit(t).score <= lowest + SAME]
+        return Sought(best, tried[best], likely, bool(found))
 
     def _tried(self, larger: tuple[Odd, ...], *, widely: bool) -> dict[Table, Fit]:
         plain = tables(self.dtypes, self.own)
@@ -268,7 +276,7 @@ class Search:
         for odd in table.odd:
             if odd.kind == "larger":
                 seen, at = self._needed(table, odd), odd.room_bytes
-            elif odd.kind == "small":
+            elif odd.kind in ("small", "large"):
                 seen, at = np.unique(self.shown.pixels[self.shown.highest(table)]), odd.amount
             else:
                 continue
@@ -279,6 +287,17 @@ class Search:
                 if odd.kind == "larger" and len(ends) == 2:
                     ends += [int(ends[0] * (ends[1] / ends[0]) ** share) for share in BETWEEN]
             yield from (_ending(table, odd, end) for end in ends)
+
+    def _beyond(self, table: Table) -> Iterator[Table]:
+        """The same with other kernels of results that are larger than any that the runs show: they do not speak of these."""
+        if table.having("large") is not None:
+            return
+        highest = self.shown.highest(MUCH)
+        for scope in ("one", "several") if table.having("single") else ("all",):
+            most = int(np.max(self.shown.pixels[highest] * self.shown.images(scope)[highest]))
+            for copies in OTHERS if table.copies is None else _neighbours(table.copies):
+                for odd in (Odd("large", copies, most * times, None, scope) for times in BEYOND):
+                    yield table._replace(odd=tuple(sorted((*table.odd, odd))))
 
 
 def _middle(tables: Sequence[Table]) -> Table:

@@ -116,6 +116,10 @@ class Shown:
                 only = table.only or "all"
                 inside = (self.pixels <= other.amount if where is None else where) & self._only[only]
                 held = np.where(inside, self._main(other.copies or (0, 0, 0), only), held)
+        large = table.having("large")
+        if large is not None:
+            inside = (self.pixels > large.amount) & self.images(large.scope)
+            held = np.where(inside, self._main(large.copies or (0, 0, 0), table.only or "all"), held)
         if table.having("unstrided") is not None:
             held = np.where(self._strided, 0, held)
         pad = table.having("pad")
@@ -134,6 +138,10 @@ class Shown:
             known = np.where(self._only[only] & any(copies), -(-total // GRANULE_BYTES) * GRANULE_BYTES + PAD_BYTES, 0)
             self._mains[copies, only] = known
         return known
+
+    def images(self, scope: str) -> Mask:
+        """Which convolutions are of ``one`` image, of ``several``, of ``all``."""
+        return {"one": self._one, "several": ~self._one}.get(scope, np.ones(len(self._one), dtype=bool))
 
     def _reach(self, scope: str) -> Mask:
         found = self._one if "one" in scope else np.ones(len(self._one), dtype=bool)

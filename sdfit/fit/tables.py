@@ -33,18 +33,18 @@ class Odd(NamedTuple):
 
     Parameters
     ----------
-    kind : {'small', 'single', 'pad', 'unstrided', 'larger'}
-        Other copies up to so many pixels of the result, or of one image; so much more for every layer that holds something; only
+    kind : {'small', 'large', 'single', 'pad', 'unstrided', 'larger'}
+        Other copies up to so many pixels of the result, above so many, or of one image; so much more for every layer that holds something; only
         convolutions that do not make their maps smaller; a plan that is larger while there is room.
     copies : tuple of int, optional
-        Of ``small`` and ``single``: how often input, output and filter are copied there.
+        Of ``small``, ``large`` and ``single``: how often input, output and filter are copied there.
     amount : int
-        Of ``small`` the most pixels, of ``pad`` bytes, of ``larger`` tenths of the usual plan.
+        Of ``small`` the most pixels, of ``large`` the most that are not large, of ``pad`` bytes, of ``larger`` tenths of the usual plan.
     room_bytes : int, optional
         Of ``larger``: taken up to so much in use; None: always.
     scope : str
         Of ``larger``: of ``all`` convolutions, of ``one`` image's, of those after the last upsampling (``upsampled``), or of
-        both (``one upsampled``).
+        both (``one upsampled``). Of ``large``: of ``all``, of ``one`` image's, or of ``several``.
     """
 
     kind: str
@@ -58,6 +58,9 @@ class Odd(NamedTuple):
         """In words."""
         if self.kind == "small":
             return f"{_copied(self.copies or ())} up to about {round(self.amount**0.5)}x{round(self.amount**0.5)} pixels of the result"
+        if self.kind == "large":
+            images = {"one": "of one image ", "several": "from two images on "}.get(self.scope, "")
+            return f"{images}{_copied(self.copies or ())} above about {round(self.amount**0.5)}x{round(self.amount**0.5)} pixels of the result"
         if self.kind == "single":
             return f"of one image it copies {_copied(self.copies or ())}"
         if self.kind == "pad":
@@ -106,20 +109,28 @@ class Table(NamedTuple):
         more = pad.amount if pad is not None else 0
         plain = Rule(dtypes, (), "", only=self.only or "all", strided=strided)
         plain = replace(plain, pad_bytes=plain.pad_bytes + more)
-        small, single = self.having("small"), self.having("single")
+        copied: list[Rule] = []
+        small, single, large = (self.having(kind) for kind in ("small", "single", "large"))
         if small is not None:
-            found.append(replace(plain, copies=_named(small.copies or (0, 0, 0)), max_pixels=small.amount))
+            copied.append(replace(plain, copies=_named(small.copies or (0, 0, 0)), max_pixels=small.amount))
         if single is not None:
-            found.append(replace(plain, copies=_named(single.copies or (0, 0, 0)), max_batch=1))
+            copied.append(replace(plain, copies=_named(single.copies or (0, 0, 0)), max_batch=1))
         if self.copies is None:
-            return (
-                *found,
-                *(
-                    replace(r, pad_bytes=r.pad_bytes + more, strided=r.strided if strided is None else False)
-                    for r in own
-                ),
+            copied += [
+                replace(r, pad_bytes=r.pad_bytes + more, strided=r.strided if strided is None else False) for r in own
+            ]
+        elif any(self.copies):
+            copied.append(replace(plain, copies=_named(self.copies)))
+        if large is not None:
+            below = [replace(r, max_pixels=min(r.max_pixels or large.amount, large.amount)) for r in copied]
+            above = replace(
+                plain,
+                copies=_named(large.copies or (0, 0, 0)),
+                max_batch=1 if large.scope == "one" else None,
+                min_batch=2 if large.scope == "several" else 1,
             )
-        return (*found, replace(plain, copies=_named(self.copies))) if any(self.copies) else tuple(found)
+            copied = [*below, above, *([] if large.scope == "all" else copied)]
+        return (*found, *copied)
 
     @property
     def words(self) -> str:

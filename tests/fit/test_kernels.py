@@ -76,6 +76,22 @@ def test_of_tables_that_say_the_same_the_nearest_to_the_prior_is_taken() -> None
     assert list(found.likely[HALF]) and found.found[HALF] not in found.likely[HALF] and found.is_explained("float16")
 
 
+def test_of_larger_results_than_any_shown_others_are_as_likely() -> None:
+    """They say what the runs show and differ beyond: intervals allow for that, and a plan goes there. What such a run shows is then settled."""
+    settled = []
+    for workloads in (RUNS[:2], [*RUNS[:2], Workload(2048, 2048, 77, 1, 1.0)]):
+        found = recognise(T4, runs_of(T4, 0, workloads))
+        beyond = [table for table in found.likely[HALF] if table.having("large")]
+        assert found.found[HALF] == tables(HALF, T4)[0] and beyond
+        peaks = [found.peaks(tuple(workloads), HALF, table).tolist() for table in (found.found[HALF], *beyond)]
+        assert all(mine == peaks[0] for mine in peaks[1:])
+        (asked,) = (
+            np.array([found.peaks((Workload(1536, 1536),), HALF, t).max() for t in (found.found[HALF], *beyond)]),
+        )
+        settled.append(bool(np.all(np.abs(asked / asked[0] - 1) < 0.01)))
+    assert settled == [False, True]
+
+
 def test_noise_of_an_allocator_hides_no_table() -> None:
     """Remainders of up to 2 MiB a stage are no other kernels."""
     rng = np.random.default_rng(5)
@@ -93,11 +109,12 @@ def test_noise_of_an_allocator_hides_no_table() -> None:
         Odd("pad", None, MORE),
         Odd("single", (0, 0, 2)),
         Odd("small", (2, 1, 0), 512 * 512),
+        Odd("large", (2, 1, 0), 768 * 768),
         Odd("unstrided"),
     ],
 )
 def test_kernels_that_depart_from_copies_are_found(odd: Odd) -> None:
-    """So much more for every layer, others of one image or of small results, none where maps become smaller: to the byte."""
+    """So much more for every layer, others of one image, of small results or of large ones, none where maps become smaller: to the byte."""
     made = Table((1, 1, 0), "aligned", False, False, (odd,))
     found = recognise(T4, runs_of(card(*made.rules(HALF, ())), 0))
     assert found.matched[HALF] == 1.0
@@ -141,7 +158,7 @@ def test_where_a_larger_plan_ends_is_the_middle_of_what_runs_allow() -> None:
         runs.append(record_of(i, bare, shown.peaks(made)[at : at + len(bare.bare_bytes)].tolist()))
         at += len(bare.bare_bytes)
     sought = search.Search(T4, runs, HALF).best(None, (), [made], is_more=True)
-    ends = {odd.room_bytes or 0 for table in [sought.table, *sought.likely] for odd in table.odd}
+    ends = {odd.room_bytes for table in [sought.table, *sought.likely] for odd in table.odd if odd.room_bytes}
     found = sought.table.having("larger")
     assert found is not None and found.room_bytes == pytest.approx((min(ends) * max(ends)) ** 0.5, rel=0.01)
     below, above = (
@@ -186,7 +203,15 @@ def test_arithmetic_on_a_skeleton_is_the_simulation(prior: Artifact) -> None:
     odds = (Odd("pad", None, MORE), Odd("single", (0, 1, 0)), Odd("small", (2, 0, 1), 256 * 256))
     for dtypes in GROUPS:
         mine = tuple(w for w in runs if w.dtype in dtypes)
-        for table in (tables(dtypes, T4)[0], Table((2, 1, 1), "all", True, True, odds)):
+        large = (Odd("large", (0, 3, 1), 256 * 256, None, "several"), Odd("single", (0, 1, 0)))
+        known = tables(dtypes, T4)[0]
+        of_all = known._replace(odd=(Odd("large", (0, 3, 1), 256 * 256),))
+        for table in (
+            known,
+            of_all,
+            Table((2, 1, 1), "all", True, True, odds),
+            Table((1, 1, 1), "all", False, False, large),
+        ):
             made = replace(T4, rules=table.rules(dtypes, own_rules(dtypes, T4)))
             simulator = Simulator(Workspaces(made))
             true = [simulator.run(w).stage_peaks[stage] for w in mine for stage in stages_of(w.variant)]
