@@ -39,6 +39,10 @@ class Counted:
     def suffices(self, workload, metric, cap):
         return self(workload, metric) <= cap
 
+    @property
+    def patient(self):
+        return self
+
 
 def test_what_hangs_on_packing_is_the_replay_and_what_is_allocated_the_equation(f):
     """And a run is replayed once, however often it is asked for."""
@@ -319,3 +323,19 @@ def test_what_the_equation_has_no_runs_of_its_kind_for_is_not_settled_by_it(opti
     assert batch < 2
     usual = f.equation(1024, 1024, metric="required", level=0.99)
     assert usual.of_its_kind and not f.equation(4096, 4096, metric="required", level=0.99).of_its_kind
+
+
+def test_what_the_equation_overrates_far_outside_the_sweep_fits_all_the_same():
+    """Where it says several times too much, `fits`, the verdict and the largest batch say one thing: what is simulated."""
+    g = sdfit.load("t4")
+    w = Workload(9536, 4768, batch_size=2, vae="tiny", offload="sequential", safety_checker=False)
+    needed = g.predict_workload(w, metric="required", level=0.99)
+    limit = 48 * GIB
+    assert needed.upper <= limit and g.equation.predict_workload(w, metric="required").lower > 1.5 * limit
+    assert g.verdict(w.height, w.width, batch_size=2, memory=limit, **_options(w)).answer == "fits"
+    assert g.fits(w.height, w.width, batch_size=2, memory=limit, **_options(w))
+    assert g.max_batch_size(w.height, w.width, memory=limit, **_options(w)) >= 2
+
+
+def _options(w):
+    return {name: getattr(w, name) for name in ("vae", "offload", "safety_checker")}

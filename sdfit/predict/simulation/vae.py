@@ -11,10 +11,12 @@ from sdfit.workload import VAE_SCALE
 TILE_PIXELS, OVERLAP = 512, 0.25
 """`tile_sample_min_size` and `tile_overlap_factor` of `AutoencoderKL`."""
 TILE_LATENTS = TILE_PIXELS // VAE_SCALE
-
-
 TINY_OVERLAP, MASK_BYTES = 0.125, 4
 """Of `AutoencoderTiny`, whose tiles are as large; it blends them by masks in float32."""
+
+ENDS = 3
+"""Of a row of tiles, or of images one by one, so many of each end tell what is live at most: the first begin it, the last two may
+be cut off, and the one before is whole. Between them each takes what the one before did, beside one result more."""
 
 
 class Vae:
@@ -27,6 +29,7 @@ class Vae:
 
     def __init__(self, modules: Modules) -> None:
         self.modules, self.workload = modules, modules.workload
+        self._every = modules.meter.events is not None
         self._kl = self.workload.vae == "kl"
 
     def encode(self, image: Tensor) -> Tensor:
@@ -49,9 +52,21 @@ class Vae:
         return concatenated(slices, 0) if len(slices) > 1 else slices.pop()
 
     def _slices(self, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-        if self.workload.vae_slicing:
-            return [run(x.view(1, *x.shape[1:])) for _ in range(x.shape[0])]
-        return [run(x)]
+        if not self.workload.vae_slicing:
+            return [run(x)]
+        found: list[Tensor] = []
+        for shown in self._shown(x.shape[0]):
+            found.append(run(x.view(1, *x.shape[1:])) if shown else found[-1].like())
+        return found
+
+    def _shown(self, count: int) -> list[bool]:
+        """Which of a row are played: all of them, but where only what is live at most is asked for."""
+        return [self._every or min(k, count - 1 - k) < ENDS for k in range(count)]
+
+    def _tiles(self, side: int, tile: int, overlap: float = OVERLAP) -> list[tuple[int, bool]]:
+        """Sizes of the tiles along a side, and which are played."""
+        sizes = [min(tile, side - first) for first in range(0, side, int(tile * (1 - overlap)))]
+        return list(zip(sizes, self._shown(len(sizes)), strict=True))
 
     def _encode(self, x: Tensor) -> Tensor:
         if self.workload.vae_tiling and not self._kl:
@@ -82,8 +97,9 @@ class Vae:
         side, mask = tile_sides[0], (tile_sides[1], tile_sides[1])
         blend_masks = empty(self.modules.meter, (2, *mask), MASK_BYTES)
         out = empty(self.modules.meter, shape, MASK_BYTES)
-        for i, height in enumerate(_tiles(x.shape[2], side, TINY_OVERLAP)):
-            for j, width in enumerate(_tiles(x.shape[3], side, TINY_OVERLAP)):
+        rows, columns = (self._tiles(x.shape[axis], side, TINY_OVERLAP) for axis in (2, 3))
+        for i, height in ((i, height) for i, (height, shown) in enumerate(rows) if shown):
+            for j, width in ((j, width) for j, (width, shown) in enumerate(columns) if shown):
                 tile = run(x.view(*x.shape[:2], height, width))
                 tile_out = out.view(*tile.shape)
                 blend_mask_i = blend_masks.new(mask) if i == 0 else blend_masks.view(*mask)
@@ -94,16 +110,19 @@ class Vae:
         return out
 
     def _tiled_encode(self, x: Tensor) -> Tensor:
-        return _blended(self._encoded_tiles(x), TILE_LATENTS)
+        return self._blended(self._encoded_tiles(x), TILE_LATENTS)
 
     def _tiled_decode(self, z: Tensor) -> Tensor:
-        return _blended(self._decoded_tiles(z), TILE_PIXELS)
+        return self._blended(self._decoded_tiles(z), TILE_PIXELS)
 
     def _encoded_tiles(self, x: Tensor) -> list[list[Tensor]]:
-        rows = []
-        for height in _tiles(x.shape[2], TILE_PIXELS):
-            row = []
-            for width in _tiles(x.shape[3], TILE_PIXELS):
+        rows, tile = [], x
+        for height, down in self._tiles(x.shape[2], TILE_PIXELS):
+            row: list[Tensor] = []
+            for width, across in self._tiles(x.shape[3], TILE_PIXELS):
+                if not (down and across):
+                    row.append(tile.new((*tile.shape[:2], height // VAE_SCALE, width // VAE_SCALE)))
+                    continue
                 tile = x.view(*x.shape[:2], height, width)
                 tile = self.modules.encoder(tile)
                 tile = self._convolved(tile)
@@ -112,10 +131,13 @@ class Vae:
         return rows
 
     def _decoded_tiles(self, z: Tensor) -> list[list[Tensor]]:
-        rows = []
-        for height in _tiles(z.shape[2], TILE_LATENTS):
-            row = []
-            for width in _tiles(z.shape[3], TILE_LATENTS):
+        rows, decoded = [], z
+        for height, down in self._tiles(z.shape[2], TILE_LATENTS):
+            row: list[Tensor] = []
+            for width, across in self._tiles(z.shape[3], TILE_LATENTS):
+                if not (down and across):
+                    row.append(decoded.new((*decoded.shape[:2], height * VAE_SCALE, width * VAE_SCALE)))
+                    continue
                 tile = z.view(*z.shape[:2], height, width)
                 tile = self._convolved(tile)
                 decoded = self.modules.decoder(tile)
@@ -123,23 +145,22 @@ class Vae:
             rows.append(row)
         return rows
 
-
-def _blended(rows: list[list[Tensor]], side: int) -> Tensor:
-    """The tiles in one; of a blend one row stands for all, as each takes what the one before gave back."""
-    row_limit = side - int(side * OVERLAP)
-    result_rows = []
-    for i, row in enumerate(rows):
-        result_row = []
-        for j, tile in enumerate(row):
-            if i > 0:
-                _blend(tile.view(*tile.shape[:2], tile.shape[3]))
-            if j > 0:
-                _blend(tile.view(*tile.shape[:2], tile.shape[2]))
-            result_row.append(tile.view(*tile.shape[:2], *(min(s, row_limit) for s in tile.shape[2:])))
-        result_rows.append(concatenated(result_row, 3))
-    joined = concatenated(result_rows, 2)
-    del rows, row, tile, result_rows, result_row
-    return joined
+    def _blended(self, rows: list[list[Tensor]], side: int) -> Tensor:
+        """The tiles in one; of a blend one row stands for all, as each takes what the one before gave back: less than all in one."""
+        row_limit = side - int(side * OVERLAP)
+        result_rows = []
+        for i, row in enumerate(rows):
+            result_row = []
+            for j, tile in enumerate(row):
+                if i > 0 and self._every:
+                    _blend(tile.view(*tile.shape[:2], tile.shape[3]))
+                if j > 0 and self._every:
+                    _blend(tile.view(*tile.shape[:2], tile.shape[2]))
+                result_row.append(tile.view(*tile.shape[:2], *(min(s, row_limit) for s in tile.shape[2:])))
+            result_rows.append(concatenated(result_row, 3))
+        joined = concatenated(result_rows, 2)
+        del rows, row, tile, result_rows, result_row
+        return joined
 
 
 class _Gaussian:
@@ -157,11 +178,6 @@ class _Gaussian:
         sample = self.mean.like()
         x = self.mean + self.std * sample
         return x
-
-
-def _tiles(side: int, tile: int, overlap: float = OVERLAP) -> list[int]:
-    """Sizes of the tiles along a side."""
-    return [min(tile, side - first) for first in range(0, side, int(tile * (1 - overlap)))]
 
 
 def _blend(edge: Tensor) -> None:
