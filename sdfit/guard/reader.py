@@ -8,6 +8,7 @@ guard: other code in a function of a library that is no module's ``forward``, ``
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,20 +18,18 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from sdfit.predict import process
-from sdfit.predict.built import plain
 from sdfit.predict.parts import home
 from sdfit.predict.pipelines import TILES, Reading, components, read
 
 _HOOKS = ("_hf_hook", "_diffusers_hook", "forward", "_old_forward")
 """What is found on a module, of what was put there."""
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-"""What PyTorch keeps of a module's own; most are empty."""
+_TABLES = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks")
+"""What PyTorch keeps of a module's own beside its buffers; most are empty."""
 _FLAGS = ("use_slicing", "use_tiling", *TILES)
 _STEPS = ("step", "scale_model_input", "add_noise", "set_timesteps")
 """Methods of a scheduler that may be replaced on it."""
 _METHODS = ("forward", "encode", "decode", "_encode", "_decode", "tiled_encode", "tiled_decode")
 _DTYPE = attrgetter("dtype")
-_PROCESSOR, _CONFIG, _BUFFERS = map(itemgetter, ("processor", "_internal_dict", "_buffers"))
 
 
 class Reader:
@@ -63,7 +62,7 @@ class Reader:
 class _Seen:
     """All that a reading depends on, as it was at one moment.
 
-    Loops are those of `map` and `itertools`, for there are 1,400 modules.
+    What 1,400 modules hold is one list that the garbage collector makes: their classes, attributes and tables, whatever they are for.
 
     Notes
     -----
@@ -81,87 +80,70 @@ class _Seen:
         roots = list(components(pipe).values())
         self._held, self._roots = held, [weakref.ref(root, gone) for root in roots]
         within = [m for root in roots for m in root.modules() if m is not root]
-        modules: list[Any] = [*roots, *within]
-        owns: list[dict[str, Any]] = [vars(module) for module in modules]
-        held["modules"], held["owns"] = within, owns[len(roots) :]
-        self._kinds, self._sizes = list(map(type, modules)), list(map(len, owns))
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for at, own in enumerate(owns):
-            groups.setdefault(tuple(plain(own)), []).append(at)
-        self._attributes = [(itemgetter(*names, names[0]), _those(at)) for names, at in groups.items() if names]
-        self._plain = [list(map(_copied, map(names, places(owns)))) for names, places in self._attributes]
-        tables = {name: list(map(itemgetter(name), owns)) for name in _TABLES}
-        self._filled = {name: _those([at for at, table in enumerate(of) if table]) for name, of in tables.items()}
-        self._empty = {name: _those([at for at, table in enumerate(of) if not table]) for name, of in tables.items()}
-        for name in ("_parameters", "_modules"):
-            held[name] = list(map(dict.copy, map(itemgetter(name), self._filled[name](owns))))
-        tensors = chain.from_iterable(map(dict.values, held["_parameters"]))
-        held["weights"] = weights = [weight for weight in tensors if weight is not None]
+        modules, owns = [*roots, *within], [*map(vars, roots), *map(vars, within)]
+        tables = [own[name] for own in owns for name in _TABLES]
+        tables += [value for own in owns for value in own.values() if isinstance(value, list)]
+        tables += [registry.hooks for own in owns if (registry := own.get("_diffusers_hook")) is not None]
+        buffers = [own["_buffers"] for own in owns]
+        held["empty"] = [table for table in (*tables, *buffers) if not table]
+        held["holders"] = [*within, *owns[len(roots) :], *filter(None, tables)]
+        held["values"] = values = gc.get_referents(*held["holders"])
+        self._whole = len(values) >= sum(map(len, owns[len(roots) :]))
+        weights = chain.from_iterable(own["_parameters"].values() for own in owns)
+        held["weights"] = weights = [weight for weight in weights if weight is not None]
+        held["buffers"] = list(filter(None, buffers))
+        held["processors"] = [own["processor"] for own in owns if "processor" in own]
         self._wide = _those([at for at, w in enumerate(weights) if w.ndim == 4 and w.shape[-1] > 1])
-        self._marked = [(at, name) for at, own in enumerate(owns) for name in _HOOKS if name in own]
-        self._attending = _those([at for at, own in enumerate(owns) if "processor" in own])
-        self._configured = _those([at for at, own in enumerate(owns) if "_internal_dict" in own])
-        self._configs = {id(own["config"]): own["config"] for own in owns if hasattr(own.get("config"), "__dict__")}
-        self._methods = [(cls, name) for cls in dict.fromkeys(self._kinds) for name in _METHODS if hasattr(cls, name)]
-        self._rest = self._now(owns)
+        self._configs = list({id(c): c for own in owns if hasattr(c := own.get("config"), "__dict__")}.values())
+        self._methods = [(cls, name) for cls in dict.fromkeys(map(type, modules)) for name in _METHODS if hasattr(cls, name)]
+        held["rest"] = self._now(roots)
 
     def still(self) -> bool:
         """Whether all of it is as it was."""
         pipe, held = vars(self._pipe), self._held
         try:
-            if not all(ref() is pipe.get(name) for name, ref in self._parts.items()):
-                return False
-            roots: list[Any] = [ref() for ref in self._roots]
-            modules, owns = [*roots, *held["modules"]], [*map(vars, roots), *held["owns"]]
-            if list(map(type, modules)) != self._kinds or list(map(len, owns)) != self._sizes:
-                return False
-            for (names, places), before in zip(self._attributes, self._plain, strict=True):
-                if list(map(names, places(owns))) != before:
-                    return False
-            for name in _TABLES:
-                table = itemgetter(name)
-                if any(map(table, self._empty[name](owns))):
-                    return False
-                if name in held and list(map(table, self._filled[name](owns))) != held[name]:
-                    return False
-            return self._now(owns) == self._rest
+            return (
+                self._whole
+                and all(ref() is pipe.get(name) for name, ref in self._parts.items())
+                and not any(held["empty"])
+                and gc.get_referents(*held["holders"]) == held["values"]
+                and self._now([ref() for ref in self._roots]) == held["rest"]
+            )
         except (KeyError, RuntimeError, TypeError, ValueError):  # something is gone, or is a tensor now
             return False
 
-    def _now(self, owns: list[dict[str, Any]]) -> list[Any]:
-        """What is compared by value, but for attributes."""
-        pipe, weights = vars(self._pipe), self._held["weights"]
+    def _now(self, roots: list[Any]) -> list[Any]:
+        """What is not in that list: what changes without a change to the pipeline, or within what is looked at."""
+        pipe, held = vars(self._pipe), self._held
         vae, steps = pipe.get("vae"), getattr(pipe.get("scheduler"), "__dict__", {})
-        processors = list(map(_PROCESSOR, self._attending(owns)))
-        buffers = chain.from_iterable(map(dict.values, map(_BUFFERS, self._filled["_buffers"](owns))))
+        buffers = chain.from_iterable(map(dict.values, held["buffers"]))
         return [
             type(self._pipe), len(pipe), bool(pipe.get("_all_hooks")), *(getattr(vae, name, None) for name in _FLAGS),
             *map(steps.get, _STEPS),
-            *map(_settings, (pipe.get("image_processor"), *self._configs.values())),
-            processors, list(map(_settings, processors)), list(map(_CONFIG, self._configured(owns))),
+            *map(_settings, (pipe.get("image_processor"), *self._configs, *held["processors"])),
             [b is not None and b.numel() for b in buffers],  # moving a module makes others
-            list(map(_DTYPE, weights)),
-            [w.stride() for w in self._wide(weights)],
-            [_mark(name, owns[at].get(name)) for at, name in self._marked],
+            list(map(_DTYPE, held["weights"])),
+            [w.stride() for w in self._wide(held["weights"])],
+            [(type(root), _marked(vars(root))) for root in roots],
             [getattr(cls, name) for cls, name in self._methods],
         ]  # fmt: skip
 
 
 def _those(places: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
-    """What takes the elements at some places of a list, or of a dict."""
+    """What takes the elements at some places of a list."""
     if len(places) > 1:
         return itemgetter(*places)
     return lambda every: [every[at] for at in places]
 
 
-def _copied(values: Sequence[Any]) -> tuple[Any, ...]:
-    """The same values, of which those that can be written into are copies."""
-    return tuple(value.copy() if isinstance(value, list | dict) else value for value in values)
-
-
 def _settings(thing: Any) -> dict[str, Any]:
     """What an object holds, at this moment."""
     return dict(getattr(thing, "__dict__", {}))
+
+
+def _marked(own: dict[str, Any]) -> dict[str, Any]:
+    """What a component holds itself, with what tells its hooks in their place: diffusers puts them there anew after each run."""
+    return own | {name: _mark(name, own[name]) for name in _HOOKS if name in own}
 
 
 def _reference(value: Any) -> Any:
