@@ -99,7 +99,6 @@ def fit_files(
     SdfitError
         If the model or its card cannot be written; see `sdfit.files.write`.
     """
-    from sdfit.fit.few import fit_few
     from sdfit.fit.fit import fit
     from sdfit.fit.priors import prior_of
 
@@ -111,7 +110,12 @@ def fit_files(
     data = pool(files).undisturbed()
     sources = [_source(p, f) for p, f in zip(paths, files, strict=True)]
     known = prior_of(prior, data)
-    artifact = fit(data, name, sources, published) if known is None else fit_few(data, known, name, sources)
+    if known is None:
+        artifact = fit(data, name, sources, published)
+    else:
+        from sdfit.fit.few import fit_few
+
+        artifact = fit_few(data, known, name, sources)
     path = out or Path("models", f"{file_name(artifact.name)}.joblib")
     card = Output(path.parent / f"{path.stem}.md", model_card(artifact).encode(), CARD)
     write(Output(path, artifact.to_bytes(), MODEL), card, inputs=paths)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from sdfit.equation.metrics import (
     DECIDES,
@@ -36,6 +35,7 @@ from sdfit.equation.stages import STAGES, stages_of
 from sdfit.fit.folds import Indices, left_out
 from sdfit.fit.observations import Runs
 from sdfit.fit.scores import ENDS, EVERY_FAMILY, WIDEST, by_family, of_kinds
+from sdfit.fit.solver import least
 from sdfit.fit.stage_model import MANY_ROWS, lengths
 from sdfit.predict.conformal import PACKED_SHARE, scale
 
@@ -350,7 +350,7 @@ def robust_nonnegative(design: Array, target: Array, rounds: int = ROUNDS) -> Ar
     solved: Array = np.zeros(design.shape[1])
     for _ in range(rounds):
         before = solved
-        solved = nnls(columns * weight[:, None], target * weight, maxiter=100 * design.shape[1])[0]
+        solved = least(columns * weight[:, None], target * weight, 100 * design.shape[1])
         error = np.abs(columns @ solved - target)
         weight = 1 / np.sqrt(np.maximum(error, CLOSE))
         if np.abs(columns @ (solved - before)).max(initial=0.0) < CLOSE / 100:

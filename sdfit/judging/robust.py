@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sdfit.fit.folds import fold_of
-from sdfit.fit.stage_model import MANY_ROWS, Equations, nonnegative
+from sdfit.fit.stage_model import MANY_ROWS, Equations, median, nonnegative
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -93,10 +93,10 @@ def trimmed_fit(design: Array, target: Array, *, seed: int = 0) -> Trimmed:
         predicted = design @ coef
         residual = np.abs(target - predicted)
         # the rows that stay: the half that the first coefficients come from fits itself too well to say
-        scale = float(1.4826 * np.median(residual[~far]))
+        scale = 1.4826 * median(residual[~far])
         share = residual / np.maximum(predicted, MATERIAL)
         # misfit grows with the activations: a row is not far for being the one that is mostly activations
-        found = (residual > max(MATERIAL, SCALES * scale)) & (share > SCALES * 1.4826 * np.median(share[~far]))
+        found = (residual > max(MATERIAL, SCALES * scale)) & (share > SCALES * 1.4826 * median(share[~far]))
         if rows - found.sum() < terms + 1:  # nothing would be left to agree
             break
         settled, far = bool((found == far).all()), found
@@ -120,16 +120,27 @@ def _trimmed(design: Array, target: Array, keep: int, rng: np.random.Generator) 
     for _ in range(STARTS):
         chosen = rng.choice(rows, size=min(terms + 1, rows), replace=False)
         starts.append(nonnegative(design[chosen], target[chosen]))
-    first = [_concentrate(design, target, c, keep, STEPS) for c in starts]
+    known: dict[bytes, Array] = {}
+    first = [_concentrate(design, target, c, keep, STEPS, known) for c in starts]
     first.sort(key=lambda c: _loss(design, target, c, keep))
-    last = [_concentrate(design, target, c, keep, 20) for c in first[:FINALISTS]]
+    last = [_concentrate(design, target, c, keep, 20, known) for c in first[:FINALISTS]]
     return min(last, key=lambda c: _loss(design, target, c, keep))
 
 
-def _concentrate(design: Array, target: Array, coef: Array, keep: int, steps: int) -> Array:
+def _concentrate(
+    design: Array, target: Array, coef: Array, keep: int, steps: int, known: dict[bytes, Array] | None = None
+) -> Array:
+    """So many steps, or until one changes nothing; ``known``: the coefficients of sets of rows, for others that come there."""
+    known = {} if known is None else known
     for _ in range(steps):
-        nearest = np.argpartition(np.abs(target - design @ coef), keep - 1)[:keep]
-        coef = nonnegative(design[nearest], target[nearest])
+        before, nearest = coef, np.abs(target - design @ coef).argpartition(keep - 1)[:keep]
+        nearest.sort()
+        rows = nearest.tobytes()
+        if rows not in known:
+            known[rows] = nonnegative(design[nearest], target[nearest])
+        coef = known[rows]
+        if coef is before:
+            break
     return coef
 
 
