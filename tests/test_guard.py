@@ -28,6 +28,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    PNDMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -35,8 +36,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import embeddings
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.autoencoders import autoencoder_kl
+from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution
 from PIL import Image
 from tiny import TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -499,6 +504,124 @@ def test_what_is_set_by_hand_between_two_calls_is_seen(whole: Any, f: Predictor)
     assert guarded.workload(**call) == before
 
 
+def of_a_library(name: str, base: Any, module: str) -> Callable[[Any], Any]:
+    """A change of a pipeline: linear layers of its UNet are of a class by this name, as quantisers make them."""
+    cls = type(name, (base,), {"__module__": module})
+
+    def change(pipe: Any) -> Any:
+        for module in pipe.unet.mid_block.modules():
+            if type(module) is base:
+                module.__class__ = cls
+        return pipe
+
+    return change
+
+
+LAYERS = {
+    "bitsandbytes, 4 bits": of_a_library("Linear4bit", torch.nn.Linear, "bitsandbytes.nn.modules"),
+    "bitsandbytes, 8 bits": of_a_library("Linear8bitLt", torch.nn.Linear, "bitsandbytes.nn.modules"),
+    "torchao": of_a_library("Float8Linear", torch.nn.Linear, "torchao.float8.float8_linear"),
+    "GGUF": of_a_library("GGUFLinear", torch.nn.Linear, "diffusers.quantizers.gguf.utils"),
+    "convolutions": of_a_library("QConv2d", torch.nn.Conv2d, "optimum.quanto.nn.qconv2d"),
+    "parametrized": done(
+        lambda pipe: torch.nn.utils.parametrizations.weight_norm(pipe.unet.mid_block.resnets[0].conv1)
+    ),
+}
+
+
+def test_layers_of_quantisers_are_refused_by_the_names_of_their_classes(pipe: Any, f: Predictor) -> None:
+    """After the pipeline was read, too; the rest of it is as it was."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    before = pipe.unet.mid_block
+    for kind, change in LAYERS.items():
+        guarded.workload(image=PICTURE, prompt="a")
+        pipe.unet.mid_block = copy.deepcopy(before)
+        change(pipe)
+        with pytest.raises(NotCovered, match=r"modules in the unet that are not diffusers' own \(\w+") as caught:
+            guarded.workload(image=PICTURE, prompt="a")
+        assert ("quantised weights" in str(caught.value)) == (kind not in ("GGUF", "parametrized"))
+        pipe.unet.mid_block = before
+
+
+class Copies:
+    """What may stand in the place of a function, or of a class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args
+
+
+@torch.no_grad()
+def without_gradients(*args: Any, **kwargs: Any) -> Any:
+    """A function of one's own, in a wrapper of PyTorch's."""
+    return args
+
+
+STEPS = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img"
+CODE: list[tuple[Any, str, Any, str]] = [
+    # where                          name                          other code                    is refused as a replaced
+    (StableDiffusionImg2ImgPipeline, "prepare_latents",            without_gradients,            r"\w+\.prepare_latents"),
+    (StableDiffusionImg2ImgPipeline, "do_classifier_free_guidance", property(lambda self: True), r"\w+\.do_classifier_free_guidance"),
+    (PNDMScheduler,                  "step_plms",                  without_gradients,            r"PNDMScheduler\.step_plms"),
+    (VaeImageProcessor,              "numpy_to_pt",                staticmethod(Copies()),       r"VaeImageProcessor\.numpy_to_pt"),
+    (AutoencoderKL,                  "tiled_decode",               functools.partialmethod(Copies()), r"AutoencoderKL\.tiled_decode"),
+    (DiagonalGaussianDistribution,   "sample",                     without_gradients,            r"DiagonalGaussianDistribution\.sample"),
+    (Decoder,                        "forward",                    torch.compile(Decoder.forward), r"Decoder\.forward"),
+    (sys.modules[STEPS],             "retrieve_timesteps",         lambda *args: args,           rf"{STEPS}\.retrieve_timesteps"),
+    (sys.modules[STEPS],             "randn_tensor",               Copies(),                     rf"{STEPS}\.randn_tensor"),
+    (autoencoder_kl,                 "DiagonalGaussianDistribution", Copies,                     r"[\w.]+\.DiagonalGaussianDistribution"),
+    (embeddings,                     "get_timestep_embedding",     functools.partial(without_gradients), r"[\w.]+\.get_timestep_embedding"),
+]  # fmt: skip
+
+
+def test_other_code_in_a_library_is_seen(whole: Any, f: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a class, whatever kind of method; in the module that calls it; in wrappers; put there between two calls."""
+    guarded = sdfit.guard(whole, f, memory="80 GiB")
+    call: dict[str, Any] = {"image": PICTURE, "prompt": "a"}
+    before = guarded.workload(**call)
+    for where, name, code, words in CODE:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, code)
+            with pytest.raises(NotCovered, match=f"a replaced {words}"):
+                guarded.workload(**call)
+    assert guarded.workload(**call) == before
+
+
+def test_what_stands_beside_the_components_is_looked_at(pipe: Any, f: Predictor) -> None:
+    """The tokenizer, which says how long prompts are, and what makes the safety checker's pictures; between two calls."""
+    guarded = sdfit.guard(pipe, f, memory="80 GiB")
+    call: dict[str, Any] = {"image": PICTURE, "prompt": "a"}
+    pipe.tokenizer, pipe.feature_extractor = copy.copy(pipe.tokenizer), copy.copy(pipe.feature_extractor)
+    changes: list[tuple[Any, str, Any, str]] = [
+        (pipe.tokenizer, "model_max_length", 40, "a tokenizer that pads and cuts to 40 tokens, not 77"),
+        (pipe.tokenizer, "model_max_length", int(1e30), r"a tokenizer that pads and cuts to 1e\+30 tokens"),
+        (pipe, "tokenizer", Copies(), r"a tokenizer of class test_guard\.Copies"),
+        (pipe, "feature_extractor", Copies(), r"a feature_extractor of class test_guard\.Copies"),
+        (pipe.feature_extractor, "device", "cuda", "a feature_extractor that works on 'cuda'"),
+        (pipe.scheduler, "step_plms", print, r"a replaced PNDMScheduler\.step_plms"),
+        (pipe.text_encoder.config, "use_attention_mask", True, "a text_encoder with use_attention_mask=True"),
+    ]
+    before = guarded.workload(**call)
+    for thing, name, value, words in changes:
+        was = vars(thing).get(name, ...)
+        setattr(thing, name, value)
+        with pytest.raises(NotCovered, match=words):
+            guarded.workload(**call)
+        delattr(thing, name) if was is ... else setattr(thing, name, was)
+    assert guarded.workload(**call) == before
+
+
+def test_a_run_changes_nothing_that_is_looked_at(f: Predictor) -> None:
+    """The reading of the second run is that of the first: a call stays cheap, with the library's own warnings and registers."""
+    tiny = build_pipeline(dtype="float32", settings=TINY)
+    reader = Reader(tiny)
+    seen = []
+    for _ in range(3):
+        reader.read()
+        seen.append(reader._seen)
+        tiny(image=picture(64, 64), prompt="a", num_inference_steps=2, strength=1.0)
+    assert seen[1] is seen[2]
+
+
 def test_an_eager_safety_checker_is_known_but_for_small_pictures(pipe: Any, f: Predictor) -> None:
     """As transformers before 5 loads it: its scores count where nothing else sets the peak."""
     pipe.safety_checker.vision_model.set_attn_implementation("eager")
@@ -660,6 +783,12 @@ PROCESS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "deterministic": (lambda p: p.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True), "determin"),
     "blocks not cut": (allocator("max_split_size_mb:128"), r"allocator set otherwise \(max_split_size_mb:128\)"),
     "another allocator": (allocator("backend:cudaMallocAsync"), "backend:cudaMallocAsync"),
+    "segments of another size": (allocator("large_segment_size_mb:64"), "large_segment_size_mb:64"),
+    "an allocator of one's own": (
+        lambda p: p.setattr(torch._C, "_cuda_getAllocatorBackend", lambda: "pluggable", raising=False),
+        r"another allocator \(pluggable\) than PyTorch's own",
+    ),
+    "AMD": (lambda p: p.setattr(torch.version, "hip", "6.2"), r"a card of AMD's \(ROCm\)"),
     "rounded": (allocator("a:1, roundup_power2_divisions:[256:1,>:4]"), "roundup_power2_divisions"),
     "cuBLAS": (lambda p: p.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), "CUBLAS_WORKSPACE_CONFIG is set"),
     "another library": (lambda p: p.setenv("TORCH_BLAS_PREFER_CUBLASLT", "1"), "products by cuBLASLt"),
@@ -1157,6 +1286,19 @@ def test_guards_pickle_and_copy(whole: Any, f: Predictor) -> None:
     for again in (shallow, deep, stored):
         assert (again.on_exceed, again.memory, again.allow) == ("skip", "80 GiB", ("vae_tiling",))
         assert again.predict(**BIG).upper == before
+
+
+def test_code_that_a_run_calls_back_is_told_of(whole: Any, f: Predictor) -> None:
+    """What it takes cannot be known; diffusers' own callbacks take nothing."""
+    guarded = sdfit.guard(whole, f, memory="80 GiB")
+    call: dict[str, Any] = {"image": PICTURE, "prompt": "a"}
+    with pytest.warns(ExceedsWarning, match="what callback_on_step_end itself takes is not in the number"):
+        guarded.predict(**call, callback_on_step_end=lambda *args: {})
+    with pytest.warns(ExceedsWarning, match="what callback itself takes"):
+        guarded.predict(**call, callback=print)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guarded.predict(**call, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.4))
 
 
 def test_a_picture_that_is_taken_for_latents_is_told_of(pipe: Any, f: Predictor) -> None:

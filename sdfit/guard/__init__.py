@@ -73,8 +73,8 @@ def guard(
     -----
     Acts on the bound, so a run that may fit counts as one that does not. Guards of one process promise memory to one
     another's runs (`Guard.reserve`); other processes, and code of this one that no guard sees, only count once they hold it.
-    What was changed on a pipeline since its last run shows, but for what `sdfit.guard.reader` names: other code in a function
-    of a library that is no module's ``forward``, ``encode`` or ``decode``.
+    What was changed on a pipeline since its last run shows, but for what `sdfit.guard.reader` names: other code in modules of a
+    library in which no part of the pipeline is written.
     A run that was adapted runs alone: it waits for the pipeline's other guarded runs, and they wait for it.
     """
     for name, value, known in (("on_exceed", on_exceed, ON_EXCEED), ("on_unknown", on_unknown, ON_UNKNOWN)):

@@ -1,9 +1,10 @@
 """A pipeline read once, and again when it has changed: what makes a guarded call cheap.
 
-Each call looks at what a reading depends on, in about half a millisecond: of 1,400 modules the class, how many attributes there are,
-every plain one that may matter (`sdfit.predict.built`), the hooks and methods that were put there, the modules and weights in them,
-dtypes and layouts; and the pipeline's own settings, its processors and configurations. Not seen between two calls, but by the next
-guard: other code in a function of a library that is no module's ``forward``, ``encode`` or ``decode``, and another ``__dict__``.
+Each call looks at what a reading depends on, in about half a millisecond: of 1,400 modules the class and all that they hold
+(attributes, hooks, methods that were put there, modules, weights), dtypes and layouts; the pipeline's own settings, its
+processors, tokenizer and configurations; the code of the classes and functions that a run calls (`sdfit.predict.code`). Not seen:
+other code in a function that those call of modules in which no part of the pipeline is written (``torch.nn.functional`` is asked
+for by `sdfit.predict.process`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from sdfit.predict import process
-from sdfit.predict.parts import home
-from sdfit.predict.pipelines import TILES, Reading, components, read
+from sdfit.predict.code import home, namespaces, replaced
+from sdfit.predict.pipelines import Reading, coded, components, read
 
 _HOOKS = ("_hf_hook", "_diffusers_hook", "forward", "_old_forward")
 """What is found on a module, of what was put there."""
 _TABLES = ("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks")
 """What PyTorch keeps of a module's own beside its buffers; most are empty."""
-_FLAGS = ("use_slicing", "use_tiling", *TILES)
-_STEPS = ("step", "scale_model_input", "add_noise", "set_timesteps")
-"""Methods of a scheduler that may be replaced on it."""
-_METHODS = ("forward", "encode", "decode", "_encode", "_decode", "tiled_encode", "tiled_decode")
+_BESIDE = ("image_processor", "tokenizer", "feature_extractor")
+"""What of a pipeline has no weights and no state of a run; a scheduler has one, of which its methods count."""
 _DTYPE = attrgetter("dtype")
 
 
@@ -80,22 +79,21 @@ class _Seen:
         roots = list(components(pipe).values())
         self._held, self._roots = held, [weakref.ref(root, gone) for root in roots]
         within = [m for root in roots for m in root.modules() if m is not root]
-        modules, owns = [*roots, *within], [*map(vars, roots), *map(vars, within)]
+        owns = [*map(vars, roots), *map(vars, within)]
         tables = [own[name] for own in owns for name in _TABLES]
         tables += [value for own in owns for value in own.values() if isinstance(value, list)]
         tables += [registry.hooks for own in owns if (registry := own.get("_diffusers_hook")) is not None]
         buffers = [own["_buffers"] for own in owns]
         held["empty"] = [table for table in (*tables, *buffers) if not table]
-        held["holders"] = [*within, *owns[len(roots) :], *filter(None, tables)]
+        held["holders"] = [*within, *owns[len(roots) :], *filter(None, tables), *namespaces(coded(pipe))]
         held["values"] = values = gc.get_referents(*held["holders"])
         self._whole = len(values) >= sum(map(len, owns[len(roots) :]))
-        weights = chain.from_iterable(own["_parameters"].values() for own in owns)
-        held["weights"] = weights = [weight for weight in weights if weight is not None]
+        weights = [weight for own in owns for weight in own["_parameters"].values() if weight is not None]
+        held["weights"] = weights
         held["buffers"] = list(filter(None, buffers))
         held["processors"] = [own["processor"] for own in owns if "processor" in own]
         self._wide = _those([at for at, w in enumerate(weights) if w.ndim == 4 and w.shape[-1] > 1])
         self._configs = list({id(c): c for own in owns if hasattr(c := own.get("config"), "__dict__")}.values())
-        self._methods = [(cls, name) for cls in dict.fromkeys(map(type, modules)) for name in _METHODS if hasattr(cls, name)]
         held["rest"] = self._now(roots)
 
     def still(self) -> bool:
@@ -115,17 +113,16 @@ class _Seen:
     def _now(self, roots: list[Any]) -> list[Any]:
         """What is not in that list: what changes without a change to the pipeline, or within what is looked at."""
         pipe, held = vars(self._pipe), self._held
-        vae, steps = pipe.get("vae"), getattr(pipe.get("scheduler"), "__dict__", {})
+        scheduler = pipe.get("scheduler")
         buffers = chain.from_iterable(map(dict.values, held["buffers"]))
         return [
-            type(self._pipe), len(pipe), bool(pipe.get("_all_hooks")), *(getattr(vae, name, None) for name in _FLAGS),
-            *map(steps.get, _STEPS),
-            *map(_settings, (pipe.get("image_processor"), *self._configs, *held["processors"])),
+            type(self._pipe), len(pipe), bool(pipe.get("_all_hooks")),
+            type(scheduler), [vars(scheduler)[name] for name in replaced(scheduler)],
+            *map(_settings, (*map(pipe.get, _BESIDE), *self._configs, *held["processors"])),
             [b is not None and b.numel() for b in buffers],  # moving a module makes others
             list(map(_DTYPE, held["weights"])),
             [w.stride() for w in self._wide(held["weights"])],
             [(type(root), _marked(vars(root))) for root in roots],
-            [getattr(cls, name) for cls, name in self._methods],
         ]  # fmt: skip
 
 

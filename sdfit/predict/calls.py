@@ -77,7 +77,14 @@ def workload_of(reading: Reading, call: Mapping[str, Any]) -> tuple[Workload, tu
         raise InvalidWorkload(f"{error}; {image.remark}", **error.facts) from None
     if reading.eager_checker and workload.effective_height * workload.effective_width < CHECKER_PIXELS:
         unknown.append("eager attention in the safety checker, which sets the peak of pictures this small")
-    return workload, tuple(unknown), image.remark
+    return workload, tuple(unknown), "; ".join(filter(None, (image.remark, _calls_back(call))))
+
+
+def _calls_back(call: Mapping[str, Any]) -> str:
+    """What is to be said of code that a run calls after each step, but for diffusers' own, which only takes guidance away."""
+    given = [name for name in ("callback_on_step_end", "callback") if call.get(name) is not None]
+    theirs = [name for name in given if not type(call[name]).__module__.startswith("diffusers.callbacks")]
+    return f"what {theirs[0]} itself takes is not in the number" if theirs else ""
 
 
 def _unknown(call: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sdfit.equation.weights import PARAMETERS
 from sdfit.predict.built import QUANTO, altered, in_int8
+from sdfit.predict.code import LIBRARIES, foreign, replaced
 from sdfit.workload import NOT_QUANTISED
 
 CLASSES = {
@@ -36,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "AutoencoderTiny": {},
     "CLIPTextModel": _CLIP | {
+        "use_attention_mask": False,
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "max_position_embeddings": 77,
     },
@@ -53,20 +55,8 @@ FREE = (
     "force_upcast", "flip_sin_to_cos", "freq_shift", "norm_eps",
 )  # fmt: skip
 """Settings that change values and not amounts. The VAE's sample size sets its tiles, which are compared by themselves."""
-LIBRARIES = (
-    "torch.nn.modules.",
-    "diffusers.image_processor",
-    "diffusers.models.",
-    "diffusers.pipelines.",
-    "diffusers.schedulers.",
-    "transformers.",
-)
-"""Where the modules of an unchanged pipeline come from."""
 QUANTISERS = (QUANTO, "bitsandbytes.", "torchao.")
 """Libraries whose modules hold weights of fewer bits."""
-_CODE = ("torch.", "diffusers.", "transformers.")
-_HOOKS = ("accelerate.hooks", "diffusers.hooks.")
-"""Whose replaced ``forward`` is a hook, which is looked at by itself."""
 MOST_BUFFERS = 4096
 """Elements of buffers that a component may have: CLIP's position numbers."""
 
@@ -166,39 +156,6 @@ def _done_to(modules: list[Any]) -> Iterator[str]:
         yield from (f"a replaced {type(module).__name__}.{name}" for name in replaced(module))
     for cls in dict.fromkeys(map(type, modules)):
         yield from (f"a replaced {cls.__name__}.{name}" for name in foreign(cls))
-
-
-def replaced(thing: Any, passed: tuple[str, ...] = ()) -> list[str]:
-    """Methods of an object that were replaced on it, but for hooks, which still call the class's own."""
-    own, cls = vars(thing), type(thing)
-    names = [name for name in own if name not in passed and callable(getattr(cls, name, None))]
-    return [name for name in names if not (name == "forward" and _is_hook(own, cls))]
-
-
-def _is_hook(own: dict[str, Any], cls: type) -> bool:
-    """Whether a ``forward`` was put there by accelerate's or diffusers' hooks, or back by them, around the class's own."""
-    forward = own["forward"]
-    if getattr(forward, "__func__", None) is cls.forward:  # type: ignore[attr-defined]
-        return True
-    before = own.get("_old_forward", forward)
-    return home(forward).startswith(_HOOKS) and (before is forward or getattr(before, "__func__", None) is cls.forward)  # type: ignore[attr-defined]
-
-
-def home(function: Any) -> str:
-    """The module in which a function's code was written, whatever it says of itself; '' if it has none."""
-    function = getattr(function, "func", function)  # of a functools.partial
-    function = getattr(function, "__func__", function)
-    return str(getattr(function, "__globals__", {}).get("__name__", ""))
-
-
-def foreign(cls: type) -> list[str]:
-    """Methods that were replaced on a class of diffusers, transformers or torch by code from elsewhere."""
-    found = []
-    for base in cls.__mro__:
-        if base.__module__.startswith(LIBRARIES):
-            functions = ((name, value) for name, value in vars(base).items() if inspect.isfunction(value))
-            found += [name for name, value in functions if not home(value).startswith(_CODE)]
-    return found
 
 
 def is_channels_last(tensor: Any) -> bool:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdfit.predict.built import is_eager
-from sdfit.predict.parts import CLASSES, foreign, home, is_int8, replaced, unlike
-from sdfit.workload import DTYPE_BYTES, NOT_QUANTISED, QUANTISED, SLICES, VARIANT_FIELDS
+from sdfit.predict.code import foreign, home, modules_of, rebound, replaced
+from sdfit.predict.parts import CLASSES, is_int8, unlike
+from sdfit.workload import CHUNK_TOKENS, DTYPE_BYTES, NOT_QUANTISED, QUANTISED, SLICES, VARIANT_FIELDS
 
 PIPELINE = "StableDiffusionImg2ImgPipeline"
 ATTENTION = {
@@ -73,6 +74,14 @@ def components(pipe: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if hasattr(part, "parameters") and hasattr(part, "modules")}
 
 
+def coded(pipe: Any) -> list[Any]:
+    """What of a pipeline holds code that a run calls: itself, its components, their modules and attention processors."""
+    modules = [module for part in components(pipe).values() for module in part.modules()]
+    processors = [own["processor"] for module in modules if "processor" in (own := vars(module))]
+    beside = (getattr(pipe, name, None) for name in ("scheduler", "image_processor", "tokenizer", "feature_extractor"))
+    return [pipe, *(thing for thing in beside if thing is not None), *modules, *processors]
+
+
 def read(pipe: Any) -> Reading:
     """Look at a pipeline; see `Reading`.
 
@@ -101,12 +110,14 @@ def read(pipe: Any) -> Reading:
     for part, module in parts.items():
         if part in CLASSES:
             unknown += unlike(part, module)
-    unknown += _scheduler(getattr(pipe, "scheduler", None))
+    unknown += _scheduler(getattr(pipe, "scheduler", None)) + _beside(pipe, "safety_checker" in parts)
     dtype, mixed = _dtype(parts)
     attention, odd = _attention(parts)
     offload, hooks = _offload(pipe, parts)
     to_rgb, processing = _image_processor(pipe)
     unknown += processing
+    names = (name for name in rebound(modules_of(coded(pipe))) if name.rpartition(".")[2] not in WITHOUT_MEMORY)
+    unknown += [f"a replaced {name}" for name in names if not any(k.startswith(f"a replaced {name}") for k in unknown)]
     vae = parts.get("vae")
     tiling = bool(getattr(vae, "use_tiling", False))
     tiny = type(vae).__name__ == "AutoencoderTiny"
@@ -135,6 +146,24 @@ def _scheduler(scheduler: Any) -> list[str]:
         return [f"a scheduler of class {cls.__module__}.{cls.__name__}"]
     methods = [*replaced(scheduler), *foreign(cls)]
     return [f"a replaced {cls.__name__}.{name}" for name in methods]
+
+
+def _beside(pipe: Any, checked: bool) -> list[str]:
+    """What of its tokenizer, and of what makes the safety checker's pictures, is not as transformers has it."""
+    found = []
+    for name in ("tokenizer", *["feature_extractor"] * checked):
+        thing = getattr(pipe, name, None)  # without a tokenizer embeddings are given, or diffusers fails
+        cls = type(thing)
+        if thing is not None and not cls.__module__.startswith("transformers."):
+            found.append(f"a {name} of class {cls.__module__}.{cls.__name__}")
+        found += [f"a replaced {cls.__name__}.{method}" for method in replaced(thing)]
+    longest = getattr(getattr(pipe, "tokenizer", None), "model_max_length", CHUNK_TOKENS)
+    if longest != CHUNK_TOKENS:
+        found.append(f"a tokenizer that pads and cuts to {longest:.5g} tokens, not {CHUNK_TOKENS}")
+    device = getattr(getattr(pipe, "feature_extractor", None), "device", None)
+    if checked and str(device or "cpu") != "cpu":
+        found.append(f"a feature_extractor that works on '{device}'")
+    return found
 
 
 def _image_processor(pipe: Any) -> tuple[bool, list[str]]:

@@ -7,11 +7,12 @@ not imported: where it is not loaded there is no pipeline either.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from types import BuiltinFunctionType
 from typing import Any
 
-from sdfit.predict.parts import home
+from sdfit.predict.code import home
 
 MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
 """PyTorch's numbers of the attention kernels (`torch.nn.attention.SDPBackend`)."""
@@ -36,8 +37,11 @@ FUNCTIONS = (
     "scaled_dot_product_attention", "conv2d", "linear", "group_norm", "layer_norm", "silu", "gelu", "softmax", "interpolate", "pad",
 )  # fmt: skip
 """What the modules call of `torch.nn.functional`; other attention kernels are often put there (SageAttention)."""
-ALLOCATOR = ("backend", "max_split_size_mb", "roundup_power2_divisions", "max_non_split_rounding_mb")
-"""Settings of PyTorch's allocator under which blocks are cut otherwise than the models assume."""
+HARMLESS = (
+    "expandable_segments", "garbage_collection_threshold", "pinned_", "release_lock_on_cudamalloc", "throw_on_cudamalloc_oom",
+    "graph_capture_record_stream_reuse", "per_process_memory_fraction",
+)  # fmt: skip
+"""How settings of PyTorch's allocator begin under which it cuts blocks as the models assume; `remark` speaks of the first."""
 
 
 def fused(vae: str) -> tuple[str, str]:
@@ -119,7 +123,14 @@ def unknown(dtype: str) -> list[str]:
     if torch.nn.modules.module._has_any_global_hook():
         found.append("hooks on all modules (register_module_forward_hook)")
     settings = allocator()
-    found += [f"an allocator set otherwise ({name}:{settings[name]})" for name in ALLOCATOR if _matters(name, settings)]
+    found += [
+        f"an allocator set otherwise ({name}:{value})" for name, value in settings.items() if _matters(name, value)
+    ]
+    backend = getattr(torch._C, "_cuda_getAllocatorBackend", lambda: "native")()
+    if backend != "native" and backend != settings.get("backend"):
+        found.append(f"another allocator ({backend}) than PyTorch's own")
+    if torch.version.hip:
+        found.append("a card of AMD's (ROCm), whose kernels' workspaces are not known")
     return found
 
 
@@ -138,12 +149,12 @@ def allocator() -> dict[str, str]:
     torch = sys.modules.get("torch")
     ask: Any = getattr(torch and torch._C, "_accelerator_getAllocatorSettings", None)
     text = ask() if ask else os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    pairs = (pair.partition(":") for pair in text.split(",")) if text else ()
+    pairs = (pair.partition(":") for pair in re.split(r",(?![^\[]*\])", text)) if text else ()
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _matters(name: str, settings: dict[str, str]) -> bool:
-    return name in settings and (name, settings[name]) != ("backend", "native")
+def _matters(name: str, value: str) -> bool:
+    return bool(name) and not name.startswith(HARMLESS) and (name, value) != ("backend", "native")
 
 
 def _tf32(library: Any) -> bool | None:
