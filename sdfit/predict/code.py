@@ -23,8 +23,9 @@ LIBRARIES = (
 """Where the modules of an unchanged pipeline come from."""
 _CODE = ("torch.", "diffusers.", "transformers.")
 _SUPPORT = sys.stdlib_module_names | {
-    "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "numpy", "packaging", "peft", "PIL", "safetensors",
-    "tokenizers", "tqdm", "typing_extensions",
+    "torch", "diffusers", "transformers", "accelerate", "flash_attn", "ftfy", "huggingface_hub", "numpy", "packaging", "peft",
+    "PIL", "regex", "safetensors", "scipy", "tokenizers", "torch_npu", "torch_xla", "torchsde", "torchvision", "tqdm",
+    "typing_extensions", "xformers",
 }  # fmt: skip
 """Packages whose functions and classes the libraries' modules take in for themselves."""
 _HOOKS = ("accelerate.hooks", "diffusers.hooks.")
@@ -73,7 +74,7 @@ def namespaces(things: Iterable[Any]) -> list[dict[str, Any]]:
     things = list(things)
     spaces = [vars(sys.modules[name]) for name in modules_of(things)]
     classes = [
-        value for space in spaces for value in space.values()
+        value for space in spaces for value in list(space.values())
         if isinstance(value, type) and value.__module__ == space["__name__"]
     ]  # fmt: skip
     classes += [base for cls in dict.fromkeys(map(type, things)) for base in cls.__mro__ if base is not object]
