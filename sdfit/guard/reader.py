@@ -84,8 +84,8 @@ class _Seen:
         tables += [value for own in owns for value in own.values() if isinstance(value, list)]
         tables += [registry.hooks for own in owns if (registry := own.get("_diffusers_hook")) is not None]
         buffers = [own["_buffers"] for own in owns]
-        held["empty"] = [table for table in (*tables, *buffers) if not table]
-        held["holders"] = [*within, *owns[len(roots) :], *filter(None, tables), *namespaces(coded(pipe))]
+        tables += [own for own in buffers if not own]  # moving a module makes others, but none where there were none
+        held["holders"] = [*within, *owns[len(roots) :], *tables, *namespaces(coded(pipe))]
         held["values"] = values = gc.get_referents(*held["holders"])
         self._whole = len(values) >= sum(map(len, owns[len(roots) :]))
         weights = [weight for own in owns for weight in own["_parameters"].values() if weight is not None]
@@ -103,7 +103,6 @@ class _Seen:
             return (
                 self._whole
                 and all(ref() is pipe.get(name) for name, ref in self._parts.items())
-                and not any(held["empty"])
                 and gc.get_referents(*held["holders"]) == held["values"]
                 and self._now([ref() for ref in self._roots]) == held["rest"]
             )
@@ -119,7 +118,7 @@ class _Seen:
             type(self._pipe), len(pipe), bool(pipe.get("_all_hooks")),
             type(scheduler), [vars(scheduler)[name] for name in replaced(scheduler)],
             *map(_settings, (*map(pipe.get, _BESIDE), *self._configs, *held["processors"])),
-            [b is not None and b.numel() for b in buffers],  # moving a module makes others
+            [b is not None and b.numel() for b in buffers],
             list(map(_DTYPE, held["weights"])),
             [w.stride() for w in self._wide(held["weights"])],
             [(type(root), _marked(vars(root))) for root in roots],
