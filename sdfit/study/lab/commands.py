@@ -207,17 +207,25 @@ def engines(take: int, part: tuple[str, ...]) -> None:
     "--memory", default="14GiB", show_default=True, help="Of every card: larger workloads are not asked about."
 )
 @click.option("--cache", type=click.Path(path_type=Path), default=None, help="A file to keep the traces in.")
+@click.option(
+    "--card",
+    "cards",
+    multiple=True,
+    help="One of them, as 'larger plan', sm61 or 'drawn 205'; again for more. Left out: all.",
+)
 @click.option("--brief", is_flag=True, help="Sixteen planned runs alone, and the whole grid.")
 @click.option("--figure", type=click.Path(path_type=Path), default=None, help="Draw the errors (.png).")
 @click.option("--json", "as_json", is_flag=True, help="Plain values, errors as fractions.")
-def few(memory: str, cache: Path | None, brief: bool, figure: Path | None, as_json: bool) -> None:
+def few(
+    memory: str, cache: Path | None, cards: tuple[str, ...], brief: bool, figure: Path | None, as_json: bool
+) -> None:
     """Hold few runs against made-up and traced cards, beside random runs and the whole grid; takes minutes."""
     from sdfit.study.lab import few as module
 
     if brief and figure is not None:
         raise click.UsageError("--figure is of runs of all numbers: leave --brief out")
     counts, draws = ((module.WANTED,), 0) if brief else (module.COUNTS, module.DRAWS)
-    lines = module.study(parse_bytes(memory), cache, lambda name: click.echo(name, err=True), counts, draws)
+    lines = module.study(parse_bytes(memory), cache, lambda name: click.echo(name, err=True), counts, draws, cards)
     click.echo(json.dumps(module.to_dict(lines), indent=2) if as_json else module.table(lines))
     if figure is not None:
         click.echo(f"wrote {module.draw(lines, figure)}", err=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sdfit.equation.sizes import Array
+from sdfit.errors import UnknownModel, listed
 from sdfit.files import shipped
 from sdfit.fit.correction import Posterior, Prior, Rows, correct
 from sdfit.fit.few import fit_few, with_kernels
@@ -42,10 +43,11 @@ TRACED = {"sm61": "sm75", "sm70": "sm75", "sm75": "sm70", "sm90": "sm75"}
 """Traced cards, and the prior that each is corrected from: a model of other kernels."""
 PRIOR = "sm75"
 """Of the made-up cards."""
-DRAWN = (*range(100, 106), *range(200, 212))
-"""Seeds of cards drawn at random; those from 200 on were looked at only when all was done."""
-STRANGE = range(10, 14)
-"""Seeds of cards that no table says; of these too."""
+DRAWN = tuple(f"drawn {seed}" for seed in (*range(100, 106), *range(200, 212)))
+"""Cards drawn at random, by their seeds."""
+STRANGE = tuple(f"strange {seed}" for seed in range(10, 14))
+"""Cards that no table says, by theirs."""
+_AT_RANDOM = {"drawn": drawn, "strange": strange}
 HEADROOM = 0.97
 """A card holds runs whose peak is at most this share of its memory."""
 
@@ -143,8 +145,9 @@ def study(
     report: Callable[[str], None] = lambda words: None,
     counts: Sequence[int] = COUNTS,
     draws: int = DRAWS,
+    names: Sequence[str] = (),
 ) -> list[Line]:
-    """Hold few runs against every card.
+    """Hold few runs against every card, or some.
 
     Parameters
     ----------
@@ -158,12 +161,17 @@ def study(
         Numbers of runs, `WANTED` among them.
     draws : int
         Random choices of each; 0: none.
+    names : sequence of str
+        The cards, as `card_of` knows them; none: all.
+
+    Raises
+    ------
+    UnknownModel
+        If there is no such card.
     """
+    cards = [card_of(name) for name in names or (*MADE_UP, *TRACED, *DRAWN, *STRANGE)]
     seen = skeletons(grid.load("default").for_the_trace().workloads, cache)
     unseen = skeletons(grid.load("holdout").for_the_trace().workloads, cache)
-    cards = [(card, PRIOR) for card in MADE_UP.values()]
-    cards += [(MadeUp(name, "traced", ARCHITECTURES[name]), prior) for name, prior in TRACED.items()]
-    cards += [(drawn(seed), PRIOR) for seed in DRAWN] + [(strange(seed), PRIOR) for seed in STRANGE]
     priors: dict[str, tuple[Prior, Few]] = {}
     lines = []
     for card, name in cards:
@@ -173,6 +181,26 @@ def study(
             priors[name] = prior, Few(prior, [s.workload for s in seen], max(counts), memory_bytes)
         lines.append(_line(card, *priors[name], seen, unseen, memory_bytes, counts, draws))
     return lines
+
+
+def card_of(name: str) -> tuple[MadeUp, str]:
+    """A card and the prior that it is corrected from: made up, traced, or ``drawn`` and ``strange`` with any seed.
+
+    Raises
+    ------
+    UnknownModel
+        If there is no such card.
+    """
+    if name in TRACED:
+        return MadeUp(name, "traced", ARCHITECTURES[name]), TRACED[name]
+    kind, _, seed = name.partition(" ")
+    if kind in _AT_RANDOM and seed.isdecimal():
+        return _AT_RANDOM[kind](int(seed)), PRIOR
+    if name not in MADE_UP:
+        raise UnknownModel(
+            f"no card '{name}' is made up; there are: {listed([*MADE_UP, *TRACED])}, 'drawn 100', 'strange 10' and the like"
+        )
+    return MADE_UP[name], PRIOR
 
 
 def _line(
@@ -279,16 +307,19 @@ def draw(lines: Sequence[Line], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = 4
+    columns = min(4, len(lines))
     rows = -(-len(lines) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(12, 2.6 * rows), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns, 2.6 * rows), sharex=True, sharey=True, squeeze=False
+    )
     for axis, line in zip(axes.flat, lines, strict=False):
-        axis.plot(COUNTS, [100 * line.at_random[c] for c in COUNTS], "o:", color="0.55", label="at random")
-        axis.plot(COUNTS, [100 * line.planned[c] for c in COUNTS], "o-", color="C0", label="planned")
+        counts = list(line.planned)
+        axis.plot(counts, [100 * line.at_random[c] for c in counts], "o:", color="0.55", label="at random")
+        axis.plot(counts, [100 * line.planned[c] for c in counts], "o-", color="C0", label="planned")
         axis.axhline(100 * line.full, color="C1", label=f"full grid ({line.workloads} runs)")
         axis.axhline(100 * max(TIMES * line.full, LEAST), color="C1", linestyle="--", label="what 16 runs are to reach")
         axis.set_yscale("log")
-        axis.set_xticks(COUNTS)
+        axis.set_xticks(counts)
         axis.set_title(f"{line.card}, from {line.prior}", fontsize=10)
     for axis in axes.flat[len(lines) :]:
         axis.axis("off")
@@ -298,7 +329,7 @@ def draw(lines: Sequence[Line], path: Path) -> Path:
         axis.set_ylabel("worst error [%]")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     labels[2] = "full grid"
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncols=min(4, columns), frameon=False)
     figure.suptitle("Few runs correct a prior: worst error of allocated memory on unseen workloads (simulated)")
     figure.tight_layout(rect=(0, 0.05, 1, 0.98))
     figure.savefig(path, dpi=110)

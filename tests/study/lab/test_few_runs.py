@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 from sdfit.backends.trace.tracer import Tracer
+from sdfit.errors import UnknownModel
 from sdfit.predict.simulation.workspaces import ARCHITECTURES, Workspaces
 from sdfit.study.lab import few
 from sdfit.study.lab.cards import MADE_UP, MadeUp, drawn, skeleton, skeletons, strange
@@ -84,6 +85,16 @@ def test_what_sixteen_runs_are_to_reach() -> None:
     assert few.to_dict([line()])[0]["reached"] is True
     brief = few.table([line(planned={few.WANTED: 0.004}, at_random={}, at_random_grid=None)])
     assert "16 runs" in brief and "at random" not in brief and "8 runs" not in brief
+
+
+def test_cards_are_asked_for_by_name() -> None:
+    """Made up, traced and drawn ones, each with its prior; another is refused in a sentence that says which there are."""
+    assert few.card_of("none") == (MADE_UP["none"], few.PRIOR)
+    assert few.card_of("sm75")[1] == "sm70"
+    assert [few.card_of(name)[0].name for name in ("drawn 7", "strange 3")] == ["drawn 7", "strange 3"]
+    for name in ("drawn", "drawn x", "sm99"):
+        with pytest.raises(UnknownModel, match=r"larger plan.*drawn 100"):
+            few.card_of(name)
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
