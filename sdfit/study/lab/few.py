@@ -307,7 +307,7 @@ def draw(lines: Sequence[Line], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = min(4, len(lines))
+    columns = min(len(lines), 3 if len(lines) < 7 else 4)
     rows = -(-len(lines) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3 * columns, 2.6 * rows), sharex=True, sharey=True, squeeze=False
@@ -329,7 +329,7 @@ def draw(lines: Sequence[Line], path: Path) -> Path:
         axis.set_ylabel("worst error [%]")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     labels[2] = "full grid"
-    figure.legend(handles, labels, loc="lower center", ncols=min(4, columns), frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncols=4 if columns > 2 else 2, frameon=False)
     figure.suptitle("Few runs correct a prior: worst error of allocated memory on unseen workloads (simulated)")
     figure.tight_layout(rect=(0, 0.05, 1, 0.98))
     figure.savefig(path, dpi=110)
