@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -35,10 +35,11 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"attention": "eager"},
     {"attention": "sliced"},
+    {"vae_tiling": True},
     {"offload": "model"},
     {"dtype": "float32"},
 )
-"""Of runs that are simulated; hundreds of tiles take long, so VAE tiling is judged on records."""
+"""Of runs that are simulated."""
 SHAPES, BATCHES = ((1, 1), (3, 2), (2, 3), (16, 9)), (1, 2, 4, 8)
 """Width to height; images per call."""
 LIVE = 1.01
@@ -92,7 +93,9 @@ class Decisions:
     lines : tuple of Line
         One per variant, all of them last.
     skipped : int
-        Decisions outside a ladder: every size fits, or none; by simulation also those that hang on runs of too many tiles for it.
+        Decisions outside a ladder: every size fits, or none.
+    untold : int
+        By simulation, those that hang on runs of too many tiles for it.
     replayed : bool
         Whether the bounds are those of replayed runs (`sdfit.predict.replayed`). Where the records are traces, that is the
         same simulation as the truth: it shows what the bound costs, not how right a trace is.
@@ -105,6 +108,7 @@ class Decisions:
     lines: tuple[Line, ...]
     skipped: int
     replayed: bool = False
+    untold: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; shares as fractions."""
@@ -137,7 +141,8 @@ class Decisions:
         asked = f" (asked for: {self.level:g})" if self.supported < self.level else ""
         at = supported_in_words(self.supported, self.level) + asked
         title = f"largest sizes by '{self.artifact}'{how} at {at}, beside those by {self.source} runs"
-        return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes"
+        untold = f"; {self.untold} hang on runs of more tiles than are simulated" if self.untold else ""
+        return f"{title}\n{aligned([head, *rows])}\n{self.skipped} decisions lie outside the ladders of sizes{untold}"
 
 
 class _Rung(NamedTuple):
@@ -229,7 +234,7 @@ def decide_by_simulation(
         raise RecordsError(f"the model '{truth.name}' simulates no runs; give records: sdfit sweep --grid decisions")
     metric = best_metric(predictor)
     tallies: dict[str, _Tally] = defaultdict(lambda: _Tally([]))
-    skipped = 0
+    skipped = untold = 0
     for options, shape, batch in product(variants, shapes, batches):
         sizes = [size for size in sizes_of_aspect(shape) if max(size) > MIN_SIDE]  # 64x64 is not simulated
         runs = [Workload(*size, batch_size=batch, **options) for size in sizes]
@@ -243,7 +248,7 @@ def decide_by_simulation(
                 fitting = [k for k in above if needs.suffices(runs[k], "required", capacity)]
                 needed = math.inf if answer is None else needs(runs[answer], "required")
             except NotSimulated:  # tiles by the hundred: the truth is not known
-                skipped += 1
+                untold += 1
                 continue
             best = max(fitting, default=answer)
             if best is None:
@@ -259,7 +264,7 @@ def decide_by_simulation(
                 for tally in mine:
                     tally.above.append((found.upper - needed) / needed)
                     tally.supported.append(found.supported)
-    return _decisions(predictor, tallies, level, "simulated", skipped)
+    return replace(_decisions(predictor, tallies, level, "simulated", skipped), untold=untold)
 
 
 def _judged(

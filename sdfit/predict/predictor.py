@@ -62,6 +62,7 @@ class Predictor:
     True
     """
 
+    _simulates = False
     _plain_images: float = math.inf
     _plain_pixels: float = math.inf
     """Of a call of so many images or more, so many pixels together and more are not left to the equation unseen."""
@@ -225,6 +226,7 @@ offload, safety_checker, execution
             and metric == "allocated"
             and type(level) is float
             and level == DEFAULT_LEVEL
+            and not (found.strays and self._simulates)
         ):
             runs_as = plain_run(height, width, prompt_length, batch_size, guidance_scale)
             if runs_as is not None and (

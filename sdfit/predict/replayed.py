@@ -4,7 +4,8 @@ How PyTorch's allocator packs blocks into segments jumps from one size to the ne
 which no equation in the sizes follows. A replay of the run's allocations through a model of the allocator does. `replaying`
 simulates the run (`sdfit.predict.simulation.simulate` says which runs it covers), with numpy alone, in some hundredths of a
 second, where the equation takes microseconds. A combination of options that was never swept is simulated for every metric,
-and so is a run in a regime that the equation describes to percents only (`sdfit.equation.regimes.is_rough`).
+and so is a run in a regime that the equation describes to percents only (`sdfit.equation.regimes.is_rough`), or so far outside the
+sweep that it goes astray (`sdfit.predict.variant.Variant`).
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Replayed(Predictor):
     simulated one by one.
     """
 
+    _simulates = True
     _plain_images = min(r.images[0] for r in REGIMES if r.rough)
     _plain_pixels = edges(STAGES)[0]
 
@@ -134,7 +136,8 @@ class Replayed(Predictor):
             with _never_simulated(self.artifact.name, workload, never):
                 return self._by_simulation(workload, metric, level, self._replay.patient)
         if metric not in REPLAYED:
-            if is_rough(stages_of(workload.variant), Sizes.of_workload(workload)):
+            strays = self.variant(workload.variant).strays and found.extrapolated
+            if strays or is_rough(stages_of(workload.variant), Sizes.of_workload(workload)):
                 with suppress(NotSimulated):
                     return self._by_simulation(workload, metric, level, self._replay)
             return found

@@ -40,10 +40,9 @@ from sdfit.equation.weights import baseline_label, weights_table, with_both_base
 from sdfit.errors import NeverSwept, UnknownVariant, listed
 from sdfit.predict import conformal
 from sdfit.predict.artifact import Artifact
-from sdfit.workload import VARIANT_FIELDS, VariantKey, variant_name, why_it_fails
+from sdfit.workload import SLICES, STREAMED, VARIANT_FIELDS, VariantKey, variant_name, why_it_fails
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-
 
 _WIDTH, _empty = len(TERMS), np.empty
 _pack = struct.Struct(f"{_WIDTH}d").pack_into
@@ -74,6 +73,8 @@ class Variant:
         Stage -> bytes that are resident in it.
     domain : dict
         Column of `domain_columns` -> least and most that every stage was swept at.
+    strays : bool
+        Whether the equation goes astray outside it, by a half and more: slices of attention, weights that come module by module.
 
     Raises
     ------
@@ -92,6 +93,7 @@ class Variant:
         self.slicing, self.tiling, self.checked = (
             bool(values[n]) for n in ("vae_slicing", "vae_tiling", "safety_checker")
         )
+        self.strays = values["attention"] in SLICES or values["offload"] in STREAMED
         self._one_pass = not (self.slicing or self.tiling)
         self.stages = stages_of(key)
         self.weights = {stage: self._resident(stage, values) for stage in self.stages}

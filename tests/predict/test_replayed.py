@@ -339,3 +339,18 @@ def test_what_the_equation_overrates_far_outside_the_sweep_fits_all_the_same():
 
 def _options(w):
     return {name: getattr(w, name) for name in ("vae", "offload", "safety_checker")}
+
+
+@pytest.mark.parametrize(
+    "options", [{"attention": "sliced", "vae": "tiny"}, {"offload": "group_block", "vae_tiling": True}], ids=str
+)
+def test_what_is_allocated_far_outside_the_sweep_is_simulated_where_the_equation_goes_astray(options):
+    """By call, called again, and as a workload; within the sweep it is the equation's."""
+    g = sdfit.load("t4")
+    w = Workload(384, 488, 231, 13, dtype="float16", **options)
+    needed = Needed("sm75")(w, "allocated")
+    for _ in range(2):
+        got = g(384, 488, 231, 13, **options)
+        assert got == g.predict_workload(w) == needed and got.replayed and not got.extrapolated
+    assert g.equation.predict_workload(w).extrapolated
+    assert not g(512, 512, **options).replayed

@@ -180,6 +180,23 @@ def test_slices_beyond_the_first_need_nothing_more(attention, offload):
     assert needs[0][:-1] == needs[1][:-1] and needs[0][-1] < needs[1][-1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"height": 2952, "width": 520, "offload": "model"},
+        {"height": 584, "width": 1976, "vae": "tiny", "dtype": "float32"},
+        {"height": 520, "width": 2952, "batch_size": 8, "vae_slicing": True, "offload": "sequential"},
+    ],
+    ids=str,
+)
+def test_a_few_tiles_of_each_row_tell_what_is_live(options):
+    """And a few of the images that go one by one: each stage's peak is that of all of them."""
+    w, simulator = Workload(**options, vae_tiling=True), Simulator(workspaces_for("sm75"), one_pixel=True)
+    few, every = (simulator.run(w, keep_events=keep) for keep in (False, True))
+    assert few.stage_peaks == every.stage_peaks and few.resident_bytes == every.resident_bytes
+    assert (few.peak_bytes, few.requested_bytes) == (every.peak_bytes, every.requested_bytes)
+
+
 def test_events_in_arrays_are_the_same():
     """Those of each run in order, and the most that is live of them; without workspaces those of a table without them."""
     table = workspaces_for("sm75")
