@@ -18,7 +18,7 @@ from sdfit.guard.memory import LEDGER, Free, device_of, given_memory
 from sdfit.guard.reader import Reader
 from sdfit.guard.turns import turns_of
 from sdfit.predict import process
-from sdfit.predict.calls import arguments, workload_of
+from sdfit.predict.calls import arguments, defaults_of, workload_of
 from sdfit.predict.library import AUTO, load
 from sdfit.predict.options import Option, options_that_fit
 from sdfit.predict.prediction import Prediction
@@ -95,6 +95,7 @@ class Guard:
         self._of_device: tuple[str, Predictor] | None = None
         self._told: set[str] = set()
         self.__signature__ = _signature(pipe)
+        self._defaults = defaults_of(self.__signature__)
         functools.update_wrapper(self, type(pipe).__call__, assigned=("__doc__",), updated=())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,7 +128,7 @@ class Guard:
     def _workload(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Workload, str]:
         reading = self._turns.read(self._reader.read)
         try:
-            found, odd, remark = workload_of(reading, arguments(self.__signature__, args, kwargs))
+            found, odd, remark = workload_of(reading, arguments(self.__signature__, args, kwargs, self._defaults))
         except InvalidWorkload as error:
             if "field" not in error.facts:  # what diffusers fails on
                 raise

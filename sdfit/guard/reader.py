@@ -12,10 +12,9 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 from sdfit.predict import process
@@ -85,15 +84,16 @@ class _Seen:
         tables += [registry.hooks for own in owns if (registry := own.get("_diffusers_hook")) is not None]
         buffers = [own["_buffers"] for own in owns]
         tables += [own for own in buffers if not own]  # moving a module makes others, but none where there were none
-        held["holders"] = [*within, *owns[len(roots) :], *tables, *namespaces(coded(pipe))]
+        told = [own[name] for own in owns for name in ("config", "processor") if hasattr(own.get(name), "__dict__")]
+        told = list({id(thing): thing for thing in told}.values())
+        objects = [*zip(within, owns[len(roots) :], strict=True), *zip(told, map(vars, told), strict=True)]
+        held["holders"] = [*chain.from_iterable(objects), *tables, *namespaces(coded(pipe))]
         held["values"] = values = gc.get_referents(*held["holders"])
-        self._whole = len(values) >= sum(map(len, owns[len(roots) :]))
+        self._whole = len(values) >= sum(len(own) for _, own in objects)
         weights = [weight for own in owns for weight in own["_parameters"].values() if weight is not None]
         held["weights"] = weights
         held["buffers"] = list(filter(None, buffers))
-        held["processors"] = [own["processor"] for own in owns if "processor" in own]
-        self._wide = _those([at for at, w in enumerate(weights) if w.ndim == 4 and w.shape[-1] > 1])
-        self._configs = list({id(c): c for own in owns if hasattr(c := own.get("config"), "__dict__")}.values())
+        held["wide"] = [weight for weight in weights if weight.ndim == 4 and weight.shape[-1] > 1]
         held["rest"] = self._now(roots)
 
     def still(self) -> bool:
@@ -117,19 +117,12 @@ class _Seen:
         return [
             type(self._pipe), len(pipe), bool(pipe.get("_all_hooks")),
             type(scheduler), [vars(scheduler)[name] for name in replaced(scheduler)],
-            *map(_settings, (*map(pipe.get, _BESIDE), *self._configs, *held["processors"])),
+            *map(_settings, map(pipe.get, _BESIDE)),
             [b is not None and b.numel() for b in buffers],
             list(map(_DTYPE, held["weights"])),
-            [w.stride() for w in self._wide(held["weights"])],
+            [w.is_contiguous() for w in held["wide"]],
             [(type(root), _marked(vars(root))) for root in roots],
         ]  # fmt: skip
-
-
-def _those(places: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
-    """What takes the elements at some places of a list."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda every: [every[at] for at in places]
 
 
 def _settings(thing: Any) -> dict[str, Any]:

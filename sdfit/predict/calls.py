@@ -27,14 +27,28 @@ ONE_STEP_MORE = ("PNDMScheduler",)
 """Schedulers that have a timestep more than steps: one is left where ``strength`` leaves none."""
 
 
-def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, defaults included; ``signature`` without ``self``.
+def defaults_of(signature: inspect.Signature) -> dict[str, Any] | None:
+    """What a call by keywords alone leaves to a pipeline that takes any and needs none, which diffusers' do; None: it is another."""
+    parameters = signature.parameters.values()
+    named = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty}
+    return named if len(named) + 1 == len(parameters) and any(p.kind is p.VAR_KEYWORD for p in parameters) else None
+
+
+def arguments(
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    defaults: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A call's arguments by name, defaults included; ``signature`` without ``self``, ``defaults`` as `defaults_of` it.
 
     Raises
     ------
     InvalidWorkload
         If the pipeline does not take them; with the reason.
     """
+    if defaults is not None and not args:
+        return defaults | dict(kwargs)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:

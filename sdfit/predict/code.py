@@ -52,14 +52,15 @@ def foreign(cls: type) -> list[str]:
 
 
 def rebound(modules: Iterable[str]) -> list[str]:
-    """What was replaced in modules of these libraries: functions and classes they name, and methods of classes they define."""
+    """What was replaced in modules of these libraries: functions and classes that they name, methods of classes they define.
+
+    Of layers and attention processors a pipeline runs those that it has: they are told by `foreign`.
+    """
     found = []
     for module in modules:
-        for name, value in list(vars(sys.modules[module]).items()):
-            if isinstance(value, type) and value.__module__ == module:
-                found += [f"{value.__name__}.{method}" for method in _foreign_in(value)]
-            elif not name.startswith("__") and _is_foreign(value):
-                found.append(f"{module}.{name}")
+        space = vars(sys.modules[module])
+        found += [f"{cls.__name__}.{method}" for cls in _used_by_name(space) for method in _foreign_in(cls)]
+        found += [f"{module}.{n}" for n, value in list(space.items()) if not n.startswith("__") and _is_foreign(value)]
     return found
 
 
@@ -70,15 +71,18 @@ def modules_of(things: Iterable[Any]) -> list[str]:
 
 
 def namespaces(things: Iterable[Any]) -> list[dict[str, Any]]:
-    """What holds the code of some objects: `modules_of` them, the classes written there, and those that theirs derive from."""
+    """What holds the code of some objects: their classes, `modules_of` them, and what else these use of what is written there."""
     things = list(things)
     spaces = [vars(sys.modules[name]) for name in modules_of(things)]
-    classes = [
-        value for space in spaces for value in list(space.values())
-        if isinstance(value, type) and value.__module__ == space["__name__"]
-    ]  # fmt: skip
+    classes = [cls for space in spaces for cls in _used_by_name(space)]
     classes += [base for cls in dict.fromkeys(map(type, things)) for base in cls.__mro__ if base is not object]
     return [*spaces, *(space for cls in dict.fromkeys(classes) for space in gc.get_referents(vars(cls)))]
+
+
+def _used_by_name(space: dict[str, Any]) -> list[type]:
+    """The classes that are written in a module but for those whose objects are called: layers and attention processors."""
+    own = [v for v in list(space.values()) if isinstance(v, type) and v.__module__ == space["__name__"]]
+    return [cls for cls in own if not any({"forward", "__call__"} & vars(base).keys() for base in cls.__mro__)]
 
 
 def _foreign_in(cls: type) -> Iterator[str]:
