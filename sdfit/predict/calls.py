@@ -60,7 +60,7 @@ def arguments(
 
 
 def workload_of(reading: Reading, call: Mapping[str, Any]) -> tuple[Workload, tuple[str, ...], str]:
-    """The workload of a call, what of it sdfit does not know, and what the caller may not have meant.
+    """The workload of a call, what of it sdfit does not know, and what the caller should be told.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from tiny import TINY
 
 from sdfit.backends.pipeline import SCHEDULER, build_pipeline
 from sdfit.errors import InvalidWorkload
-from sdfit.predict.calls import TEXT_WIDTH, arguments, workload_of
+from sdfit.predict.calls import TEXT_WIDTH, arguments, defaults_of, workload_of
 from sdfit.predict.inputs import CHANNELS, look
 from sdfit.predict.pipelines import Reading
 
@@ -157,6 +157,16 @@ def test_a_call_is_what_diffusers_makes_of_it(tiny: Any, name: str) -> None:
     workload, unknown, _ = workload_of(reading, arguments(OWN, (), call(TEXT_WIDTH)))
     ran = (images[0].height, images[0].width, len(images))
     assert (workload.effective_height, workload.effective_width, workload.batch_size) == ran and not unknown
+
+
+def test_a_call_by_keywords_alone_is_told_without_binding() -> None:
+    """To the same arguments; not of a pipeline that needs some, or takes no others."""
+    calls: list[dict[str, Any]] = [{}, {"image": RGB, "prompt": "a"}, {"strength": 0.3, "unheard_of": 1}]
+    for call in calls:
+        assert arguments(OWN, (), call, defaults_of(OWN)) == arguments(OWN, (), call)
+    assert arguments(OWN, ("a",), {"image": RGB}, defaults_of(OWN)) == arguments(OWN, ("a",), {"image": RGB})
+    for other in (lambda image, **kwargs: None, lambda image=None: None, lambda *args, **kwargs: None):
+        assert defaults_of(inspect.signature(other)) is None
 
 
 def test_four_channels_are_latents_and_the_caller_is_told() -> None:
