@@ -55,8 +55,8 @@ _BUILT = ("generation", "with", "max", "q", "design", "blackwell", "workstation"
 _FORM = re.compile(r"(sxm\d*|pcie|pci|nvl|hbm\d*e?|oam|ms|mig|\d+gb|\d+g\..*)$")
 """Words that tell how a card is built or how much memory it has; the first of them ends the name."""
 _AMOUNT = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
-_SLICE = re.compile(r"\bmig\s+(\d+g\.(\d+)gb)\S*", re.IGNORECASE)
-"""A part of a card (MIG), as in ``NVIDIA A100-SXM4-40GB MIG 1g.5gb``, and the memory in its name [GB]."""
+_SLICE = re.compile(r"[\s-](?:mig[\s-]+)?(\d+g\.(\d+)gb)\S*", re.IGNORECASE)
+"""A part of a card (MIG), as in ``NVIDIA A100-SXM4-40GB MIG 1g.5gb`` or ``a100 1g.5gb``, and the memory in its name [GB]."""
 SLICE_SHARE = 0.88
 """Of the memory in a slice's name, what CUDA is taken to report; less than what was found, to be sure: ``nvidia-smi mig -lgip`` as
 people print it lists 4.75 GiB for 1g.5gb of an A100, 9.75 for 1g.10gb and 39.50 for 3g.40gb of an H100
@@ -244,8 +244,8 @@ def find_card(text: str) -> Card | None:
     (8, 12)
     >>> find_card("4090").name, find_card("a100 80gb").memory_gib
     ('NVIDIA GeForce RTX 4090', 80)
-    >>> find_card("NVIDIA A100-SXM4-40GB MIG 1g.5gb").memory_gib
-    5
+    >>> find_card("NVIDIA A100-SXM4-40GB MIG 1g.5gb").memory_gib, find_card("h100-3g.40gb").memory_gib
+    (5, 40)
     """
     part = _SLICE.search(text)
     if part is not None:

@@ -115,6 +115,7 @@ def test_every_card_is_found_by_its_names(card: Card) -> None:
         ("NVIDIA GeForce RTX 2070 with Max-Q Design", "NVIDIA GeForce RTX 2070", 8), ("geforce gtx 1660", "NVIDIA GeForce GTX 1660", 6),
         ("RTX 3060 12 GB", "NVIDIA GeForce RTX 3060", 12), ("A100-80G", "NVIDIA A100 80GB PCIe", 80), ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB", 96),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5), ("h200 mig 3g.71gb+me", "NVIDIA H200 MIG 3g.71gb", 71),
+        ("a100 1g.5gb", "NVIDIA A100-PCIE-40GB MIG 1g.5gb", 5),
     ],
 )  # fmt: skip
 def test_names_as_people_write_them(text: str, name: str, gib: int) -> None:
