@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +191,19 @@ def check(
         check_level(level)  # else it would be said of each picture, or of none
     quick = model.within(memory)
 
+    @cache
+    def said(height: int, width: int) -> tuple[Verdict, tuple[int, int] | None]:
+        workload = Workload(height, width, **options)
+        found = verdict(quick, workload, memory=memory, level=level)
+        return found, (workload.effective_height, workload.effective_width) if found.answer == FITS else None
+
     def answer(picture: Picture) -> Answer:
         if picture.problem:
             return Answer(picture)
         try:
-            workload = Workload(picture.height, picture.width, **options)
-            found = verdict(quick, workload, memory=memory, level=level)
+            return Answer(picture, *said(picture.height, picture.width))
         except InvalidWorkload as error:
             return Answer(Picture(picture.path, picture.height, picture.width, str(error)))
-        fits = (workload.effective_height, workload.effective_width) if found.answer == FITS else None
-        return Answer(picture, found, fits)
 
     answers = [answer(picture) for picture in pictures]
     less = [a for a in answers if a.verdict is not None and a.largest is None]

@@ -27,7 +27,7 @@ from sdfit.predict.prediction import Prediction
 from sdfit.predict.predictor import DEFAULT_LEVEL, ROUNDING, Predictor
 from sdfit.predict.simulated import ReplayedPrediction, Run
 from sdfit.predict.simulation.library import NotSimulated
-from sdfit.predict.simulation.needed import Needed, Stages, least_bytes
+from sdfit.predict.simulation.needed import Needed, Stages, alike, least_bytes
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.predict.table import predict_table
 from sdfit.predict.variant import SURE
@@ -98,9 +98,8 @@ class Replayed(Predictor):
             raise SdfitError(no, provenance=model.provenance)
         super().__init__(model.artifact, model.path, model.name, model.card)
         self._model, self._replay, self.limit_bytes = model, replay, limit_bytes
-        self._needs: dict[tuple[Workload, str], int] = {}
-        self._answers: dict[tuple[Workload, str, float], bool] = {}
-        self._runs: dict[Workload, Run] = {}
+        self._needs: dict[tuple[Any, str], int] = {}
+        self._runs: dict[Any, Run] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (partial(Replayed, limit_bytes=self.limit_bytes), (self._model, self._replay))
@@ -181,13 +180,10 @@ class Replayed(Predictor):
     def _suffices(
         self, run: Run, workload: Workload, metric: str, limit_bytes: float, level: float, replay: Replay
     ) -> bool:
-        """Whether a run's bound is within a limit; each question is asked once."""
+        """Whether a run's bound is within a limit."""
         context = self.context_bytes if metric == "device" else 0
         cap = limit_bytes - context - ReplayedPrediction(0, run, workload, metric, level).upper
-        key = workload, "reserved" if metric == "device" else metric, cap
-        if key not in self._answers:
-            self._answers[key] = replay.suffices(*key)
-        return self._answers[key]
+        return replay.suffices(workload, "reserved" if metric == "device" else metric, cap)
 
     def _by_simulation(self, workload: Workload, metric: str, level: float, replay: Replay) -> Prediction:
         """A run of which nothing is the equation's."""
@@ -196,9 +192,10 @@ class Replayed(Predictor):
 
     def _simulated(self, workload: Workload) -> Run:
         """What is known of such a run; each is simulated once."""
-        if workload not in self._runs:
-            self._runs[workload] = Run(self.artifact, workload.variant, *self._replay.patient.stages(workload))
-        return self._runs[workload]
+        key = alike(workload)
+        if key not in self._runs:
+            self._runs[key] = Run(self.artifact, workload.variant, *self._replay.patient.stages(workload))
+        return self._runs[key]
 
     def beyond(self, table: Any, limit_bytes: float, *, metric: str, level: float) -> Any:
         """As the model's where it knows runs of their kind; of others those that by simulation have more live than that."""
@@ -247,7 +244,7 @@ class Replayed(Predictor):
         """A metric of a run [bytes]; each is simulated once."""
         if metric == "device":
             return self._needed(workload, "reserved", replay) + self.context_bytes
-        key = workload, metric
+        key = alike(workload), metric
         if key not in self._needs:
             self._needs[key] = replay(workload, metric)
         return self._needs[key]
@@ -275,7 +272,9 @@ def _settled(found: Prediction, limit_bytes: float) -> bool:
     if not found.of_its_kind:
         beyond = found.lower > FAR * limit_bytes and found.workload.offload not in STREAMED
         return beyond or FAR * found.upper <= limit_bytes
-    surest = Prediction(float(found), found._facts[0], found.workload, found.metric, max(SURE, found.level))
+    surest = found
+    if found.level < SURE:
+        surest = Prediction(float(found), found._facts[0], found.workload, found.metric, SURE)
     return not surest.lower <= limit_bytes < surest.upper
 
 

@@ -132,7 +132,7 @@ def test_a_feature_map_of_one_pixel_is_simulated_too():
 
 def test_a_run_of_too_many_allocations_is_the_equations(f, monkeypatch):
     """A replay that would take long, or much memory, is not begun."""
-    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_EVENTS", 5_000)
+    monkeypatch.setattr("sdfit.predict.simulation.simulate.MOST_EVENTS", 5_000)
     got = replaying(f).predict_workload(Workload(512, 512), metric="required")
     assert got == f.predict_workload(Workload(512, 512), metric="required") and got.replayed is False
 
@@ -141,10 +141,10 @@ def test_what_nothing_else_answers_is_simulated_however_long_it_takes(f, monkeyp
     """Up to a length that is bounded too; the number is that of a simulation without such a limit."""
     g = sdfit.load("t4")
     whole = g(512, 512, **NEVER_SWEPT, metric="required")
-    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_EVENTS", 5_000)
+    monkeypatch.setattr("sdfit.predict.simulation.simulate.MOST_EVENTS", 5_000)
     again = replaying(f)(512, 512, **NEVER_SWEPT, metric="required")
     assert again == whole and again.replayed and g.max_batch_size(512, 512, memory="4 GiB", **NEVER_SWEPT) >= 1
-    monkeypatch.setattr("sdfit.predict.simulation.modules.MOST_PATIENT", 5_000)
+    monkeypatch.setattr("sdfit.predict.simulation.simulate.MOST_PATIENT", 5_000)
     with pytest.raises(NeverSwept, match="5,000 allocations"):
         replaying(f)(512, 512, **NEVER_SWEPT, metric="required")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -192,18 +192,26 @@ class Beginning:
     """
 
     def __init__(self, order: Order) -> None:
-        self._blocks, self._changes = order.blocks[: order.beginning], order.changes[: order.beginning]
-        begun = Order(self._blocks, self._changes)
-        pools = Pool.both()
-        replay = Capped(Streams(begun, 0), Checkpoint(0, pools, 0), math.inf)
+        first = slice(order.beginning)
+        self._blocks, self._changes = order.blocks[first], order.changes[first]
+        self._last, self._gone = int(self._blocks.max(initial=0)), _gone(order)
+        replay = Capped(Streams(Order(self._blocks, self._changes), 0), Checkpoint(0, Pool.both(), 0), math.inf)
         most = replay.replay().most_bytes
+        gone = set(self._gone.tolist())
+        found = [pool.held_by_all_but(gone) for pool in replay.pools]
+        self._held, self._room = sum(held for held, _ in found), max(room for _, room in found)
+        for pool in replay.pools:
+            pool.keep_only(gone)
         self.after = Checkpoint(order.beginning, replay.pools, most)
-        self._held: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def begins(self, order: Order) -> bool:
-        """Whether a run begins so."""
+        """Whether a run begins so, and gives back later what this one does of it."""
         first = slice(order.beginning)
-        return np.array_equal(order.blocks[first], self._blocks) and np.array_equal(order.changes[first], self._changes)
+        return (
+            np.array_equal(order.blocks[first], self._blocks)
+            and np.array_equal(order.changes[first], self._changes)
+            and np.array_equal(_gone(order), self._gone)
+        )
 
     def meets(self, cap_bytes: float) -> bool:
         """Whether it needs more than a cap; what all other replays come to is ``after``."""
@@ -215,11 +223,12 @@ class Beginning:
         The segments of the blocks that stay to its end, and what else is live at once and fits into none of their gaps.
         """
         blocks, changes = order.blocks[order.beginning :], order.changes[order.beginning :]
-        last = int(self._blocks.max(initial=0))
-        gone = tuple(np.unique(blocks[(changes < 0) & (blocks <= last)]).tolist())
-        if gone not in self._held:
-            found = [pool.held_by_all_but(set(gone)) for pool in self.after.pools]
-            self._held[gone] = sum(held for held, _ in found), max(room for _, room in found)
-        held, room = self._held[gone]
-        beside = np.where((blocks > last) & (np.abs(changes) > room), changes, 0)
-        return held + int(np.cumsum(beside).max(initial=0))
+        beside = np.where((blocks > self._last) & (np.abs(changes) > self._room), changes, 0)
+        return self._held + int(np.cumsum(beside).max(initial=0))
+
+
+def _gone(order: Order) -> Any:
+    """The blocks of a run's beginning that it gives back later, by number."""
+    blocks, changes = order.blocks[order.beginning :], order.changes[order.beginning :]
+    last = order.blocks[: order.beginning].max(initial=0)
+    return np.sort(blocks[(changes < 0) & (blocks <= last)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -165,49 +165,85 @@ class Span:
 
 
 class Writer(Meter):
-    """A meter of a run that is simulated, which writes its events in arrays and notes which of them are calls alike."""
+    """A meter of a run that is simulated, which counts nothing: it writes events in arrays and notes which of them are calls alike."""
 
     def __init__(self) -> None:
         super().__init__(keep_events=True)
-        self._parts: list[Events] = []
-        self._calls: list[Call] = []
-        self._kinds: dict[Span, int] = {}
+        self._single: list[int] = []
+        """A block, its change, the next block: of events that are not in an array yet."""
+        self._parts: list[tuple[Any, Any]] = []
+        self._calls: list[tuple[Span, int, Events]] = []
         self._count = 0
+
+    def enter(self, stage: str) -> None:
+        """Begin another stage."""
+        self.stage = stage
+
+    def leave(self) -> None:
+        """No stage has a peak here."""
+
+    def allocate(self, size_bytes: int) -> int:
+        """Write a block down, already rounded, and return its number."""
+        self._blocks += 1
+        self._single += (self._blocks, size_bytes)
+        return self._blocks
+
+    def free(self, block: int, size_bytes: int) -> None:
+        """Write down that it goes."""
+        self._single += (block, -size_bytes)
+
+    def give_cache_back(self) -> None:
+        """Note that the program empties the allocator's cache here."""
+        self._single += CACHE_GIVEN_BACK
+
+    def passing(self, size_bytes: int) -> None:
+        """Write down what a kernel holds only while it runs."""
+        self.free(self.allocate(size_bytes), size_bytes)
 
     @property
     def count(self) -> int:
         """How many events there were."""
-        return self._count + len(self.events or ())
+        return self._count + len(self._single) // 2
 
     def order(self, beginning: int) -> Order:
         """All of them; ``beginning`` of them came before the image did."""
         self._put_away()
-        kinds = Counter(call.kind for call in self._calls)
-        calls = tuple(call for call in self._calls if kinds[call.kind] > 1)
         blocks, changes = (np.concatenate([part[column] for part in self._parts]) for column in (0, 1))
-        return Order(blocks, changes, calls, beginning)
+        return Order(blocks, changes, tuple(self._alike()), beginning)
 
     def _write(self, events: Events, span: Span | None = None) -> None:
         self._put_away()
-        before = self._count
-        self._add(events)
+        if span is not None:
+            self._calls.append((span, self._count, events))
+        self._add(events.blocks, events.changes)
         self._blocks += events.born
-        if span is not None and events.blocks.all():  # the cache given back is that of both pools
-            self._calls.append(Call(before, self._count, self._kind(events, span)))
 
-    def _kind(self, events: Events, span: Span) -> int:
-        """A number for what calls do in the large pool: one that leaves a block there does not do what its repetition does."""
-        left = int(events.changes[np.abs(events.changes) > SMALL_BYTES].sum())
-        return -1 - len(self._calls) if left else self._kinds.setdefault(span, len(self._kinds))
+    def _alike(self) -> Iterator[Call]:
+        """Calls that do the same in the large pool, of which there are several, in order.
+
+        One that leaves a block there does not do what its repetition does, and the cache given back is that of both pools.
+        """
+        often = Counter(span for span, _, _ in self._calls)
+        calls = [
+            (span, first, first + len(events.blocks))
+            for span, first, events in self._calls
+            if often[span] > 1
+            and events.blocks.all()
+            and not events.changes[np.abs(events.changes) > SMALL_BYTES].sum()
+        ]
+        often = Counter(span for span, _, _ in calls)
+        kinds = {span: kind for kind, span in enumerate(often)}
+        return (Call(first, end, kinds[span]) for span, first, end in calls if often[span] > 1)
 
     def _put_away(self) -> None:
-        if self.events:
-            self._add(Events.of(self.events))
-            self.events.clear()
+        if self._single:
+            pairs = np.array(self._single, dtype=np.int64).reshape(-1, 2)
+            self._add(pairs[:, 0], pairs[:, 1])
+            self._single.clear()
 
-    def _add(self, events: Events) -> None:
-        self._parts.append(events)
-        self._count += len(events.blocks)
+    def _add(self, blocks: Any, changes: Any) -> None:
+        self._parts.append((blocks, changes))
+        self._count += len(blocks)
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sdfit.equation.weights import rounded
 from sdfit.predict.simulation.card import Card
-from sdfit.predict.simulation.library import Key, Library, NotSimulated
+from sdfit.predict.simulation.library import Key, Library
 from sdfit.predict.simulation.meter import Span
 from sdfit.predict.simulation.programs import (
     ALL_SLICES,
@@ -28,13 +28,6 @@ COMPONENT = {TEXT: "text_encoder", UNET: "unet", ENCODER: "vae", DECODER: "vae",
 """That a module belongs to."""
 LATENT_CHANNELS, IMAGE_CHANNELS, TEXT_CHANNELS = 4, 3, 768
 
-MOST_EVENTS = 400_000
-"""Of a run; one has ten to forty thousand, but for slices and tiles by the hundred. Replaying as many takes seconds."""
-MOST_PATIENT = 2_000_000
-"""Where there is nothing else to ask; it takes a quarter of a minute."""
-WITHOUT_EVENTS = 50
-"""As many events as a call counts for where none are kept."""
-
 
 class Modules:
     """Text encoder, UNet, the VAE's encoder and decoder, and the safety checker of one run.
@@ -50,7 +43,7 @@ class Modules:
         See `sdfit.predict.simulation.programs.Program.call`.
     taken : dict, optional
         Calls of other runs of the same kernels, of modules that do not see the image.
-    one_pixel, patient : bool
+    one_pixel : bool
         See `sdfit.predict.simulation.simulate.Simulator`.
     """
 
@@ -64,7 +57,6 @@ class Modules:
         taken: dict[Any, Taken] | None = None,
         *,
         one_pixel: bool = False,
-        patient: bool = False,
     ) -> None:
         self.workload, self.card, self.meter = workload, card, card.meter
         self.each_bytes = DTYPE_BYTES[workload.dtype]
@@ -73,7 +65,7 @@ class Modules:
         self._taken: dict[tuple[str, Lengths], Taken] = {}
         self._of_all = {} if taken is None else taken
         self._spans: dict[tuple[str, Lengths], Span] = {}
-        self._events, self._one_pixel, self._most = 0, one_pixel, MOST_PATIENT if patient else MOST_EVENTS
+        self._one_pixel = one_pixel
 
     def text_encoder(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state, and what is pooled of it."""
@@ -130,7 +122,6 @@ class Modules:
     def _once_per_shape(self, kind: str, lengths: Lengths, shape: tuple[int, ...]) -> Tensor:
         """A call, or one more like an earlier one, of which a trace keeps nothing (`Meter.repeat`) but the result."""
         key = (kind, lengths)
-        self._count(kind, lengths)
         if key not in self._spans:
             span, blocks = self._plays(kind, lengths)
             self._spans[key] = span
@@ -139,16 +130,6 @@ class Modules:
         self.card.enter(next(iter(span.peaks_bytes)))
         self.meter.repeat(span)
         return empty(self.meter, shape, self.each_bytes)
-
-    def _count(self, kind: str, lengths: Lengths) -> None:
-        """Refuse a run that goes on for too long."""
-        program = self._library.program(kind, self.workload, lengths, one_pixel=self._one_pixel)
-        moves = 2 * len(program.calls) if COMPONENT[kind] in self._moves else 0
-        self._events += (
-            moves + program.count(lengths.batch, self._most_slices) if self.meter.events is not None else WITHOUT_EVENTS
-        )
-        if self._events > self._most:
-            raise NotSimulated(f"a run of more than {self._most:,} allocations and frees takes too long to simulate")
 
     def _plays(self, kind: str, lengths: Lengths) -> tuple[Span, list[int]]:
         key = (kind, lengths)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from sdfit.equation.metrics import MATERIALISED
+from sdfit.equation.stages import resident
+from sdfit.equation.weights import component_bytes
 from sdfit.predict.simulation.capped import Beginning
 from sdfit.predict.simulation.card import Traced
 from sdfit.predict.simulation.library import NotSimulated
 from sdfit.predict.simulation.order import Order
 from sdfit.predict.simulation.programs import HEADS
-from sdfit.predict.simulation.replay import replay, smallest_cap, suffices
+from sdfit.predict.simulation.replay import between, replay, smallest_cap
 from sdfit.predict.simulation.simulate import Simulator, uncollected
 from sdfit.predict.simulation.workspaces import workspaces_for
 from sdfit.workload import DTYPE_BYTES, SLICES, VAE_SCALE, Workload
@@ -19,6 +22,8 @@ from sdfit.workload import DTYPE_BYTES, SLICES, VAE_SCALE, Workload
 MOST_SLICES = 16
 """Of an attention that are played; eight give the same bytes already, in all that was tried."""
 
+MOST_BEGINNINGS = 16
+"""That are kept: of runs of as many kinds."""
 MANY = 8
 """Images one by one of which it is sooner known what is live at once than what the events are."""
 
@@ -59,7 +64,8 @@ class Needed:
         self._bare = Simulator(workspaces.bare(), **ways)
         self._last: dict[Simulator, tuple[Workload, Order]] = {}
         self._took: tuple[Workload, Traced] | None = None
-        self._beginning: Beginning | None = None
+        self._beginnings: list[Beginning] = []
+        self._known: dict[tuple[Any, str], tuple[int, float]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (partial(Needed, patient=self._patient), (self.kernels,))
@@ -73,6 +79,14 @@ class Needed:
         """``required``: the smallest cap under which the run succeeds [bytes]; ``minimum``: if no kernel takes a workspace;
         ``reserved``: what the allocator takes of the card where there is room; ``allocated``: what is live of it.
         """
+        known = alike(workload), metric
+        above, most = self._known.get(known, (-1, math.inf))
+        if above + 1 < most:
+            most = self._number(workload, metric)
+            self._known[known] = int(most) - 1, most
+        return int(most)
+
+    def _number(self, workload: Workload, metric: str) -> int:
         with uncollected():
             if metric == "allocated":
                 return self._run(workload).peak_bytes
@@ -84,27 +98,45 @@ class Needed:
             )
 
     def suffices(self, workload: Workload, metric: str, cap_bytes: float) -> bool:
-        """Whether a metric of a run is no more than a cap [bytes]: none is replayed where what must be there is more."""
-        if least_bytes(workload) > cap_bytes:
-            return False
+        """Whether a metric of a run is no more than a cap [bytes]; what was found for other caps is kept."""
+        known = alike(workload), metric
+        above, most = self._known.get(known, (-1, math.inf))
+        if above < cap_bytes < most:
+            found = self._between(workload, metric, cap_bytes)
+            above, most = self._known[known] = max(above, found[0]), min(most, found[1])
+        return most <= cap_bytes
+
+    def _between(self, workload: Workload, metric: str, cap_bytes: float) -> tuple[int, float]:
+        """What a metric of a run is more than, and the most that it is [bytes], so far that a cap is not between them: nothing is
+        replayed where what must be there is more than that.
+        """
+        least = least_bytes(workload)
+        if least > cap_bytes:
+            return least - 1, math.inf
         with uncollected():
             if metric == "allocated":
-                return self._run(workload).peak_bytes <= cap_bytes
-            if workload.vae_slicing and workload.batch_size >= MANY and self._live(workload, metric) > cap_bytes:
-                return False
+                peak = self._run(workload).peak_bytes
+                return peak - 1, peak
+            if workload.vae_slicing and workload.batch_size >= MANY:
+                least = self._live(workload, metric)
+                if least > cap_bytes:
+                    return least - 1, math.inf
             try:
                 order, beginning = self._order(workload, metric)
             except NotSimulated:  # too long a run, most likely
-                if self._live(workload, metric) > cap_bytes:
-                    return False
+                least = self._live(workload, metric)
+                if least > cap_bytes:
+                    return least - 1, math.inf
                 raise
             if order.requested_bytes > cap_bytes:
-                return False
+                return order.requested_bytes - 1, math.inf
             if metric == "reserved":
-                return replay(order.listed()).reserved_bytes <= cap_bytes
-            if not beginning.meets(cap_bytes) and beginning.least_bytes(order) > cap_bytes:
-                return False
-            return suffices(order, int(cap_bytes), beginning=beginning)
+                reserved = replay(order.listed()).reserved_bytes
+                return reserved - 1, reserved
+            least = beginning.least_bytes(order)
+            if least > cap_bytes and not beginning.meets(cap_bytes):
+                return int(cap_bytes), math.inf
+            return between(order, cap_bytes, beginning=beginning)
 
     def stages(self, workload: Workload) -> Stages:
         """The peak of each stage, and the weights that are on the card in it."""
@@ -128,34 +160,56 @@ class Needed:
     def _order(self, workload: Workload, metric: str) -> tuple[Order, Beginning]:
         """What a run does with memory, and how it begins: runs of one kind begin alike, and that is served once."""
         simulator = self._of(metric)
-        last, beginning = self._last.get(simulator), self._beginning
+        last = self._last.get(simulator)
         if last is None or last[0] != workload:
             last = self._last[simulator] = workload, simulator.order(workload)
         order = last[1]
-        if beginning is None or not beginning.begins(order):
-            beginning = self._beginning = Beginning(order)
+        beginning = next((one for one in self._beginnings if one.begins(order)), None) or Beginning(order)
+        self._beginnings = [beginning, *(one for one in self._beginnings if one is not beginning)][:MOST_BEGINNINGS]
         return order, beginning
 
 
-def least_bytes(workload: Workload) -> int:
-    """What a run has live at once, whatever its kernels, by a few tensors alone [bytes]: never more than it needs.
+def alike(workload: Workload) -> tuple[Any, ...]:
+    """What tells runs apart: those of which it is equal take the same memory, block by block.
 
-    In the UNet's last block what came up and what came across, put together and normalised; where attention is materialised, the
-    scores and their softmax. In the decoder of an image that is not tiled, what the last upsampling's convolution takes and gives.
+    A run is what it really runs as. And an image that lies takes what it takes upright, unless it is cut into tiles, which come
+    row by row.
 
     Examples
     --------
-    >>> least_bytes(Workload(512, 512)) / 2**20
-    256.0
+    >>> alike(Workload(512, 768)) == alike(Workload(775, 512, prompt_length=5, guidance_scale=3.0))
+    True
+    """
+    height, width, *others = workload.runs_as
+    sides = (height, width) if workload.vae_tiling or height <= width else (width, height)
+    return (*sides, *others, *workload.variant)
+
+
+def least_bytes(workload: Workload) -> int:
+    """What a run has live at once, whatever its kernels, by its weights and a few tensors [bytes]: never more than it needs.
+
+    In the UNet's last block what its feed-forward gates, beside ten feature maps; where attention is materialised, the scores and
+    their softmax, which `math` has in float32. In the decoder of an image that is not tiled, what the last upsampling's convolution gives, normalised,
+    and that activated.
+
+    Examples
+    --------
+    >>> least_bytes(Workload(512, 512, offload="group_leaf")) / 2**20
+    384.0
     """
     w, each = workload, DTYPE_BYTES[workload.dtype]
     positions = w.pixels // VAE_SCALE**2
-    heads = SLICES.get(w.attention, w.unet_batch * HEADS)
-    scores = 2 * heads * positions**2 if w.attention in MATERIALISED else 0
+    heads = SLICES.get(w.attention, w.unet_batch * HEADS) if w.attention in MATERIALISED else 0
+    scores = 2 * heads * positions**2 * (DTYPE_BYTES["float32"] if w.attention == "math" else each)
     images = 1 if w.vae_slicing else w.batch_size
-    decoded = 0 if w.vae_tiling else images * DECODER_CHANNELS[w.vae] * w.pixels
-    return max(w.unet_batch * UNET_CHANNELS * positions, scores, decoded) * each
+    decoded = 0 if w.vae_tiling else images * DECODER_CHANNELS[w.vae] * w.pixels * each
+    there = {"unet": max(w.unet_batch * UNET_CHANNELS * positions * each, scores), "vae_decoder_blocks": decoded}
+    weights = component_bytes(w)
+    return max(
+        tensors + sum(weights.get(component, 0) for component in resident(stage, w.offload))
+        for stage, tensors in there.items()
+    )
 
 
-UNET_CHANNELS, DECODER_CHANNELS = 640 + 3 * 320 + 2 * 960, {"kl": 2 * 256, "tiny": 2 * 64}
+UNET_CHANNELS, DECODER_CHANNELS = 2560 + 2 * 1280 + 10 * 320, {"kl": 3 * 256, "tiny": 3 * 64}
 """Of those tensors."""

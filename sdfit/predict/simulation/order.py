@@ -45,7 +45,10 @@ class Events(NamedTuple):
 
     def after(self, blocks: int) -> Events:
         """With so many blocks born before."""
-        return self._replace(blocks=np.where(self.blocks == _CACHE, _CACHE, self.blocks + blocks))
+        numbers = self.blocks + blocks
+        if not self.blocks.all():
+            numbers[self.blocks == _CACHE] = _CACHE
+        return self._replace(blocks=numbers)
 
     def repeated(self, before: int) -> Events:
         """Of a piece of a run before which so many blocks were born: those from before are left out, and what is still there goes."""
@@ -101,10 +104,15 @@ class Order:
         return cls(*Events.of(events)[:2])
 
     @cached_property
+    def rounded(self) -> Any:
+        """As ``changes``, each block rounded up to the 512 B that the allocator counts in."""
+        whole = np.abs(self.changes) + (GRANULE_BYTES - 1) & -GRANULE_BYTES
+        return np.where(self.changes < 0, -whole, whole)
+
+    @cached_property
     def requested_bytes(self) -> int:
-        """The most that is live at once, each block rounded up to 512 B [bytes]; no cap below it suffices."""
-        whole = -(-np.abs(self.changes) // GRANULE_BYTES) * GRANULE_BYTES
-        return int(np.cumsum(np.where(self.changes > 0, whole, -whole)).max(initial=0))
+        """The most that is live at once [bytes]; no cap below it suffices."""
+        return int(np.cumsum(self.rounded).max(initial=0))
 
     def listed(self, first: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """Some of the events, or all, in pairs."""

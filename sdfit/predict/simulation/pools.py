@@ -29,12 +29,13 @@ _TOP_ADDRESS = 1 << 47
 class Played(NamedTuple):
     """The events of one pool: of each a block, and by how many bytes it changes what is live; block 0: the cache is given back.
 
-    A mark has ``(bytes, count)`` for a block and changes nothing: so many events behind it come to nothing if so much room is in
-    one piece.
+    A mark has ``(place in rooms, count)`` for a block and changes nothing: so many events behind it come to nothing if so much room
+    is in one piece [bytes].
     """
 
     numbers: list[Any]
     changes: list[int]
+    rooms: list[int]
 
 
 class Step(NamedTuple):
@@ -82,7 +83,7 @@ class Pool:
         a limit, before which it stays, None if there is none.
         """
         pieces, live, ends, begins = self._pieces, self._live, self._ends, self._begins
-        segments, least_rest = self._segments, self._least_rest
+        least_rest, rooms = self._least_rest, events.rooms
         left = zip(range(first, end), events.numbers[first:end], events.changes[first:end], strict=True)
         for place, number, change in left:
             if change > 0:
@@ -104,28 +105,29 @@ class Pool:
                 live[number] = begin, end
             elif change:
                 begin, end = live.pop(number)
-                if end in ends and end not in segments:
+                if end in ends:
                     after = ends.pop(end)
                     del pieces[bisect_left(pieces, after - end << PLACES | end)]
                     end = after
-                if begin in begins and begin not in segments:
+                if begin in begins:
                     before = begins.pop(begin)
                     del pieces[bisect_left(pieces, begin - before << PLACES | before)]
                     begin = before
                 ends[begin], begins[end] = end, begin
                 insort(pieces, end - begin << PLACES | begin)
             elif number:  # a mark
-                if pieces and pieces[-1] >> PLACES >= number[0]:
-                    deque(islice(left, number[1]), maxlen=0)
+                mark, count = number
+                if pieces and pieces[-1] >> PLACES >= rooms[mark]:
+                    deque(islice(left, count), maxlen=0)
             else:
                 self.release_cached()
                 self.steps.append(Step(place, self.reserved_bytes, grows=False))
         return None
 
     def _grow(self, size: int, place: int) -> tuple[int, int]:
-        """A new segment below the one before it; where it begins and ends."""
+        """A new segment below the one before it, which it does not touch; where it begins and ends."""
         segment = segment_bytes(size)
-        self._lowest = begin = self._lowest - segment
+        self._lowest = begin = self._lowest - segment - GRANULE_BYTES
         self._segments[begin] = segment
         self.reserved_bytes += segment
         self.steps.append(Step(place, self.reserved_bytes, grows=True))
@@ -150,6 +152,10 @@ class Pool:
         twin._pieces, twin._live, twin._segments = self._pieces.copy(), self._live.copy(), self._segments.copy()
         twin._ends, twin._begins, twin.steps = self._ends.copy(), self._begins.copy(), []
         return twin
+
+    def keep_only(self, numbers: Collection[int]) -> None:
+        """Forget where blocks lie that nobody gives back: all that are live now but for some. They are many, and copied each time."""
+        self._live = {number: block for number, block in self._live.items() if number in numbers}
 
     @property
     def pieces(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ whether it is above another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -162,15 +163,13 @@ def smallest_cap(events: Sequence[tuple[int, int]] | Order, *, beginning: Beginn
     >>> smallest_cap([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)]) // MIB
     26
     """
-    order = _in_order(events)
-    return _smallest(_Replays(order, beginning), order)
+    return int(between(_in_order(events), None, beginning=beginning)[1])
 
 
-def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, beginning: Beginning | None = None) -> bool:
-    """Whether `smallest_cap` is no more than a cap [bytes], which is known sooner.
-
-    A replay under that cap would not tell: one that meets it and succeeds by giving cached segments back says nothing of
-    larger caps, under which the run may fail.
+def suffices(
+    events: Sequence[tuple[int, int]] | Order, cap_bytes: float, *, beginning: Beginning | None = None
+) -> bool:
+    """Whether `smallest_cap` is no more than a cap [bytes], which is known sooner; see `between`.
 
     Examples
     --------
@@ -178,26 +177,30 @@ def suffices(events: Sequence[tuple[int, int]] | Order, cap_bytes: int, *, begin
     >>> suffices([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)], 26 * MIB)
     True
     """
-    order = _in_order(events)
-    return _smallest(_Replays(order, beginning), order, cap_bytes) <= cap_bytes
+    return between(_in_order(events), cap_bytes, beginning=beginning)[1] <= cap_bytes
 
 
-def _smallest(replays: _Replays, order: Order, about_bytes: int | None = None) -> int:
-    """As `smallest_cap`; or, where it is only asked whether it is above some cap, another on the same side of that [bytes]."""
-    step = ROUND_LARGE_BYTES
+def between(order: Order, cap_bytes: float | None, *, beginning: Beginning | None = None) -> tuple[int, float]:
+    """What `smallest_cap` is more than, and the most that it is [bytes]: so far that a cap is not between them. None: to the end.
+
+    It is the search for the smallest one, left where it is known on which side of the cap it ends. A replay under that cap alone
+    would not tell: one that meets it and succeeds by giving cached segments back says nothing of larger caps, under which the run
+    may fail.
+    """
+    replays, step = _Replays(order, beginning), ROUND_LARGE_BYTES
     fails, works = -step, -(-order.requested_bytes // step) * step
     while (wanted := replays.wanted(works)) is not None:
         fails, works = works, wanted
-        if about_bytes is not None and about_bytes <= fails:
-            return works
+        if cap_bytes is not None and cap_bytes <= fails:
+            return fails, math.inf
     middle = works - step
-    while fails < middle and (about_bytes is None or fails < about_bytes < works):
+    while fails < middle and (cap_bytes is None or fails < cap_bytes < works):
         if replays.wanted(middle) is None:
             works = middle
         else:
             fails = middle
         middle = (fails + works) // (2 * step) * step
-    return works
+    return fails, works
 
 
 def _in_order(events: Sequence[tuple[int, int]] | Order) -> Order:

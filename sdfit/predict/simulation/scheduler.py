@@ -9,13 +9,17 @@ TRAINED_STEPS, TABLE_BYTES, TIMESTEP_BYTES = 1000, 4, 8
 """`num_train_timesteps`; bytes of an element of its table of alphas, in float32, and of a timestep."""
 
 
+def unet_calls(num_inference_steps: int) -> int:
+    """How often the UNet is called: the second step is taken twice."""
+    return num_inference_steps + (num_inference_steps > 1)
+
+
 class Scheduler:
     """The scheduler of one run of so many steps; it keeps tensors until the run is over."""
 
     def __init__(self, meter: Meter, num_inference_steps: int) -> None:
         self._meter = meter
-        self.calls = num_inference_steps + (num_inference_steps > 1)
-        """Of the UNet: the second step is taken twice."""
+        self.calls = unet_calls(num_inference_steps)
         self._alphas_cumprod: Tensor | None = None
         self._on_host = Tensor(meter, (), TABLE_BYTES, None)
         self._ets: list[Tensor] = []

@@ -20,11 +20,20 @@ from sdfit.predict.simulation.meter import Meter, Writer
 from sdfit.predict.simulation.modules import Modules
 from sdfit.predict.simulation.order import Order
 from sdfit.predict.simulation.pipeline import Img2Img
-from sdfit.predict.simulation.programs import ALL_SLICES, Convolution, Taken
+from sdfit.predict.simulation.programs import ALL_SLICES, UNET, Convolution, Lengths, Taken
+from sdfit.predict.simulation.scheduler import unet_calls
+from sdfit.predict.simulation.vae import vae_calls
 from sdfit.predict.simulation.workspaces import Workspaces
-from sdfit.workload import CARD_ALONE, ON_A_CARD, STREAMED, Workload, why_it_fails
+from sdfit.workload import CARD_ALONE, ON_A_CARD, STREAMED, VAE_SCALE, Workload, why_it_fails
 
 Told = TypeVar("Told")
+
+MOST_EVENTS = 400_000
+"""Of a run; one has ten to forty thousand, but for slices and tiles by the hundred. Replaying as many takes seconds."""
+MOST_PATIENT = 2_000_000
+"""Where there is nothing else to ask; it takes a quarter of a minute."""
+WITHOUT_EVENTS = 50
+"""As many events as a call counts for where none are kept."""
 
 
 @contextmanager
@@ -71,7 +80,7 @@ class Simulator:
         one_pixel: bool = False,
         patient: bool = False,
     ) -> None:
-        self._ways = {"one_pixel": one_pixel, "patient": patient}
+        self._one_pixel, self._patient = one_pixel, patient
         self.workspace, self.num_inference_steps, self.most_slices = workspace, num_inference_steps, most_slices
         self._library = library
         self._unsplit: dict[Any, dict[tuple[str, ...], int]] = {}
@@ -104,22 +113,16 @@ class Simulator:
 
     def _run(self, workload: Workload, meter: Meter, told: Callable[[Card, int, int], Told]) -> Told:
         """What ``told`` tells of a run when it is over, by its card, its buffers [bytes], and its events before the image."""
-        fails = why_it_fails(workload.variant)
-        if fails:
-            raise NotSimulated(fails)
-        if workload.execution in ON_A_CARD:
-            raise NotSimulated(f"execution={workload.execution}: {CARD_ALONE}")
-        if workload.execution == "int8" and workload.offload in STREAMED:
-            raise NotSimulated("weights of 8 bits that come module by module are not written out")
-        if self.workspace is not None and not self.workspace.convolutions_only:
-            raise NotSimulated("workspaces of measured kernels go by operations, which programs do not have")
+        self._check(workload, keep_events=meter.events is not None)
         library = self._library or shipped_library()
         weights = library.weights_of(workload)
         standing = self.workspace.standing_bytes if self.workspace is not None else 0
         unsplit = self._unsplit.setdefault((workload.dtype == "float32", workload.vae, workload.execution), {})
         card = Card(meter, weights, offload=workload.offload, standing_bytes=standing, unsplit=unsplit)
         convolution = self._convolution(workload)
-        modules = Modules(workload, card, library, convolution, self.most_slices, self._taken, **self._ways)
+        modules = Modules(
+            workload, card, library, convolution, self.most_slices, self._taken, one_pixel=self._one_pixel
+        )
         pipeline = Img2Img(modules, self.num_inference_steps)
         buffers = library.left_behind(workload)
         held = [meter.allocate(size) for size in buffers]
@@ -129,6 +132,32 @@ class Simulator:
         for block, size in zip(held, buffers, strict=True):
             meter.free(block, size)
         return told(card, sum(buffers), pipeline.beginning)  # before what outlives the run goes, which is no part of it
+
+    def _check(self, workload: Workload, *, keep_events: bool) -> None:
+        """Raise `NotSimulated` for what is not covered, and for what goes on for too long."""
+        fails = why_it_fails(workload.variant)
+        if fails:
+            raise NotSimulated(fails)
+        if workload.execution in ON_A_CARD:
+            raise NotSimulated(f"execution={workload.execution}: {CARD_ALONE}")
+        if workload.execution == "int8" and workload.offload in STREAMED:
+            raise NotSimulated("weights of 8 bits that come module by module are not written out")
+        if self.workspace is not None and not self.workspace.convolutions_only:
+            raise NotSimulated("workspaces of measured kernels go by operations, which programs do not have")
+        library, most = self._library or shipped_library(), MOST_PATIENT if self._patient else MOST_EVENTS
+        height, width = workload.effective_height // VAE_SCALE, workload.effective_width // VAE_SCALE
+        unet = Lengths(workload.unet_batch, height, width, workload.tokens)
+        events = 0
+        for kind, lengths, count in (
+            (UNET, unet, unet_calls(self.num_inference_steps)),
+            *vae_calls(workload, every=keep_events),
+        ):
+            program = library.program(kind, workload, lengths, one_pixel=self._one_pixel)
+            moves = 2 * len(program.calls) if workload.offload in STREAMED else 0
+            each = moves + program.count(lengths.batch, self.most_slices) if keep_events else WITHOUT_EVENTS
+            events += count * each
+        if events > most:
+            raise NotSimulated(f"a run of more than {most:,} allocations and frees takes too long to simulate")
 
     def _convolution(self, workload: Workload) -> Convolution | None:
         workspace = self.workspace

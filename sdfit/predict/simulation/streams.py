@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdfit.equation.weights import GRANULE_BYTES
 from sdfit.predict.simulation.order import Call, Order
 from sdfit.predict.simulation.pools import Played, Pool
 from sdfit.predict.simulation.segments import CACHE_GIVEN_BACK, SMALL_BYTES
@@ -24,7 +23,7 @@ _ALONE = 4
 """Events of which it is worth while to mark them alone, within a row of such that may come to nothing."""
 _MOST = 30_000
 """Events beyond which nothing is marked: of slices by the hundred, whose runs are hardly ever laid out like another."""
-_SMALL, _LARGE, _BOTH = 1, 2, 3
+_SMALL, _LARGE, _BOTH = np.array([1, 2, 3], dtype=np.int8)
 """Whose an event is."""
 
 
@@ -38,9 +37,9 @@ class Layout(NamedTuple):
     gather : array of int
         As ``where``; of a mark, the number behind the last event of the run.
     numbers : list
-        The block of each.
-    marks, behind : list of int
-        Places of the marks, and of what follows on what they mark; of marks within another the outer one comes first.
+        The block of each; of a mark, as `sdfit.predict.simulation.pools.Played` has it.
+    marks : list of int
+        Places of the marks; of marks within another the outer one comes first.
     within : list of int
         By place, the innermost mark that it is behind, but not behind what is marked; -1: none.
     begins, ends : array of int
@@ -53,7 +52,6 @@ class Layout(NamedTuple):
     gather: Any
     numbers: list[Any]
     marks: list[int]
-    behind: list[int]
     within: list[int]
     begins: Any
     ends: Any
@@ -68,14 +66,15 @@ class Layout(NamedTuple):
         places = events + np.searchsorted(at, events, side="right")
         marks, behind = at + np.arange(len(at)), places[until - 1] + 1
         within = np.full(len(blocks) + len(at) + 1, -1)
+        numbers: list[Any] = np.insert(blocks, at, _CACHE).tolist()
         for number, (mark, end) in enumerate(zip(marks.tolist(), behind.tolist(), strict=True)):
             within[mark + 1 : end] = number
+            numbers[mark] = number, end - mark - 1
         return cls(
             np.insert(where, at, where[at]).tolist(),
             np.insert(where, at, count),
-            np.insert(blocks, at, _CACHE).tolist(),
+            numbers,
             marks.tolist(),
-            behind.tolist(),
             within.tolist(),
             places[begins],
             places[ends - 1] + 1,
@@ -160,12 +159,11 @@ class Stream:
     def __init__(self, layout: Layout, changes: Any, first: int, unsplit_bytes: int) -> None:
         self._layout, self._first = layout, first
         own = changes[layout.gather]
-        self._events = Played(layout.numbers.copy(), own.tolist())
+        rooms: list[int] = []
         if layout.marks:
             room = _room(own, layout.begins, layout.ends, unsplit_bytes)
-            most = np.maximum.reduceat(room, layout.firsts)
-            for mark, behind, bytes_ in zip(layout.marks, layout.behind, most.tolist(), strict=True):
-                self._events.numbers[mark] = bytes_, behind - mark - 1
+            rooms = np.maximum.reduceat(room, layout.firsts).tolist()
+        self._events = Played(layout.numbers, own.tolist(), rooms)
 
     @property
     def marks(self) -> list[int]:
@@ -223,13 +221,10 @@ class Streams:
 
     def __init__(self, order: Order, first: int) -> None:
         self.first, self.end = first, len(order.blocks)
-        blocks, changes = order.blocks[first:], order.changes[first:]
-        sizes = -(-np.abs(changes) // GRANULE_BYTES) * GRANULE_BYTES
-        pools = np.where(sizes > SMALL_BYTES, _LARGE, _SMALL).astype(np.int8)
-        pools[changes < 0] *= -1
-        pools[changes == 0] = 0
+        blocks, changes = order.blocks[first:], order.rounded[first:]
+        pools = np.sign(changes).astype(np.int8) * np.where(np.abs(changes) > SMALL_BYTES, _LARGE, _SMALL)
         pools[(changes == 0) & (blocks == _CACHE)] = _BOTH
-        self._changes = changes = np.append(np.where(changes < 0, -sizes, sizes), 0)
+        self._changes = changes = np.append(changes, 0)
         small, large = _layouts(blocks.tobytes(), pools.tobytes())
         self.pools = Stream(small, changes, first, 0), Stream(large, changes, first, SMALL_BYTES)
         self.parts = self._cut(order.calls)

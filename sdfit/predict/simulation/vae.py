@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import product
 
 from sdfit.predict.simulation.modules import IMAGE_CHANNELS, LATENT_CHANNELS, Modules
+from sdfit.predict.simulation.programs import DECODER, ENCODER, Lengths
 from sdfit.predict.simulation.tape import Tensor, concatenated, empty
-from sdfit.workload import VAE_SCALE
+from sdfit.workload import VAE_SCALE, Workload
 
 TILE_PIXELS, OVERLAP = 512, 0.25
 """`tile_sample_min_size` and `tile_overlap_factor` of `AutoencoderKL`."""
@@ -17,6 +20,22 @@ TINY_OVERLAP, MASK_BYTES = 0.125, 4
 ENDS = 3
 """Of a row of tiles, or of images one by one, so many of each end tell what is live at most: the first begin it, the last two may
 be cut off, and the one before is whole. Between them each takes what the one before did, beside one result more."""
+
+
+def vae_calls(workload: Workload, *, every: bool) -> Iterator[tuple[str, Lengths, int]]:
+    """With what a run calls the VAE's encoder and decoder, and how often with each; as `Vae` does, which may not play ``every`` one."""
+    batch = 1 if workload.vae_slicing else workload.batch_size
+    images = sum(_shown(workload.batch_size // batch, every=every))
+    overlap = OVERLAP if workload.vae == "kl" else TINY_OVERLAP
+    for kind, scale, tile in ((ENCODER, 1, TILE_PIXELS), (DECODER, VAE_SCALE, TILE_LATENTS)):
+        sides = workload.effective_height // scale, workload.effective_width // scale
+        if workload.vae_tiling and (workload.vae != "kl" or max(sides) > tile):
+            tiles = (_tiles(side, tile, overlap, every=every) for side in sides)
+            rows, columns = (Counter(size for size, shown in row if shown).items() for row in tiles)
+            for (height, down), (width, across) in product(rows, columns):
+                yield kind, Lengths(batch, height, width), images * down * across
+        else:
+            yield kind, Lengths(batch, *sides), images
 
 
 class Vae:
@@ -55,18 +74,9 @@ class Vae:
         if not self.workload.vae_slicing:
             return [run(x)]
         found: list[Tensor] = []
-        for shown in self._shown(x.shape[0]):
+        for shown in _shown(x.shape[0], every=self._every):
             found.append(run(x.view(1, *x.shape[1:])) if shown else found[-1].like())
         return found
-
-    def _shown(self, count: int) -> list[bool]:
-        """Which of a row are played: all of them, but where only what is live at most is asked for."""
-        return [self._every or min(k, count - 1 - k) < ENDS for k in range(count)]
-
-    def _tiles(self, side: int, tile: int, overlap: float = OVERLAP) -> list[tuple[int, bool]]:
-        """Sizes of the tiles along a side, and which are played."""
-        sizes = [min(tile, side - first) for first in range(0, side, int(tile * (1 - overlap)))]
-        return list(zip(sizes, self._shown(len(sizes)), strict=True))
 
     def _encode(self, x: Tensor) -> Tensor:
         if self.workload.vae_tiling and not self._kl:
@@ -97,7 +107,7 @@ class Vae:
         side, mask = tile_sides[0], (tile_sides[1], tile_sides[1])
         blend_masks = empty(self.modules.meter, (2, *mask), MASK_BYTES)
         out = empty(self.modules.meter, shape, MASK_BYTES)
-        rows, columns = (self._tiles(x.shape[axis], side, TINY_OVERLAP) for axis in (2, 3))
+        rows, columns = (_tiles(x.shape[axis], side, TINY_OVERLAP, every=self._every) for axis in (2, 3))
         for i, height in ((i, height) for i, (height, shown) in enumerate(rows) if shown):
             for j, width in ((j, width) for j, (width, shown) in enumerate(columns) if shown):
                 tile = run(x.view(*x.shape[:2], height, width))
@@ -117,9 +127,9 @@ class Vae:
 
     def _encoded_tiles(self, x: Tensor) -> list[list[Tensor]]:
         rows, tile = [], x
-        for height, down in self._tiles(x.shape[2], TILE_PIXELS):
+        for height, down in _tiles(x.shape[2], TILE_PIXELS, every=self._every):
             row: list[Tensor] = []
-            for width, across in self._tiles(x.shape[3], TILE_PIXELS):
+            for width, across in _tiles(x.shape[3], TILE_PIXELS, every=self._every):
                 if not (down and across):
                     row.append(tile.new((*tile.shape[:2], height // VAE_SCALE, width // VAE_SCALE)))
                     continue
@@ -132,9 +142,9 @@ class Vae:
 
     def _decoded_tiles(self, z: Tensor) -> list[list[Tensor]]:
         rows, decoded = [], z
-        for height, down in self._tiles(z.shape[2], TILE_LATENTS):
+        for height, down in _tiles(z.shape[2], TILE_LATENTS, every=self._every):
             row: list[Tensor] = []
-            for width, across in self._tiles(z.shape[3], TILE_LATENTS):
+            for width, across in _tiles(z.shape[3], TILE_LATENTS, every=self._every):
                 if not (down and across):
                     row.append(decoded.new((*decoded.shape[:2], height * VAE_SCALE, width * VAE_SCALE)))
                     continue
@@ -178,6 +188,17 @@ class _Gaussian:
         sample = self.mean.like()
         x = self.mean + self.std * sample
         return x
+
+
+def _shown(count: int, *, every: bool) -> list[bool]:
+    """Which of a row are played: all of them, but where only what is live at most is asked for."""
+    return [every or min(k, count - 1 - k) < ENDS for k in range(count)]
+
+
+def _tiles(side: int, tile: int, overlap: float = OVERLAP, *, every: bool) -> list[tuple[int, bool]]:
+    """Sizes of the tiles along a side, and which are played."""
+    sizes = [min(tile, side - first) for first in range(0, side, int(tile * (1 - overlap)))]
+    return list(zip(sizes, _shown(len(sizes), every=every), strict=True))
 
 
 def _blend(edge: Tensor) -> None:
