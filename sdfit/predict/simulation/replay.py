@@ -2,8 +2,8 @@
 
 A trace gives the bytes that are live. What `torch.cuda.max_memory_reserved` reads, and the smallest cap under which
 the run succeeds, also depend on how the caching allocator packs blocks into segments. `replay` sends the events of a
-trace through a model of it (`sdfit.predict.simulation.segments`), `smallest_cap` finds the cap, and `suffices` asks
-whether it is above another.
+trace through a model of it (`sdfit.predict.simulation.segments`), `smallest_cap` finds the cap, and `between` tells
+on which side of another it is.
 """
 
 from __future__ import annotations
@@ -164,20 +164,6 @@ def smallest_cap(events: Sequence[tuple[int, int]] | Order, *, beginning: Beginn
     26
     """
     return int(between(_in_order(events), None, beginning=beginning)[1])
-
-
-def suffices(
-    events: Sequence[tuple[int, int]] | Order, cap_bytes: float, *, beginning: Beginning | None = None
-) -> bool:
-    """Whether `smallest_cap` is no more than a cap [bytes], which is known sooner; see `between`.
-
-    Examples
-    --------
-    >>> from sdfit.units import MIB
-    >>> suffices([(1, 12 * MIB), (2, 12 * MIB), (1, -12 * MIB), (3, 13 * MIB)], 26 * MIB)
-    True
-    """
-    return between(_in_order(events), cap_bytes, beginning=beginning)[1] <= cap_bytes
 
 
 def between(order: Order, cap_bytes: float | None, *, beginning: Beginning | None = None) -> tuple[int, float]:

@@ -11,7 +11,7 @@ from sdfit.predict.simulation.capped import Beginning, Capped, Checkpoint
 from sdfit.predict.simulation.needed import Needed
 from sdfit.predict.simulation.order import Call, Order
 from sdfit.predict.simulation.pools import Pool
-from sdfit.predict.simulation.replay import _Replays, replay, smallest_cap, suffices
+from sdfit.predict.simulation.replay import _Replays, between, replay, smallest_cap
 from sdfit.predict.simulation.segments import CachingAllocator, segment_bytes
 from sdfit.predict.simulation.simulate import Simulator
 from sdfit.predict.simulation.streams import Streams
@@ -121,7 +121,9 @@ def test_whether_a_cap_suffices_is_what_the_smallest_says(seed):
     assert beginning.begins(order) and not beginning.begins(replace(Order.of(events[1:]), beginning=60))
     assert smallest_cap(order, beginning=beginning) == cap
     for limit in (cap // 8, cap // 2, cap - STEP, cap - 1, cap, cap + 1, cap + STEP, cap + 3 * STEP, 2 * cap):
-        assert suffices(events, limit) == suffices(order, limit, beginning=beginning) == (cap <= limit)
+        for known in (None, beginning):
+            fails, works = between(order, limit, beginning=known)
+            assert fails < cap <= works and (works <= limit) == (cap <= limit)
         if not beginning.meets(limit) and replay(events, cap_bytes=limit).outcome == "ok":
             assert beginning.least_bytes(order) <= limit
 
@@ -151,7 +153,8 @@ def test_runs_are_answered_as_by_whole_replays(seed):
         cap = searched(order.listed())
         assert smallest_cap(order, beginning=beginning) == smallest_cap(order) == cap, workload
         for limit in (cap + k * STEP + 1 for k in (-30, -2, -1, 0, 5, 100)):
-            assert suffices(order, limit, beginning=beginning) == (cap <= limit), workload
+            fails, works = between(order, limit, beginning=beginning)
+            assert fails < cap <= works and (works <= limit) == (cap <= limit), workload
             assert (_Replays(order).wanted(limit) is None) == (replay(order.listed(), cap_bytes=limit).outcome == "ok")
 
 
