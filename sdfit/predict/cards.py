@@ -57,6 +57,8 @@ _FORM = re.compile(r"(sxm\d*|pcie|pci|nvl|hbm\d*e?|oam|ms|mig|\d+gb|\d+g\..*)$")
 _AMOUNT = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
 _SLICE = re.compile(r"[\s-](?:mig[\s-]+)?(\d+g\.(\d+)gb)\S*", re.IGNORECASE)
 """A part of a card (MIG), as in ``NVIDIA A100-SXM4-40GB MIG 1g.5gb`` or ``a100 1g.5gb``, and the memory in its name [GB]."""
+WHOLE = ("6.0", "6.1", "7.0", "7.5", "8.6", "8.7", "8.9")
+"""Compute capabilities of cards that cannot be parted so (NVIDIA's Multi-Instance GPU User Guide lists those that can)."""
 SLICE_SHARE = 0.88
 """Of the memory in a slice's name, what CUDA is taken to report; less than what was found, to be sure: ``nvidia-smi mig -lgip`` as
 people print it lists 4.75 GiB for 1g.5gb of an A100, 9.75 for 1g.10gb and 39.50 for 3g.40gb of an H100
@@ -236,7 +238,7 @@ def find_card(text: str) -> Card | None:
     Raises
     ------
     UnknownModel
-        If the name fits several cards that differ in architecture, or the card is not sold with the amount named.
+        If the name fits several cards that differ in architecture, or the card is not sold with the amount named or not so parted.
 
     Examples
     --------
@@ -249,8 +251,7 @@ def find_card(text: str) -> Card | None:
     """
     part = _SLICE.search(text)
     if part is not None:
-        whole = find_card(text[: part.start()])
-        return whole and _slice(whole, part[1].lower(), int(part[2]))
+        return _slice(text[: part.start()], part[1].lower(), int(part[2]))
     cards = _named(text)
     amount = _AMOUNT.search(text.lower().replace("-", " "))
     if amount and not any(_whole(text) == _whole(card.name) for card in cards):  # a GH200 480GB has 96 on its GPU
@@ -275,8 +276,18 @@ def find_card(text: str) -> Card | None:
     return min(cards, key=lambda card: card.memory_bytes - DESKTOP_BYTES * card.drives_screen)
 
 
-def _slice(card: Card, name: str, gib: int) -> Card:
+def _slice(text: str, name: str, gib: int) -> Card | None:
     """A part of a card; that its kernels are the whole one's is assumed: it has fewer processors."""
+    card = find_card(text)
+    if card is not None and card.compute_capability in WHOLE:
+        raise UnknownModel(f"'{card.name}' has no '{name}': it cannot be parted (MIG)", given=text)
+    if card is not None and card.memory_gib < gib:  # that of the name with the least is too small to be parted so
+        larger = [other for other in _named(text) if other.slug == card.slug and other.memory_gib >= gib]
+        if not larger or _AMOUNT.search(text.lower().replace("-", " ")):
+            raise UnknownModel(f"'{card.name}' has no '{name}': it has {card.memory_gib} GiB", given=text)
+        card = min(larger, key=lambda other: other.memory_bytes)
+    if card is None:
+        return None
     least = int(gib * 1024 * SLICE_SHARE) * MIB
     return replace(card, name=f"{card.name} MIG {name}", memory_gib=gib, memory_bytes=least, found=False, also=())
 

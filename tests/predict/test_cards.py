@@ -115,7 +115,7 @@ def test_every_card_is_found_by_its_names(card: Card) -> None:
         ("NVIDIA GeForce RTX 2070 with Max-Q Design", "NVIDIA GeForce RTX 2070", 8), ("geforce gtx 1660", "NVIDIA GeForce GTX 1660", 6),
         ("RTX 3060 12 GB", "NVIDIA GeForce RTX 3060", 12), ("A100-80G", "NVIDIA A100 80GB PCIe", 80), ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB", 96),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5), ("h200 mig 3g.71gb+me", "NVIDIA H200 MIG 3g.71gb", 71),
-        ("a100 1g.5gb", "NVIDIA A100-PCIE-40GB MIG 1g.5gb", 5),
+        ("a100 1g.5gb", "NVIDIA A100-PCIE-40GB MIG 1g.5gb", 5), ("a100 7g.80gb", "NVIDIA A100 80GB PCIe MIG 7g.80gb", 80),
     ],
 )  # fmt: skip
 def test_names_as_people_write_them(text: str, name: str, gib: int) -> None:
@@ -132,6 +132,13 @@ def test_a_name_that_fits_several_cards_is_asked_about() -> None:
         find_card("rtx 3060 16gb")
     with pytest.raises(UnknownModel, match="no '4090 48gb' in the table of cards; there are those of 24 GiB"):
         find_card("4090 48gb")
+    for text, why in (
+        ("a100 9g.99gb", "it has 40 GiB"),
+        ("NVIDIA A100-SXM4-40GB MIG 7g.80gb", "it has 40 GiB"),
+        ("t4 1g.5gb", "it cannot be parted"),
+    ):
+        with pytest.raises(UnknownModel, match=rf"' has no '\dg\.\d+gb': {why}"):
+            find_card(text)
     assert [find_card(name) for name in ("voodoo2", "a", "rtx", "980 ti", "090", "")] == [None] * 6
 
 
