@@ -56,6 +56,9 @@ misfit. It makes the plan visit several sizes, and intervals allow for those tha
 UNEXPLAINED = {"kind": 0.5, "kind, regime": 0.4, "kind, regime, size": 0.3}
 """The same where no table gives what the runs show: as far as workspaces may go, from none to several copies, at sizes and numbers
 of images that no run shows."""
+UNSHOWN = 0.6
+"""How much further a slope may lie there at sizes that no run shows, as a share of it: kernels may change with the size, from none to
+several copies. Of intervals alone: as a correction's it would make runs say more of their own sizes, and less of all others."""
 UNEXPLAINED_MISFIT = 4.0
 """And so much further from the equation does a stage lie."""
 ATTENTION_SHARES = {"kind": 0.10, "kind, regime": 0.05, "own": 0.08}
@@ -165,13 +168,19 @@ class Prior:
         """The same effects, wide as kernels may be where no table gives what the runs show."""
         twin = copy.copy(self)
         twin.wide = frozenset(DTYPE_BYTES[dtype] for dtype in DTYPE_BYTES if not kernels.is_explained(dtype))
-        wide = {
-            name: UNEXPLAINED[str(name[0])]
-            for name in self.effects
-            if str(name[0]) in UNEXPLAINED and twin.wide & set(name)
-        }
+        wide = {name: UNEXPLAINED[str(name[0])] for name in self.effects if twin._is_wide(name)}
         twin.sd = np.array([wide.get(name, sd) for name, sd in zip(self.effects, self.sd, strict=True)])
         return twin
+
+    @property
+    def unshown(self) -> Array:
+        """Of each effect the standard deviation that intervals add where no run tells it: `UNSHOWN` of those of sizes, else none."""
+        sizes = [name[0] == "kind, regime, size" and self._is_wide(name) for name in self.effects]
+        return UNSHOWN * np.array(sizes, dtype=float)
+
+    def _is_wide(self, effect: tuple[object, ...]) -> bool:
+        """Whether an effect is of kernels that no table gives: by the kind, a stage, a VAE and the bytes of an element."""
+        return effect[0] in UNEXPLAINED and effect[3] in self.wide
 
     def variant(self, workload: Workload) -> Variant:
         """What the prior has of a workload's variant."""

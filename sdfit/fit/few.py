@@ -230,6 +230,7 @@ def drawn_scores(
     peaks, before = rows.highest(plain), (first := given.rows(workloads)).highest(first.prior_bytes)
     units, places = _units(prior, workloads, rows.place, plain)
     root = prior.sd[:, None] * _root(posterior.covariance)
+    unshown = prior.unshown * np.sqrt(np.maximum(np.diag(posterior.covariance), 0.0))
     known = prior.artifact.evaluation.get("cross_validated", prior.artifact.evaluation["fitted"])
     changed = np.abs(peaks - before) / units
     expected = rows.prior_bytes - rows.weights_bytes
@@ -238,6 +239,7 @@ def drawn_scores(
     for row in drawn:
         tail = posterior.scale / np.sqrt(rng.chisquare(posterior.degrees) / posterior.degrees)
         effects = posterior.mean + root @ rng.standard_normal(root.shape[1]) * tail
+        effects += unshown * rng.standard_normal(len(unshown))
         apart = rows.apart_bytes * rng.standard_normal(rows.apart_bytes.size)
         misses = sum(some[0 if rng.random() < AS_FOUND else rng.integers(len(some))] for some in bent)
         real = rows.highest(rows.prior_bytes + misses + rows.X @ effects + apart)

@@ -184,8 +184,12 @@ def test_what_no_table_says_makes_intervals_wide(prior: Artifact, monkeypatch: p
     assert posterior.found is not None and not posterior.found.found and posterior.found.constant_bytes == 0
     assert np.abs(posterior.mean).max() > 0 and posterior.scale > quiet.scale
     assert posterior.prior.wide == {2} and not quiet.prior.wide, "no run was of float32"
-    size = [i for name, i in known.effects.items() if name[0] == "kind, regime, size" and 2 in name]
-    assert (posterior.prior.sd[size] > 5 * known.sd[size]).all()
+    wide = np.array(
+        ["kind" in str(name[0]) and "constant" not in str(name[0]) and name[3] == 2 for name in known.effects]
+    )
+    size = wide & np.array([name[0] == "kind, regime, size" for name in known.effects])
+    assert (posterior.prior.sd[size] > 5 * known.sd[size]).all() and (posterior.prior.unshown[size] > 0).all()
+    assert np.array_equal(posterior.prior.sd[~wide], known.sd[~wide]) and not posterior.prior.unshown[~size].any()
     monkeypatch.setattr(remade, "GRIDS", ("quick",))
     monkeypatch.setattr(few, "REFERENCE", "quick")
     artifact = fit_few(RecordsFile({"backend": "trace", "name": "new", "workspaces": None}, odd, []), prior)
